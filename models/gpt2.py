@@ -1,0 +1,194 @@
+"""GPT-2: the decoder-only Transformer in its plainest form; the other language models here build on it.
+
+New against the Transformer of 2017 (Vaswani et al.): no encoder, only a decoder that predicts the next token;
+LayerNorm before each sublayer and once more at the end; learned positions; GELU; an output matrix that is the
+token embedding itself. Papers: Radford et al. 2018 (GPT, section 3) and 2019 (GPT-2, section 2.3).
+
+    tokens (B, T)
+      x = token_embed(tokens) + pos_embed(0 ... T - 1)
+      repeat L times:
+        x = x + attn(attn_norm(x))    q, k, v = three linear maps; k and v go to the cache;
+                                      softmax(q k^T / sqrt(d)) v, no look ahead
+        x = x + ffn(ffn_norm(x))      down_proj(gelu(up_proj(x)))
+      hidden = final_norm(x)
+    logits (B, T, V) = lm_head(hidden)
+
+Shapes: B batch, T positions in this call, S positions attended (T without a cache, num_slots with one),
+    d head_dim = D / H.
+Proof: tests/test_gpt2.py, against `transformers`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int  # V
+    max_seq_len: int  # M: the length of the position table, a hard limit
+    d_model: int  # D
+    num_layers: int  # L
+    num_heads: int  # H, a divisor of D
+    d_ff: int  # f: 4 D in every published size
+    norm_eps: float  # keeps LayerNorm from dividing by zero
+    dropout: float  # after the embeddings, on the attention weights and after each sublayer; training only
+
+    def __post_init__(self):
+        assert self.d_model % self.num_heads == 0, "num_heads must divide d_model"
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.pos_embed = nn.Embedding(config.max_seq_len, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.token_embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """Logits for the token that follows each token; arguments as for hidden."""
+        return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """What lm_head reads. Generation calls this and applies the head only where it picks a token.
+
+        positions: where the tokens stand in the cache, 0 <= position < num_slots; each attends to every slot
+            up to its own, all of which must have been written. None: the tokens are the text's first T.
+        cache: from new_cache, written in place at `positions`; None: nothing is kept.
+        """
+        B, T = tokens.shape
+        S = T if positions is None else cache[0].k.shape[2]
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
+
+        # No look ahead: a token attends to the slots up to its own.
+        slots = torch.arange(S, device=tokens.device)  # (S,)
+        mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+
+        x = self.dropout(self.token_embed(tokens) + self.pos_embed(positions))  # (B, T, D)
+        for n, layer in enumerate(self.layers):
+            x = layer(x, mask, positions, cache[n] if cache else None)
+        return self.final_norm(x)
+
+    def new_cache(self, batch_size: int, num_slots: int) -> "Cache":
+        """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens."""
+        config = self.config
+        shape = (batch_size, config.num_heads, num_slots, config.d_model // config.num_heads)
+        zeros = self.token_embed.weight.new_zeros
+        return tuple(LayerCache(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fresh weights for training. Each of the 2 L sublayers adds to the residual stream, so the matrices
+        that write into it start smaller by sqrt(2 L), which keeps its variance (GPT-2, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_layers))
+            else:
+                # The paper does not name the 0.02 (nor the 0.01 for positions): they stand in OpenAI's code.
+                nn.init.normal_(parameter, std=0.01 if name == "pos_embed.weight" else 0.02)
+
+
+class Layer(nn.Module):
+    """Norm, sublayer, add: pre-LN. The Transformer of 2017 and GPT are post-LN: sublayer, add, norm."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, positions: Tensor, cache: "LayerCache | None") -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), mask, positions, cache))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1 and section 3.2.2)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D = config.d_model
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(D, D)
+        self.k_proj = nn.Linear(D, D)
+        self.v_proj = nn.Linear(D, D)
+        self.o_proj = nn.Linear(D, D)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        mask: Tensor,  # (B, 1, T, S): True = attend
+        positions: Tensor,  # (B, T)
+        cache: "LayerCache | None",
+    ) -> Tensor:
+        B, T, D = x.shape
+        H, d = self.num_heads, D // self.num_heads
+        q = self.q_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
+        v = self.v_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
+
+        if cache is not None:
+            cache.write(k, v, positions)
+            S = mask.shape[-1]
+            k, v = cache.k[:, :, :S], cache.v[:, :, :S]  # each (B, H, S, d)
+
+        scores = q @ k.mT / math.sqrt(d)  # (B, H, T, S)
+        scores = scores.masked_fill(~mask, -math.inf)
+        probs = self.dropout(scores.softmax(dim=-1))
+        out = probs @ v  # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.d_ff)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The tanh form of GELU (Hendrycks and Gimpel 2016, section 2), which GPT-2 was trained with.
+        x = F.gelu(self.up_proj(x), approximate="tanh")  # (B, T, f)
+        return self.down_proj(x)  # (B, T, D)
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of one layer's past; slot s holds the token at position s."""
+
+    k: Tensor  # (B, H, S, d)
+    v: Tensor  # (B, H, S, d)
+
+    def write(self, k: Tensor, v: Tensor, positions: Tensor):
+        assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        self.k[rows, :, positions] = k.transpose(1, 2)  # (B, H, S, d)
+        self.v[rows, :, positions] = v.transpose(1, 2)  # (B, H, S, d)
+
+
+Cache = tuple[LayerCache, ...]  # one per layer

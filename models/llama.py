@@ -1,0 +1,262 @@
+"""Llama 3: the decoder-only Transformer that most open language models of today resemble.
+
+New against GPT-2 (gpt2.py): RMSNorm for LayerNorm, rotary positions (RoPE) for a learned table, a gated
+feed-forward (SwiGLU) for GELU, key/value heads shared by groups of query heads (GQA), and no biases.
+Papers: Touvron et al. 2023 (Llama, section 2.2), Grattafiori et al. 2024 (Llama 3, section 3.2).
+
+    tokens (B, T)
+      x = token_embed(tokens)
+      repeat L times:
+        x = x + attn(attn_norm(x))    q, k, v = three linear maps; RoPE turns q and k by their positions;
+                                      k and v go to the cache; softmax(q k^T / sqrt(d)) v, no look ahead
+        x = x + ffn(ffn_norm(x))      down_proj(silu(gate_proj(x)) * up_proj(x))
+      hidden = final_norm(x)
+    logits (B, T, V) = lm_head(hidden)
+
+Shapes: B batch, T positions in this call, S positions attended (T without a cache, num_slots with one).
+Proof: tests/test_llama.py, against `transformers`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretch of the slow RoPE frequencies, see rope_frequencies."""
+
+    factor: float  # how many times longer than in pre-training a text may be
+    low_freq_factor: float  # wavelengths above original_max_seq_len / low_freq_factor are stretched in full
+    high_freq_factor: float  # wavelengths below original_max_seq_len / high_freq_factor stay as they are
+    original_max_seq_len: int  # the context of pre-training
+
+
+@dataclass(frozen=True)
+class Config:
+    vocab_size: int  # V
+    max_seq_len: int  # M: the context; RoPE itself has no limit
+    d_model: int  # D
+    num_layers: int  # L
+    num_heads: int  # H: query heads
+    num_kv_heads: int  # K: key/value heads, a divisor of H
+    head_dim: int  # d: often D / H, but it need not be
+    d_ff: int  # f
+    norm_eps: float  # keeps RMSNorm from dividing by zero
+    rope_base: float  # the larger, the slower the slowest rotation; 500,000 in Llama 3
+    rope_scaling: RopeScaling | None  # None before Llama 3.1
+    qkv_bias: bool  # False in Llama, True in Qwen2
+    o_bias: bool  # False in every published Llama
+    ffn_bias: bool  # False in every published Llama
+    tied_head: bool  # whether lm_head and token_embed are one matrix, as in the small Llama 3.2
+
+    def __post_init__(self):
+        assert self.num_heads % self.num_kv_heads == 0, "num_kv_heads must divide num_heads"
+        assert self.head_dim % 2 == 0, "head_dim must be even, since RoPE turns pairs"
+
+
+class Model(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.token_embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """Logits for the token that follows each token; arguments as for hidden."""
+        return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """What lm_head reads. Generation calls this and applies the head only where it picks a token.
+
+        positions: where the tokens stand in the cache, 0 <= position < num_slots; each attends to every slot
+            up to its own, all of which must have been written. None: the tokens are the text's first T.
+        cache: from new_cache, written in place at `positions`; None: nothing is kept.
+        """
+        B, T = tokens.shape
+        mask = None
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
+        else:
+            slots = torch.arange(cache[0].k.shape[2], device=tokens.device)  # (S,)
+            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+
+        # Every layer rotates by the same angles, so they are computed once.
+        rotation = rope(positions, self.config)
+        x = self.token_embed(tokens)  # (B, T, D)
+        for n, layer in enumerate(self.layers):
+            x = layer(x, rotation, mask, positions, cache[n] if cache else None)
+        return self.final_norm(x)
+
+    def new_cache(self, batch_size: int, num_slots: int) -> "Cache":
+        """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens."""
+        shape = (batch_size, self.config.num_kv_heads, num_slots, self.config.head_dim)
+        zeros = self.token_embed.weight.new_zeros
+        return tuple(LayerCache(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fresh weights for training: the papers give no scheme; 0.02 is what the published configs name."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, rotation, mask, positions, cache):
+        x = x + self.attn(self.attn_norm(x), rotation, mask, positions, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: query heads i * H/K to (i + 1) * H/K - 1 read key/value head i.
+
+    (Ainslie et al. 2023; K = H is multi-head attention, K = 1 multi-query attention.)
+    scaled_dot_product_attention does, without ever holding all scores at once,
+
+        k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
+        scores = (q @ k.mT / math.sqrt(d)).masked_fill(~mask, -math.inf)     # (B, H, T, S)
+        probs = scores.softmax(dim=-1)
+        out = probs @ v                                                      # (B, H, T, d)
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, H, K, d = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = H, K, d
+        self.q_proj = nn.Linear(D, H * d, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * d, D, bias=config.o_bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
+        mask: Tensor | None,  # (B, 1, T, S) or None: True = attend; None = causal among these T
+        positions: Tensor,  # (B, T)
+        cache: "LayerCache | None",
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+
+        if cache is not None:
+            cache.write(k, v, positions)
+        if mask is not None:
+            k, v = cache  # each (B, K, S, d)
+
+        # enable_gqa: the H query heads share the K key/value heads, which stay K in the cache.
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, eq. 6): a gate decides, feature by feature, how much of `up` passes."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.ffn_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.ffn_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.silu(self.gate_proj(x))  # (B, T, f)
+        return self.down_proj(gate * self.up_proj(x))  # (B, T, D)
+
+
+class RMSNorm(nn.Module):
+    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4), computed in fp32."""
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * x32.type_as(x)
+
+
+def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every rotation angle, in fp32 whatever the weights' dtype: bf16 has 8 bits of
+    precision and cannot even tell position 256 from 257."""
+    theta = rope_frequencies(config, positions.device)
+    angles = positions[:, None, :, None].float() * theta  # (B, 1, T, d // 2)
+    return angles.cos(), angles.sin()
+
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
+
+    Llama 3.1 leaves the fast pairs, which tell neighbours apart, as they are, slows the pairs that turn less
+    than once in a training text by `factor`, and blends in between.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
+    theta = 1.0 / config.rope_base**exponent
+    if config.rope_scaling is None:
+        return theta
+
+    scaling = config.rope_scaling
+    turns = scaling.original_max_seq_len * theta / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * theta + (1 - keep) * theta / scaling.factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
+
+    The pairs are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the
+    converter brings their rows into this order.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of one layer's past, K heads each; slot s holds the token at position s."""
+
+    k: Tensor  # (B, K, S, d)
+    v: Tensor  # (B, K, S, d)
+
+    def write(self, k: Tensor, v: Tensor, positions: Tensor):
+        assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        self.k[rows, :, positions] = k.transpose(1, 2)  # (B, K, S, d)
+        self.v[rows, :, positions] = v.transpose(1, 2)  # (B, K, S, d)
+
+
+Cache = tuple[LayerCache, ...]  # one per layer
