@@ -3,7 +3,7 @@
     create_model("gpt2-medium", vocab_size=5000)      fresh weights, for training
     load_model("checkpoints/tiny-llama-python")       a converted checkpoint, for use
 
-Every models/NAME.py has a `Config` and a `Model`. A config file begins with the name: {"model": "llama", ...}.
+Every models/NAME.py has a `Config` and a `Model`; every config file begins with {"model": "NAME", ...
 """
 
 import dataclasses

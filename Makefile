@@ -1,0 +1,31 @@
+# make run    a model of this zoo writes text            make test   the whole test suite
+# make check  ruff, then the tests                       make clean  forget the virtual environment
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: run test check clean
+
+run: $(VENV)/installed-run
+	$(PYTHON) run.py
+
+test: $(VENV)/installed-test
+	$(PYTHON) -m pytest
+
+check: $(VENV)/installed-test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest
+
+clean:
+	rm -rf $(VENV)
+
+# An empty file marks what is installed; it is older than the list of packages once that list changes.
+$(VENV)/installed-run: requirements.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed-run tests/requirements.txt
+	$(PYTHON) -m pip install -r tests/requirements.txt
+	touch $@

@@ -1,0 +1,88 @@
+"""What the JSON files beside a tokenizer's vocabulary say: special tokens, BOS and EOS, the chat template.
+
+The same fact may stand in several files, written by different versions of different libraries. This page
+decides which one counts; tokenizer.py sees only the outcome.
+"""
+
+import tokenizers
+
+from models.utils.errors import UserError
+from models.utils.files import one_line, read_json
+
+
+class Settings:
+    """What the JSON files beside a vocabulary say, in the order in which `transformers` believes them.
+
+    names          "bos_token" -> "<s>", None where the file says null
+    special_names  the special tokens it names
+    added          id -> AddedToken, for tokens that may be missing in the vocabulary file
+    model_ids      "bos_token" -> id from generation_config.json or config.json, which name ids only
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        config = read_json_if_there(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in config:
+            config |= read_json_if_there(folder / "special_tokens_map.json")
+        try:
+            self.read(config, read_json_if_there(folder / "added_tokens.json"))
+            self.chat_template = read_chat_template(folder, config.get("chat_template"))
+        except (AttributeError, TypeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: not as expected ({one_line(error)})"
+            ) from None
+        self.model_ids = read_model_ids(folder)
+
+    def read(self, config, added_tokens):
+        self.tokenizer_class = config.get("tokenizer_class")
+        self.add_bos, self.add_eos = config.get("add_bos_token"), config.get("add_eos_token", False)
+        self.add_prefix_space = config.get("add_prefix_space", False)
+        self.names = {
+            name: content_of(value)
+            for name, value in config.items()
+            if name.endswith("_token") and not isinstance(value, bool)
+        }
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        extra = extra.values() if isinstance(extra, dict) else extra
+        self.special_names = [name for name in [*self.names.values(), *map(content_of, extra)] if name]
+        self.added = {
+            int(id): tokenizers.AddedToken(**token)
+            for id, token in config.get("added_tokens_decoder", {}).items()
+        }
+        for name, id in added_tokens.items():
+            special = name in self.special_names
+            self.added.setdefault(id, tokenizers.AddedToken(name, special=special, normalized=not special))
+
+
+def content_of(token):
+    """A token is written as its text or as an object with its text and flags."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def read_json_if_there(path):
+    return read_json(path) if path.is_file() else {}
+
+
+def read_model_ids(folder):
+    """The BOS and EOS ids that the model's own files name; of several EOS ids the first."""
+    config = read_json_if_there(folder / "config.json") | read_json_if_there(
+        folder / "generation_config.json"
+    )
+    ids = {}
+    for name in ("bos_token", "eos_token"):
+        value = config.get(f"{name}_id")
+        ids[name] = value[0] if isinstance(value, list) and value else value
+    return {name: id for name, id in ids.items() if isinstance(id, int)}
+
+
+def read_chat_template(folder, entry):
+    """chat_template.jinja, else what tokenizer_config.json has: a text, or a list with one named "default"."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again") from None
+    if isinstance(entry, list):
+        entry = {item["name"]: item["template"] for item in entry}.get("default")
+    return entry

@@ -1,0 +1,191 @@
+"""Generation: fill the cache with the prompt, then pick a token, append it, feed it, and so on.
+
+    prompts --prefill--> cache, hidden --lm_head, pick--> one token per row --model--> hidden --> ...
+
+The prompt goes through the model once, all its tokens together. After that each step feeds one token per
+row: the cache holds the keys and values of everything before it. lm_head, the largest matrix of a small
+model, is applied only where a token is picked.
+
+`generate` knows token ids and no text; `TextStream` makes its tokens into text that can be shown at once.
+Any decoder of the zoo runs on this page. Proof: tests/test_generate.py.
+"""
+
+import torch
+
+from models.utils.errors import UserError
+from models.utils.files import read_json
+from models.utils.sampling import GREEDY, Sampling, pick
+
+# A chunk attends through a mask of PREFILL_CHUNK x num_slots, a prompt in one piece through one of its
+# length squared. The first chunk, which is all there is to most prompts, needs no mask.
+PREFILL_CHUNK = 512
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    prompts,  # a list of token ids for each row
+    max_new_tokens,
+    sampling=GREEDY,
+    generators=None,  # one per row; greedy needs none
+    eos_ids=(),
+    finished=None,  # a list of bools, one per row; a caller that sets an entry ends that row
+    cache=None,  # one that has room enough and holds ...
+    num_cached=0,  # ... the first tokens of the prompts, so many, already
+):
+    """Continue every prompt; yield, step by step, the list of the rows' new tokens.
+
+    A row ends with a token of `eos_ids` (which is yielded), with max_new_tokens, or with the model's context;
+    from then on its entry is None. Every row is what it would be alone.
+    """
+    check_prompts(model.config, prompts)
+    room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
+    num_slots = max(len(prompt) + new for prompt, new in zip(prompts, room))
+    cache = cache or model.new_cache(len(prompts), num_slots)
+    finished = [False] * len(prompts) if finished is None else finished
+
+    hidden = prefill(model, prompts, cache, num_cached)
+    positions = torch.tensor([[len(prompt)] for prompt in prompts], device=hidden.device)
+    for step in range(1, max(room) + 1):
+        tokens = pick(model.lm_head(hidden), sampling, generators)
+        new = [None if finished[row] else token for row, token in enumerate(tokens.tolist())]
+        for row, token in enumerate(new):
+            finished[row] = finished[row] or token in eos_ids or step == room[row]
+        yield new
+        if all(finished):
+            return
+        hidden = model.hidden(tokens[:, None], positions, cache)[:, -1]
+        # A row that ended goes on in silence, as long as others do, and must stay inside the cache.
+        positions = (positions + 1).clamp(max=num_slots - 1)
+
+
+def prefill(model, prompts, cache, num_cached=0):
+    """Write the prompts into the cache; the hidden state of the last token of each: (B, D).
+
+    Shorter prompts are padded on the right: what a pad writes, the row's own tokens overwrite before they
+    attend to it.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    tokens = torch.tensor(padded, device=model.lm_head.weight.device)
+
+    last = [None] * len(prompts)
+    for start in range(num_cached, longest, PREFILL_CHUNK):
+        chunk = tokens[:, start : start + PREFILL_CHUNK]
+        positions = torch.arange(start, start + chunk.shape[1], device=tokens.device).expand_as(chunk)
+        hidden = model.hidden(chunk, positions if start > 0 else None, cache)
+        for row, prompt in enumerate(prompts):
+            if start < len(prompt) <= start + PREFILL_CHUNK:
+                last[row] = hidden[row, len(prompt) - 1 - start]
+
+    last = torch.stack(last)
+    if not last.isfinite().all():
+        raise UserError("the model computes NaN or infinity; try --dtype float32, or convert it again")
+    return last
+
+
+def check_prompts(config, prompts):
+    """UserError for a prompt that the model cannot continue."""
+    for prompt in prompts:
+        size, context = len(prompt), config.max_seq_len
+        if size == 0:
+            raise UserError("the prompt is empty; give at least one token to continue")
+        if size >= context:
+            raise UserError(f"the prompt has {size} tokens, the model's context only {context}; shorten it")
+        check_vocabulary(config, prompt)
+
+
+def check_vocabulary(config, token_ids):
+    if max(token_ids) >= config.vocab_size:
+        raise UserError(
+            f"token {max(token_ids)} is not among the {config.vocab_size} that the model knows; "
+            f"this tokenizer belongs to another model"
+        )
+
+
+# Text -------------------------------------------------------------------------------------------------------
+
+
+def generate_text(model, prompt, stream, **options):
+    """Continue one prompt; yield (token, text to show) step by step. `options` are those of `generate`.
+
+    The last text is the caller's to fetch, from stream.finish(): also after an interruption.
+    """
+    finished = [False]
+    for (token,) in generate(model, [prompt], finished=finished, **options):
+        text = stream.push(token)
+        finished[0] |= stream.stopped
+        yield token, text
+
+
+class TextStream:
+    """The text of one row as its tokens come in, up to the first stop string.
+
+    `push` returns what can be shown already. It holds back half a character, and an end that may be the
+    beginning of a stop string; `finish` returns what was held back in vain.
+    """
+
+    def __init__(self, tokenizer, prompt=(), stop_strings=()):
+        if "" in stop_strings:
+            raise UserError("a stop string is empty; it would stop before the first token")
+        self.stop_strings = stop_strings
+        self.stopped = False
+        self.held = ""
+        self.num_known = tokenizer.vocab_size
+        self.decoder = tokenizer.stream()
+        # A token's text can depend on those before it (the first of a text loses its space), and the
+        # prompt's last tokens say enough about that.
+        for token in prompt[-16:]:
+            self.decoder.push(token)
+
+    def push(self, token):
+        # A matrix rounded up to a handy size has rows for tokens that the tokenizer does not have.
+        text = self.decoder.push(token) if token < self.num_known else ""
+        return self.release(text, self.partial_stop)
+
+    def finish(self):
+        return self.release(self.decoder.finish(), lambda: 0)
+
+    def release(self, text, num_kept):
+        """What is held and `text`: all but the last num_kept() characters, or what precedes a stop string."""
+        if self.stopped:
+            return ""
+        self.held += text
+        found = [(self.held.find(stop) + len(stop), stop) for stop in self.stop_strings if stop in self.held]
+        if found:
+            # Of several, the one that is complete first: as if the characters came in one by one.
+            end, stop = min(found, key=lambda place: (place[0], -len(place[1])))
+            cut, self.stopped = end - len(stop), True
+        else:
+            cut = len(self.held) - num_kept()
+        text, self.held = self.held[:cut], self.held[cut:]
+        return text
+
+    def partial_stop(self):
+        """How many characters at the end of what is held may be the beginning of a stop string."""
+        parts = {stop[:length] for stop in self.stop_strings for length in range(1, len(stop))}
+        return max((len(part) for part in parts if self.held.endswith(part)), default=0)
+
+
+# What the checkpoint says -----------------------------------------------------------------------------------
+
+
+def generation_defaults(folder, tokenizer):
+    """(Sampling, EOS ids) as the checkpoint's generation_config.json gives them.
+
+    As in `transformers`, "do_sample" decides: without it generation is greedy, whatever else the file says.
+    A file without EOS ids leaves it to the tokenizer's own.
+    """
+    path = folder / "generation_config.json"
+    fields = read_json(path) if path.exists() else {}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    names = [name for name in ("temperature", "top_k", "top_p", "min_p") if name in fields]
+
+    eos_ids = fields.get("eos_token_id", [] if tokenizer.eos_id is None else [tokenizer.eos_id])
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+    for name, value in [("eos_token_id", eos_id) for eos_id in eos_ids] + [(n, fields[n]) for n in names]:
+        if type(value) not in (int, float):
+            raise UserError(f"{path}: {name} is {value!r} where a number is expected; correct the file")
+
+    sampling = Sampling(**{name: fields[name] for name in names}) if fields.get("do_sample") else GREEDY
+    return sampling, frozenset(eos_ids)

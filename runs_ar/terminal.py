@@ -1,0 +1,237 @@
+"""A decoder at the terminal: what run.py does with a model that continues text.
+
+The text goes to standard output as it is made; what there is to say about the run, to standard error.
+Proof: tests/test_run.py.
+"""
+
+import dataclasses
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from models.utils.errors import UserError
+from models.utils.machine import Stopwatch
+from models.utils.sampling import seeded_generators
+from runs_ar.chat import FIRST_SLOTS, Conversation, require_template
+from runs_ar.generate import (
+    TextStream,
+    check_prompts,
+    check_vocabulary,
+    generate_text,
+    generation_defaults,
+)
+from runs_ar.score import figures, negative_log_likelihood
+
+DEFAULT_PROMPT = "def "
+LARGEST_WINDOW = 4096  # of --score, for models with a longer context than papers score with
+
+
+def run_decoder(args, folder, config, tokenizer, load):
+    """Continue, chat or score, as the options say.
+
+    `load(num_slots)` returns the model and is slow: what can be wrong with the input is found out before.
+    """
+    if args.score:
+        score(args, config, tokenizer, load)
+    elif args.chat:
+        chat(args, config, tokenizer, load, generation_options(args, folder, tokenizer))
+    else:
+        continue_text(args, config, tokenizer, load, generation_options(args, folder, tokenizer))
+
+
+def generation_options(args, folder, tokenizer):
+    """What `generate` needs to know: the checkpoint's own values where the command line gives none."""
+    sampling, eos_ids = generation_defaults(folder, tokenizer)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if given and sampling.greedy:
+        given.setdefault("temperature", 1.0)  # who asks for --top-p wants to sample
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "sampling": dataclasses.replace(sampling, **given),
+        "generators": seeded_generators(args.seed, batch_size=1),
+        "eos_ids": eos_ids,
+    }
+
+
+# Continue a text --------------------------------------------------------------------------------------------
+
+
+def continue_text(args, config, tokenizer, load, options):
+    prompt = prompt_text(args)
+    prompt_ids = tokenizer.encode(prompt)
+    check_prompts(config, [prompt_ids])
+    stream = TextStream(tokenizer, prompt_ids, args.stop)
+    model = load(min(len(prompt_ids) + args.max_new_tokens, config.max_seq_len))
+
+    show = ignore if args.json else write
+    show(prompt)
+    pieces, tokens, interrupted, watch = [], [], False, Stopwatch()
+    try:
+        for token, piece in generate_text(model, prompt_ids, stream, **options):
+            watch.token()
+            tokens.append(token)
+            pieces.append(piece)
+            show(piece)
+    except KeyboardInterrupt:
+        interrupted = True
+    pieces.append(stream.finish())
+    show(pieces[-1] + "\n")
+
+    reason = "interrupted" if interrupted else finish_reason(stream, tokens, options)
+    if args.json:
+        result = {"prompt": prompt, "text": "".join(pieces), "tokens": tokens, "finish_reason": reason}
+        result |= {"seed": args.seed, **dataclasses.asdict(options["sampling"])}
+        print(json.dumps(result | {"timings": watch.timings(args.device)}))
+    print(f"[{watch.line(args.device)}; end: {reason}; seed {args.seed}]", file=sys.stderr)
+    if interrupted:
+        sys.exit(130)
+
+
+def write(text):
+    print(text, end="", flush=True)
+
+
+def ignore(text):
+    pass
+
+
+def finish_reason(stream, tokens, options):
+    """Why a generation ended that ran to its end."""
+    if stream.stopped:
+        return "stop string"
+    if tokens[-1] in options["eos_ids"]:
+        return "end of text"
+    return "max_new_tokens" if len(tokens) == options["max_new_tokens"] else "context full"
+
+
+def prompt_text(args):
+    """--prompt, or else what is piped in, or else a default."""
+    if args.prompt == "":
+        raise UserError("--prompt is empty; give a text to continue")
+    if args.prompt is not None:
+        return args.prompt
+    if not is_piped(sys.stdin):
+        return DEFAULT_PROMPT
+    print("reading the prompt from standard input", file=sys.stderr)
+    text = decode_utf8(sys.stdin.buffer.read(), "standard input")
+    # The line end that echo adds and files end with is not meant to be continued. An empty pipe is none:
+    # many programs start others with one.
+    return text.removesuffix("\n") or DEFAULT_PROMPT
+
+
+def is_piped(stream):
+    """Whether there is a text to read; a terminal and /dev/null are neither pipe nor file."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def decode_utf8(content, where):
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: no UTF-8 text (byte {error.start}); is it a binary file?") from None
+
+
+# Chat -------------------------------------------------------------------------------------------------------
+
+
+def chat(args, config, tokenizer, load, options):
+    require_template(tokenizer)
+    eos_ids = options.pop("eos_ids")
+    TextStream(tokenizer, stop_strings=args.stop)  # checks the stop strings
+    conversation = Conversation(load(min(FIRST_SLOTS, config.max_seq_len)), tokenizer, eos_ids)
+    print("Ctrl-C interrupts an answer, Ctrl-D ends the conversation.", file=sys.stderr)
+    while (text := ask()) is not None:
+        if text.strip():
+            answer_once(args, conversation, text, options)
+
+
+def answer_once(args, conversation, text, options):
+    watch = Stopwatch()
+    answer = conversation.answer(text, stop_strings=args.stop, on_token=watch.token, **options)
+    try:
+        for piece in answer:
+            write(piece)
+        write("\n")
+    except KeyboardInterrupt:
+        write(" [interrupted]\n")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    finally:
+        answer.close()  # now, not when memory is cleaned up: so that what was said joins the conversation
+    print(f"[{watch.line(args.device)}]", file=sys.stderr)
+
+
+def ask():
+    """The next line from the terminal or the pipe; None at its end."""
+    while True:
+        try:
+            return input("\n> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends the conversation.", file=sys.stderr)
+        except EOFError:
+            return None
+        except UnicodeDecodeError:
+            raise UserError("standard input: no UTF-8 text") from None
+
+
+# Score ------------------------------------------------------------------------------------------------------
+
+
+def score(args, config, tokenizer, load):
+    window, stride = window_and_stride(args, config)
+    content = text_file(args.score)
+    token_ids = tokenizer.encode(decode_utf8(content, args.score))
+    if len(token_ids) < 2:
+        raise UserError(f"{args.score}: one token only; the first is not counted, so that none is left")
+    check_vocabulary(config, token_ids)
+    model = load()
+    with tqdm(total=len(token_ids) - 1, unit=" tokens", desc=args.score) as bar:
+        nats, num_tokens = negative_log_likelihood(model, token_ids, window, stride, bar.update)
+
+    result = figures(nats, num_tokens, len(content)) | {"window": window, "stride": stride}
+    result["bos"] = token_ids[0] == tokenizer.bos_id
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print_score(result)
+
+
+def print_score(result):
+    print(f"perplexity     {result['perplexity']:.4f}")
+    print(f"bits per byte  {result['bits_per_byte']:.4f}")
+    print(f"{result['num_tokens']:,} tokens counted, {result['num_bytes']:,} bytes", end="; ")
+    print(f"window {result['window']}, stride {result['stride']} tokens")
+    first = "a BOS token, as the checkpoint has it" if result["bos"] else "the text's own, no BOS token"
+    print(f"the first token is given and not counted; it is {first}")
+
+
+def window_and_stride(args, config):
+    window = min(config.max_seq_len, LARGEST_WINDOW) if args.window is None else args.window
+    if not 1 <= window <= config.max_seq_len:
+        raise UserError(f"--window is {window}; give 1 to {config.max_seq_len}, the model's context")
+    stride = max(1, window // 2) if args.stride is None else args.stride
+    if not 1 <= stride <= window:
+        raise UserError(f"--stride is {stride}; give 1 to {window}, the window")
+    return window, stride
+
+
+def text_file(path):
+    """The bytes of a text."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); --score takes a text file") from None
+    if not content:
+        raise UserError(f"{path}: is empty; --score takes a text file")
+    if b"\0" in content:
+        raise UserError(f"{path}: is a binary file; --score takes a text file")
+    return content
