@@ -163,7 +163,7 @@ class Attention(nn.Module):
         scores = scores.masked_fill(~mask, -math.inf)
         probs = self.dropout(scores.softmax(dim=-1))
         out = probs @ v  # (B, H, T, d)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
 
 
 class FeedForward(nn.Module):

@@ -100,7 +100,7 @@ class Model(nn.Module):
             mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
 
         # Every layer rotates by the same angles, so they are computed once.
-        rotation = rope(positions, self.config)
+        rotation = rope(positions, self.config)  # each (B, 1, T, d // 2)
         x = self.token_embed(tokens)  # (B, T, D)
         for n, layer in enumerate(self.layers):
             x = layer(x, rotation, mask, positions, cache[n] if cache else None)
@@ -213,7 +213,7 @@ class RMSNorm(nn.Module):
 def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotation angle, in fp32 whatever the weights' dtype: bf16 has 8 bits of
     precision and cannot even tell position 256 from 257."""
-    theta = rope_frequencies(config, positions.device)
+    theta = rope_frequencies(config, positions.device)  # (d // 2,)
     angles = positions[:, None, :, None].float() * theta  # (B, 1, T, d // 2)
     return angles.cos(), angles.sin()
 
@@ -242,7 +242,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     The pairs are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the
     converter brings their rows into this order.
     """
-    x1, x2 = x.chunk(2, dim=-1)
+    x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
 
