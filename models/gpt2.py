@@ -1,20 +1,25 @@
 """GPT-2: the decoder-only Transformer in its plainest form; the other language models here build on it.
 
-New against the Transformer of 2017 (Vaswani et al.): no encoder, only a decoder that predicts the next token;
-LayerNorm before each sublayer and once more at the end; learned positions; GELU; an output matrix that is the
-token embedding itself. Papers: Radford et al. 2018 (GPT, section 3) and 2019 (GPT-2, section 2.3).
+New against the Transformer of 2017 (Vaswani et al.): no encoder, only a decoder, which predicts the next
+token; LayerNorm before each sublayer instead of after it, and once more at the end; learned positions; GELU;
+embeddings that are not scaled. Papers: Radford et al. 2018 (GPT, section 3.1), 2019 (GPT-2, section 2.3).
 
     tokens (B, T)
-      x = token_embed(tokens) + pos_embed(0 ... T - 1)
+      x = token_embed(tokens) + pos_embed(positions)
       repeat L times:
-        x = x + attn(attn_norm(x))    q, k, v = three linear maps; k and v go to the cache;
-                                      softmax(q k^T / sqrt(d)) v, no look ahead
+        x = x + attn(attn_norm(x))    H heads, each softmax(q k^T / sqrt(d)) v, no look ahead; o_proj joins
         x = x + ffn(ffn_norm(x))      down_proj(gelu(up_proj(x)))
       hidden = final_norm(x)
-    logits (B, T, V) = lm_head(hidden)
+    logits (B, T, V) = lm_head(hidden), whose matrix is token_embed's
 
-Shapes: B batch, T positions in this call, S positions attended (T without a cache, num_slots with one),
-    d head_dim = D / H.
+To write text, keep the keys and values of the past in a cache, so that a step feeds only the new token:
+
+    cache = model.new_cache(batch_size, num_slots)
+    logits = model(prompt, cache=cache)               # fills slots 0 to T - 1
+    logits = model(next_token, positions, cache)      # fills slot `positions`, attends to all up to it
+
+Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
+    cache), d width of a head (D / H).
 Proof: tests/test_gpt2.py, against `transformers`.
 """
 
@@ -29,11 +34,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
-    vocab_size: int  # V
-    max_seq_len: int  # M: the length of the position table, a hard limit
-    d_model: int  # D
-    num_layers: int  # L
-    num_heads: int  # H, a divisor of D
+    vocab_size: int  # V: 50,257
+    max_seq_len: int  # M: 1,024, the length of the position table and so a hard limit
+    d_model: int  # D: 768 in GPT-2 small (124 M parameters)
+    num_layers: int  # L: 12 in GPT-2 small
+    num_heads: int  # H: 12 in GPT-2 small, a divisor of D
     d_ff: int  # f: 4 D in every published size
     norm_eps: float  # keeps LayerNorm from dividing by zero
     dropout: float  # after the embeddings, on the attention weights and after each sublayer; training only
@@ -71,9 +76,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
-        positions: where the tokens stand in the cache, 0 <= position < num_slots; each attends to every slot
-            up to its own, all of which must have been written. None: the tokens are the text's first T.
         cache: from new_cache, written in place at `positions`; None: nothing is kept.
+        positions: the slots of the cache where the tokens go, 0 <= position < num_slots; each token attends
+            to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
         S = T if positions is None else cache[0].k.shape[2]
@@ -98,8 +103,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Fresh weights for training. Each of the 2 L sublayers adds to the residual stream, so the matrices
-        that write into it start smaller by sqrt(2 L), which keeps its variance (GPT-2, section 2.3)."""
+        """Fresh weights for training. Each of the 2 L sublayers adds its output to x; the matrices that make
+        these outputs start smaller by sqrt(2 L), so that x does not grow with depth (GPT-2, section 2.3)."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(parameter)
@@ -108,12 +113,15 @@ class Model(nn.Module):
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.num_layers))
             else:
-                # The paper does not name the 0.02 (nor the 0.01 for positions): they stand in OpenAI's code.
+                # GPT's paper has the 0.02 (section 4.1), OpenAI's code of GPT-2 the 0.01.
                 nn.init.normal_(parameter, std=0.01 if name == "pos_embed.weight" else 0.02)
 
 
 class Layer(nn.Module):
-    """Norm, sublayer, add: pre-LN. The Transformer of 2017 and GPT are post-LN: sublayer, add, norm."""
+    """Norm, sublayer, add: pre-LN. The Transformer of 2017 and GPT are post-LN: sublayer, add, norm.
+
+    In pre-LN nothing stands between x and the output but additions, so that gradients reach every layer.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -156,6 +164,7 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(k, v, positions)
+            # Without positions, this call's tokens are all there is to attend to.
             S = mask.shape[-1]
             k, v = cache.k[:, :, :S], cache.v[:, :, :S]  # each (B, H, S, d)
 
@@ -187,6 +196,7 @@ class LayerCache(NamedTuple):
     def write(self, k: Tensor, v: Tensor, positions: Tensor):
         assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        # Indexed by (B, 1) and (B, T), the left sides are (B, T, H, d).
         self.k[rows, :, positions] = k.transpose(1, 2)  # (B, H, S, d)
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, H, S, d)
 

@@ -1,19 +1,27 @@
 """Llama 3: the decoder-only Transformer that most open language models of today resemble.
 
 New against GPT-2 (gpt2.py): RMSNorm for LayerNorm, rotary positions (RoPE) for a learned table, a gated
-feed-forward (SwiGLU) for GELU, key/value heads shared by groups of query heads (GQA), and no biases.
+feed-forward (SwiGLU) for GELU, key/value heads shared by groups of query heads (GQA), no dropout, no biases
+(though some relatives have them), and in the larger sizes an output matrix of its own.
 Papers: Touvron et al. 2023 (Llama, section 2.2), Grattafiori et al. 2024 (Llama 3, section 3.2).
 
     tokens (B, T)
       x = token_embed(tokens)
       repeat L times:
-        x = x + attn(attn_norm(x))    q, k, v = three linear maps; RoPE turns q and k by their positions;
-                                      k and v go to the cache; softmax(q k^T / sqrt(d)) v, no look ahead
+        x = x + attn(attn_norm(x))    RoPE turns q and k by their positions; then, as in GPT-2, each head
+                                      takes softmax(q k^T / sqrt(d)) v, no look ahead, and o_proj joins them
         x = x + ffn(ffn_norm(x))      down_proj(silu(gate_proj(x)) * up_proj(x))
       hidden = final_norm(x)
     logits (B, T, V) = lm_head(hidden)
 
-Shapes: B batch, T positions in this call, S positions attended (T without a cache, num_slots with one).
+The cache keeps the keys and values of the past, so that a step feeds only the new token:
+
+    cache = model.new_cache(batch_size, num_slots)
+    logits = model(prompt, cache=cache)               # fills slots 0 to T - 1
+    logits = model(next_token, positions, cache)      # fills slot `positions`, attends to all up to it
+
+Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
+    cache).
 Proof: tests/test_llama.py, against `transformers`.
 """
 
@@ -28,24 +36,24 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretch of the slow RoPE frequencies, see rope_frequencies."""
+    """Llama 3.1's change of the slow RoPE frequencies, for texts longer than those of pre-training."""
 
-    factor: float  # how many times longer than in pre-training a text may be
-    low_freq_factor: float  # wavelengths above original_max_seq_len / low_freq_factor are stretched in full
-    high_freq_factor: float  # wavelengths below original_max_seq_len / high_freq_factor stay as they are
-    original_max_seq_len: int  # the context of pre-training
+    factor: float  # what the slow frequencies are divided by: 8 in Llama 3.1, 32 in the small Llama 3.2
+    low_freq_factor: float  # slow: fewer turns than this in original_max_seq_len positions (1)
+    high_freq_factor: float  # fast, and left alone: more turns than this (4)
+    original_max_seq_len: int  # the context of pre-training (8,192)
 
 
 @dataclass(frozen=True)
 class Config:
-    vocab_size: int  # V
-    max_seq_len: int  # M: the context; RoPE itself has no limit
-    d_model: int  # D
-    num_layers: int  # L
-    num_heads: int  # H: query heads
-    num_kv_heads: int  # K: key/value heads, a divisor of H
+    vocab_size: int  # V: 128,256 in Llama 3
+    max_seq_len: int  # M: the context it was trained for; for callers, since RoPE itself has no limit
+    d_model: int  # D: 4,096 in Llama 3 8B
+    num_layers: int  # L: 32 in Llama 3 8B
+    num_heads: int  # H: query heads, 32 in Llama 3 8B
+    num_kv_heads: int  # K: key/value heads, 8 in Llama 3 8B, a divisor of H
     head_dim: int  # d: often D / H, but it need not be
-    d_ff: int  # f
+    d_ff: int  # f: 14,336 in Llama 3 8B
     norm_eps: float  # keeps RMSNorm from dividing by zero
     rope_base: float  # the larger, the slower the slowest rotation; 500,000 in Llama 3
     rope_scaling: RopeScaling | None  # None before Llama 3.1
@@ -87,9 +95,9 @@ class Model(nn.Module):
     ) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
-        positions: where the tokens stand in the cache, 0 <= position < num_slots; each attends to every slot
-            up to its own, all of which must have been written. None: the tokens are the text's first T.
         cache: from new_cache, written in place at `positions`; None: nothing is kept.
+        positions: the slots of the cache where the tokens go, 0 <= position < num_slots; each token attends
+            to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
         mask = None
@@ -141,7 +149,7 @@ class Attention(nn.Module):
     """Grouped-query attention: query heads i * H/K to (i + 1) * H/K - 1 read key/value head i.
 
     (Ainslie et al. 2023; K = H is multi-head attention, K = 1 multi-query attention.)
-    scaled_dot_product_attention does, without ever holding all scores at once,
+    scaled_dot_product_attention does the following, in fused kernels that need not hold all scores at once:
 
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
         scores = (q @ k.mT / math.sqrt(d)).masked_fill(~mask, -math.inf)     # (B, H, T, S)
@@ -174,6 +182,7 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(k, v, positions)
+        # Without a mask, this call's tokens are all there is to attend to.
         if mask is not None:
             k, v = cache  # each (B, K, S, d)
 
@@ -183,7 +192,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, eq. 6): a gate decides, feature by feature, how much of `up` passes."""
+    """SwiGLU (Shazeer 2020, eq. 6): silu(z) = z sigmoid(z) of one map multiplies another, by features."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -197,7 +206,7 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4), computed in fp32."""
+    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4); it divides in fp32."""
 
     def __init__(self, d_model: int, eps: float):
         super().__init__()
@@ -211,8 +220,10 @@ class RMSNorm(nn.Module):
 
 
 def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every rotation angle, in fp32 whatever the weights' dtype: bf16 has 8 bits of
-    precision and cannot even tell position 256 from 257."""
+    """Cosine and sine of every rotation angle, position times frequency.
+
+    In fp32 whatever the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
+    """
     theta = rope_frequencies(config, positions.device)  # (d // 2,)
     angles = positions[:, None, :, None].float() * theta  # (B, 1, T, d // 2)
     return angles.cos(), angles.sin()
@@ -221,8 +232,9 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
 
-    Llama 3.1 leaves the fast pairs, which tell neighbours apart, as they are, slows the pairs that turn less
-    than once in a training text by `factor`, and blends in between.
+    Llama 3.1 leaves the fast pairs, which tell neighbours apart, as they are. It slows by `factor` the pairs
+    that turn less than low_freq_factor times in a text of pre-training, and blends in between (the paper is
+    silent on this; apply_scaling in Meta's llama-models repository).
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
     theta = 1.0 / config.rope_base**exponent
@@ -239,8 +251,9 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
 
-    The pairs are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the
-    converter brings their rows into this order.
+    With q turned by its position m and k by its position n, their product depends on m - n alone. The pairs
+    are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the rows of their
+    q_proj and k_proj are brought into this order when the checkpoint is converted.
     """
     x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
@@ -255,6 +268,7 @@ class LayerCache(NamedTuple):
     def write(self, k: Tensor, v: Tensor, positions: Tensor):
         assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        # Indexed by (B, 1) and (B, T), the left sides are (B, T, K, d).
         self.k[rows, :, positions] = k.transpose(1, 2)  # (B, K, S, d)
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, K, S, d)
 
