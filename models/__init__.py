@@ -80,7 +80,8 @@ def checked(value, hint, where):
             return build_dataclass(option, value, where)
         if option is float and type(value) is int:
             return float(value)
-        if type(value) is option and not (option is int and value < 1):
+        # Sizes are positive, and NaN, which JSON files may hold, differs from itself.
+        if type(value) is option and value == value and not (option is int and value < 1):
             return value
     raise UserError(f"{where} is {value!r}, where {type_name(hint)} is expected")
 

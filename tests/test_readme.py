@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.copies import GROUPS, VARIANTS, table
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CODE_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
@@ -91,7 +93,5 @@ def test_commands_name_scripts_and_options_that_exist():
 
 
 def test_the_table_of_differences_is_the_one_that_the_copies_test_holds():
-    from tests.copies import differences_table
-
     shown = README.split("<!-- differences -->")[1].split("<!-- end of differences -->")[0]
-    assert shown.strip() == differences_table().strip()
+    assert shown.strip() == table(GROUPS, VARIANTS).strip()
