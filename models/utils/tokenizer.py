@@ -213,7 +213,7 @@ class SentencePieceTokenizer(Tokenizer):
         return {name: id for name, id in special.items() if id not in (None, self.core.unk_id())}
 
     def find(self, token):
-        """The id of a piece or an added token; sentencepiece itself answers <unk> to what it does not know."""
+        """The id of a piece or an added token; sentencepiece itself answers <unk> where it knows none."""
         id = self.core.piece_to_id(token)
         if id != self.core.unk_id() or token == self.core.id_to_piece(id):
             return id
@@ -234,7 +234,9 @@ class SentencePieceTokenizer(Tokenizer):
         ids = []
         for character in self.core.id_to_piece(id):
             names = (
-                [character] if self.find(character) else [f"<0x{byte:02X}>" for byte in character.encode()]
+                [character]
+                if self.find(character) is not None
+                else [f"<0x{byte:02X}>" for byte in character.encode()]
             )
             ids += map(self.core.piece_to_id, names)
         return ids

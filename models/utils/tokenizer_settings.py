@@ -76,7 +76,7 @@ def read_model_ids(folder):
 
 
 def read_chat_template(folder, entry):
-    """chat_template.jinja, else what tokenizer_config.json has: a text, or a list with one named "default"."""
+    """chat_template.jinja, else what tokenizer_config.json has: a text, or several, one named "default"."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
