@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from models import build_model, config_from_dict
+from models import build_model, config_from_dict, config_to_dict
 from models.utils.checkpoint_files import DTYPE_NAMES, Spec, open_weights, write_weights
 from models.utils.errors import UserError, run_main
 from models.utils.files import converted_folder, one_line, read_json, write_atomically
@@ -76,7 +76,7 @@ def convert(folder, out=None, dtype=None, allow=(), meta=None, progress=True):
     stop_if(match.problems, folder)
     with writing(out, Path(folder) / "converted") as new:
         write_moves(new, source.weights, match.moves, dtype, progress)
-        write_json(new / "config.json", source.config)
+        write_json(new / "config.json", config_to_dict(*config_from_dict(source.config, source.where)))
         write_json(new / "generation_config.json", source.generation)
         for place in dict.fromkeys((Path(folder), source.folder)):
             copy_companions(place, new)
@@ -222,8 +222,8 @@ def wanted_shapes(config, where):
     model_name, built = config_from_dict(config, where)
     try:
         state = build_model(model_name, built).state_dict()
-    except (RuntimeError, OverflowError) as error:
-        raise UserError(f"{where}: no model of such sizes can be built ({one_line(error)[:200]})") from None
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(f"{where}: no model of such sizes can be built ({one_line(error)[:90]})") from None
     tied = tied_head(model_name, config)
     return {
         name: tuple(tensor.shape) for name, tensor in state.items() if not (tied and name == "lm_head.weight")
@@ -268,7 +268,7 @@ def compare(expected, found):
         if name in found and found[name].shape != shape:
             problems.append(f"{name} has shape {found[name].shape}, where the config asks for {shape}")
         elif name in found and found[name].dtype not in DTYPE_NAMES.values():
-            problems.append(f"{name} is stored as {found[name].dtype}; quantized weights are not converted")
+            problems.append(f"{name} is stored as {found[name].dtype}, not as float numbers")
     return problems
 
 
@@ -334,17 +334,18 @@ def inverse(step, config, tensors):
 @contextmanager
 def writing(out, default):
     """A new folder that takes its place when the block succeeds, and of which nothing stays when it fails."""
-    target = Path(out or default)
-    if out and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"--out {target}: is there and not empty; name a new folder, or remove this one")
+    target = Path(out or default).resolve()
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if target != default.resolve() and not empty:
+        raise UserError(f"--out {out}: is there and not empty; name a new folder, or remove this one")
     try:
         with write_atomically(target) as new:
             new.mkdir()
             yield new
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written ({one_line(error)}); nothing was left there; free some space or "
-            "choose another place with --out"
+            f"{out or default}: cannot be written ({one_line(error)}) and nothing was left there; free some "
+            "space or choose another place with --out"
         ) from None
 
 

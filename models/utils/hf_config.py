@@ -55,7 +55,7 @@ INERT = words("""
 
 DECODER = {"is_encoder_decoder": (False,), "pruned_heads": ({},)}
 
-# Fields with which a relation between two or more of theirs makes one of ours. `theirs` has every used field.
+# Fields of ours that take more than a new name; `theirs` holds every field that is used, silent or not.
 
 
 def gpt2_d_ff(theirs):
@@ -85,17 +85,16 @@ def rope_base(theirs):
 def rope_scaling(theirs):
     """Llama 3.1's scaling is the one that models/llama.py implements."""
     parameters = rope_parameters(theirs)
+    where = f"config.json: {'rope_scaling' if theirs['rope_scaling'] else 'rope_parameters'}"
     kind = parameters.pop("rope_type")
-    wanted = {"default": [], "llama3": list(ROPE_SCALING.values())}.get(kind)
-    if wanted is None:
-        raise UserError(f"config.json: rope_type is {kind!r}; models/llama.py implements default and llama3")
-    strange = set(parameters).symmetric_difference({"rope_theta", *wanted})
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{where} has rope_type {kind!r}; models/llama.py implements default and llama3")
+    names = list(ROPE_SCALING.values()) if kind == "llama3" else []
+    strange = set(parameters).symmetric_difference({"rope_theta", *names})
     if strange:
-        names = ", ".join(sorted(strange))
-        raise UserError(
-            f"config.json: RoPE of type {kind} has {', '.join(wanted) or 'no fields'}; differing: {names}"
-        )
-    return {ours: parameters[name] for ours, name in ROPE_SCALING.items()} if wanted else None
+        wanted = ", ".join(names) or "nothing more"
+        raise UserError(f"{where} of rope_type {kind} has {wanted}; amiss here: {', '.join(sorted(strange))}")
+    return {ours: parameters[name] for ours, name in ROPE_SCALING.items()} if names else None
 
 
 ROPE_SCALING = {
@@ -260,7 +259,7 @@ def from_hf_config(hf_config, allow=()):
     allow: fields that no list knows and that the caller takes to be harmless.
     """
     model_type = hf_config.get("model_type")
-    if model_type not in HF_TYPES:
+    if not isinstance(model_type, str) or model_type not in HF_TYPES:
         raise UserError(f"config.json: model_type is {model_type!r}; supported: {', '.join(HF_TYPES)}")
     hf_type = HF_TYPES[model_type]
     refuse_fields(hf_type, hf_config, allow)

@@ -6,7 +6,8 @@ A table has a line per kind of tensor,
 
 where {n} is the layer's number, {p} is `weight` or `bias`, and {q,k,v} stands for three tensors of ours that
 theirs holds as one. A transform, defined below and named in the third column, says what changes on the way;
-without one the tensor stays as it is. Rows for biases that a config switches off fall away.
+without one the tensor stays as it is. Rows for biases that a config switches off fall away. The script
+convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
 
 To add a model: write its table (`convert_hf_checkpoint.py --inspect` shows what it leaves out),
 then its lists of config fields in hf_config.py. The proof of both is tests/test_convert_hf_checkpoint.py.
@@ -20,7 +21,6 @@ from typing import NamedTuple
 import torch
 
 from models.utils.errors import UserError
-from models.utils.hf_config import from_hf_config, to_hf_config  # noqa: F401 (the other half of a layout)
 
 # Transforms -------------------------------------------------------------------------------------------------
 
@@ -33,8 +33,9 @@ class Transform(NamedTuple):
 def pairs_to_halves(weight, config):
     """Reorder the rows of each head, so that RoPE may rotate halves where Meta's code rotates neighbours.
 
-    Meta turns rows 2i and 2i + 1 of a head by the i-th angle, we turn rows i and i + d/2: the same rotation
-    if row 2i moves to i and row 2i + 1 to i + d/2. Hugging Face's checkpoints are in our order.
+    Meta turns rows 2i and 2i + 1 of a head by the i-th angle, we turn rows i and i + d/2 (d: head_dim). It is
+    the same rotation if row 2i moves to i and row 2i + 1 to i + d/2. Hugging Face's checkpoints are in our
+    order already, so that only Meta's own files need this (meta_layout.py).
     """
     pairs = weight.unflatten(0, (-1, config["head_dim"] // 2, 2))
     return pairs.transpose(1, 2).reshape(weight.shape)
@@ -93,6 +94,7 @@ class Layout:
         }
 
 
+# wte and wpe: token and position embeddings; h: layers; ln: norms; c_attn: q, k and v in one; c_fc: the map up.
 GPT2 = Layout(
     prefix="transformer.",
     skipped={
@@ -117,6 +119,7 @@ GPT2 = Layout(
     """),
 )
 
+# post_attention_layernorm is the norm before the feed-forward: its name says what comes before it.
 LLAMA = Layout(
     prefix="model.",
     skipped={
@@ -152,7 +155,7 @@ class Step(NamedTuple):
 
 
 def plan(layout, num_layers, names):
-    """The steps that fill our tensors called `names`, in their order; rows without any of them fall away."""
+    """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
     steps = []
     for row in layout.rows:
         for values in marks(row.ours, num_layers):
@@ -194,6 +197,7 @@ def to_hf_state(model_name, config, state):
     strange = set(names).difference(*(step.ours for step in steps))
     if strange:
         raise UserError(f"Hugging Face's layout has no place for {', '.join(sorted(strange))}")
+    # safetensors writes no views, which a transposed tensor is.
     return {
         step.theirs: step.transform.inverse([state[name] for name in step.ours], config).contiguous()
         for step in steps

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import HfApi, errors, snapshot_download
-
 from models.utils.errors import UserError
 from models.utils.files import one_line
 
@@ -49,6 +47,9 @@ def claim(folder, name):
 
 def download(name, folder):
     """Fetch what is needed; what is already there, whole and current, is not fetched again."""
+    # Imported here, since it takes a second that nobody waits for whose checkpoint is on the disk.
+    from huggingface_hub import HfApi, errors, snapshot_download
+
     try:
         files = [file.rfilename for file in HfApi().model_info(name).siblings]
         claim(folder, name)
