@@ -165,6 +165,7 @@ def answer_once(args, conversation, text, options):
         write(" [interrupted]\n")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return
     finally:
         answer.close()  # now, not when memory is cleaned up: so that what was said joins the conversation
     print(f"[{watch.line(args.device)}]", file=sys.stderr)
@@ -178,6 +179,7 @@ def ask():
         except KeyboardInterrupt:
             print("\nCtrl-D ends the conversation.", file=sys.stderr)
         except EOFError:
+            write("\n" if sys.stdin.isatty() else "")
             return None
         except UnicodeDecodeError:
             raise UserError("standard input: no UTF-8 text") from None

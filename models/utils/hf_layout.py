@@ -94,7 +94,7 @@ class Layout:
         }
 
 
-# wte and wpe: token and position embeddings; h: layers; ln: norms; c_attn: q, k and v in one; c_fc: the map up.
+# wte, wpe: token and position embeddings; h: layers; ln: norms; c_attn: q, k, v in one; c_fc: the map up.
 GPT2 = Layout(
     prefix="transformer.",
     skipped={
