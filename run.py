@@ -1,0 +1,152 @@
+"""Run a checkpoint: continue a text, hold a conversation, or measure how well it predicts a text.
+
+    python run.py                                  the tiny model that comes with the project
+    python run.py --checkpoint checkpoints/gpt2 --prompt "The sea" --temperature 0.8 --top-p 0.95
+    cat story.txt | python run.py --checkpoint checkpoints/Llama-3.2-1B --max-new-tokens 500
+    python run.py --checkpoint checkpoints/Llama-3.2-1B-Instruct --chat
+    python run.py --checkpoint checkpoints/gpt2 --score book.txt --stride 512
+
+The text goes to standard output, everything else (memory, speed, errors) to standard error.
+"""
+
+import argparse
+import difflib
+import random
+import re
+import sys
+from pathlib import Path
+
+from convert_hf_checkpoint import convert
+from models import build_model, config_from_dict, load_model
+from models.utils.checkpoint_files import open_weights
+from models.utils.errors import UserError, run_main
+from models.utils.files import converted_folder, read_json
+from models.utils.machine import DTYPES, available_memory, choose_device, spoken_bytes
+from models.utils.tokenizer import load_tokenizer
+from runs_ar.terminal import run_decoder
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+DEFAULT_CHECKPOINT = CHECKPOINTS / "tiny-llama-python"
+DECODERS = ("gpt2", "llama")
+
+
+def main(argv=None):
+    args = parse(argv)
+    args.device = choose_device(args.device)
+    folder = find_checkpoint(args.checkpoint)
+    model_name, config = config_from_dict(read_json(folder / "config.json"), folder / "config.json")
+
+    def load(num_slots=0):
+        check_memory(folder, model_name, config, num_slots, args)
+        return load_model(folder, args.device, DTYPES.get(args.dtype))
+
+    # What each kind of model does, and which page does it.
+    if model_name in DECODERS:
+        run_decoder(args, folder, config, load_tokenizer(folder), load)
+    else:
+        raise UserError(f"{folder}: run.py does not know what to do with a {model_name} model")
+
+
+# Options ----------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see: python run.py --help")
+
+
+def parse(argv):
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="FOLDER", help="converted first if need be")
+    add("--device", help="cpu, cuda, cuda:1, mps; default: the best of cuda, mps, cpu")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help="the text to continue; default: what is piped in")
+    add("--chat", action="store_true", help="a conversation; Ctrl-C interrupts an answer, Ctrl-D ends")
+    add("--score", metavar="FILE", help="perplexity and bits per byte of a text file")
+
+    add = parser.add_argument_group("generation (defaults: generation_config.json's)").add_argument
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, metavar="T", help="0 takes the most probable token, always")
+    add("--top-k", type=int, metavar="K", help="only the K most probable tokens; 0 = all")
+    add("--top-p", type=float, metavar="P", help="only the fewest tokens that hold probability P; 1 = all")
+    add("--min-p", type=float, metavar="P", help="no token below P times the most probable; 0 = all")
+    add("--seed", type=int, metavar="N", help="the same seed, the same text; default: a new one each time")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    add("--json", action="store_true", help="one JSON object (text, tokens, timings) instead of the text")
+
+    add = parser.add_argument_group("score").add_argument
+    add("--window", type=int, metavar="N", help="tokens seen at once; default: the context, at most 4096")
+    add("--stride", type=int, metavar="N", help="tokens from window to window; default: half a window")
+    return checked(parser.parse_args(argv))
+
+
+def checked(args):
+    if args.chat and args.json:
+        raise UserError("--json prints one object, --chat is a conversation; give one of them")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; give 1 or more")
+    args.seed = random.randrange(2**32) if args.seed is None else args.seed
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed is {args.seed}; give 0 to 2**63 - 1")
+    return args
+
+
+# Checkpoints ------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(name):
+    """The converted folder of a checkpoint, which is converted first if that was not done yet."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder; {what_was_meant(str(name))}")
+    try:
+        return converted_folder(folder)
+    except UserError:
+        print(f"{folder} is not converted yet; converting it first", file=sys.stderr)
+        convert(folder)
+    return converted_folder(folder)
+
+
+def what_was_meant(name):
+    """The end of the error about a missing checkpoint: the nearest one there is, or how to get this one."""
+    known = {path.name: path for place in (CHECKPOINTS, Path(name).parent) for path in place.glob("*/")}
+    close = difflib.get_close_matches(Path(name).name, known, n=1)
+    if close:
+        return f"did you mean {known[close[0]]}?"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("checkpoints/"):
+        return f"if it is on Hugging Face, fetch it with: python convert_hf_checkpoint.py {name}"
+    return f"there are: {', '.join(sorted(path.name for path in CHECKPOINTS.glob('*/'))) or 'none yet'}"
+
+
+# Memory -----------------------------------------------------------------------------------------------------
+
+
+def check_memory(folder, model_name, config, num_slots, args):
+    """Say how much memory weights and cache take before they take it; UserError if there is not enough."""
+    stored = next((entry.dtype for entry in open_weights(folder).entries.values()), None)
+    model = build_model(model_name, config, device="meta").to(DTYPES.get(args.dtype, stored))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    cache = sum(tensor.nbytes for layer in model.new_cache(1, num_slots) for tensor in layer)
+    dtype = str(model.token_embed.weight.dtype).removeprefix("torch.")
+    needs = f"{spoken_bytes(weights)} of weights ({dtype})"
+    if num_slots:
+        needs += f" and {spoken_bytes(cache)} of cache for {num_slots} tokens"
+    print(f"{folder}: {needs}, on {args.device}", file=sys.stderr)
+
+    available = available_memory(args.device)
+    if available is not None and weights + cache > available:
+        raise UserError(
+            f"{folder}: {needs} do not fit into the {spoken_bytes(available)} that {args.device} has free; "
+            f"try --dtype bfloat16, fewer --max-new-tokens, or a smaller checkpoint"
+        )
+
+
+if __name__ == "__main__":
+    # A terminal that cannot show a character shows a question mark, and the run goes on.
+    sys.stdout.reconfigure(errors="replace")
+    run_main(main)
