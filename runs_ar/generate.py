@@ -16,8 +16,9 @@ from models.utils.errors import UserError
 from models.utils.files import read_json
 from models.utils.sampling import GREEDY, Sampling, pick
 
-# A chunk attends through a mask of PREFILL_CHUNK x num_slots, a prompt in one piece through one of its
-# length squared. The first chunk, which is all there is to most prompts, needs no mask.
+# A long prompt goes through the model in chunks of so many tokens, so that no memory grows with its length
+# squared. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
+# the cache's slots; a later one has a mask of PREFILL_CHUNK x num_slots.
 PREFILL_CHUNK = 512
 
 
@@ -30,18 +31,18 @@ def generate(
     generators=None,  # one per row; greedy needs none
     eos_ids=(),
     finished=None,  # a list of bools, one per row; a caller that sets an entry ends that row
-    cache=None,  # one that has room enough and holds ...
-    num_cached=0,  # ... the first tokens of the prompts, so many, already
+    cache=None,  # one with room for prompts and answers; None makes one
+    num_cached=0,  # how many leading tokens of every prompt that cache holds already
 ):
     """Continue every prompt; yield, step by step, the list of the rows' new tokens.
 
     A row ends with a token of `eos_ids` (which is yielded), with max_new_tokens, or with the model's context;
-    from then on its entry is None. Every row is what it would be alone.
+    from then on its entry is None. Every row is what it would be alone, up to rounding.
     """
     check_prompts(model.config, prompts)
     room = [min(max_new_tokens, model.config.max_seq_len - len(prompt)) for prompt in prompts]
     num_slots = max(len(prompt) + new for prompt, new in zip(prompts, room))
-    cache = cache or model.new_cache(len(prompts), num_slots)
+    cache = model.new_cache(len(prompts), num_slots) if cache is None else cache
     finished = [False] * len(prompts) if finished is None else finished
 
     hidden = prefill(model, prompts, cache, num_cached)
@@ -62,8 +63,8 @@ def generate(
 def prefill(model, prompts, cache, num_cached=0):
     """Write the prompts into the cache; the hidden state of the last token of each: (B, D).
 
-    Shorter prompts are padded on the right: what a pad writes, the row's own tokens overwrite before they
-    attend to it.
+    Shorter prompts are padded on the right: no token of a prompt looks ahead to a pad, and what a pad writes
+    into the cache, the row's new tokens overwrite before they attend to it.
     """
     longest = max(len(prompt) for prompt in prompts)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
@@ -111,11 +112,10 @@ def generate_text(model, prompt, stream, **options):
 
     The last text is the caller's to fetch, from stream.finish(): also after an interruption.
     """
-    finished = [False]
-    for (token,) in generate(model, [prompt], finished=finished, **options):
-        text = stream.push(token)
-        finished[0] |= stream.stopped
-        yield token, text
+    for (token,) in generate(model, [prompt], **options):
+        yield token, stream.push(token)
+        if stream.stopped:
+            return
 
 
 class TextStream:
@@ -139,25 +139,26 @@ class TextStream:
             self.decoder.push(token)
 
     def push(self, token):
-        # A matrix rounded up to a handy size has rows for tokens that the tokenizer does not have.
+        # A matrix padded to a multiple of 64, say, has rows for tokens that the tokenizer does not have.
         text = self.decoder.push(token) if token < self.num_known else ""
-        return self.release(text, self.partial_stop)
+        return self.release(text, hold_back=True)
 
     def finish(self):
-        return self.release(self.decoder.finish(), lambda: 0)
+        return self.release(self.decoder.finish(), hold_back=False)
 
-    def release(self, text, num_kept):
-        """What is held and `text`: all but the last num_kept() characters, or what precedes a stop string."""
+    def release(self, text, hold_back):
+        """What is held and `text`, up to a stop string or (hold_back) what may be the beginning of one."""
         if self.stopped:
             return ""
         self.held += text
         found = [(self.held.find(stop) + len(stop), stop) for stop in self.stop_strings if stop in self.held]
         if found:
-            # Of several, the one that is complete first: as if the characters came in one by one.
+            # Of several, the one that is complete first, as if the characters came in one by one; then the
+            # longest.
             end, stop = min(found, key=lambda place: (place[0], -len(place[1])))
             cut, self.stopped = end - len(stop), True
         else:
-            cut = len(self.held) - num_kept()
+            cut = len(self.held) - (self.partial_stop() if hold_back else 0)
         text, self.held = self.held[:cut], self.held[cut:]
         return text
 
@@ -174,7 +175,8 @@ def generation_defaults(folder, tokenizer):
     """(Sampling, EOS ids) as the checkpoint's generation_config.json gives them.
 
     As in `transformers`, "do_sample" decides: without it generation is greedy, whatever else the file says.
-    A file without EOS ids leaves it to the tokenizer's own.
+    An option that the file leaves out is off (`transformers` takes 50 for a missing top_k). A file without
+    EOS ids leaves it to the tokenizer's own.
     """
     path = folder / "generation_config.json"
     fields = read_json(path) if path.exists() else {}

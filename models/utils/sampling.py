@@ -19,13 +19,13 @@ import torch.nn.functional as F
 
 from models.utils.errors import UserError
 
-# Dividing by less would only overflow: long before this a distribution has all its mass on one token.
+# So near to 0 all mass is on the largest logit anyway, and a division may overflow: greedy from here on.
 SMALLEST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
 class Sampling:
-    temperature: float = 1.0  # 0 = greedy
+    temperature: float = 1.0  # divides the logits: below 1 sharper, above 1 flatter; 0 = greedy
     top_k: int = 0  # keep the k most probable tokens; 0 = all
     top_p: float = 1.0  # keep the fewest tokens that hold this much probability; 1 = all
     min_p: float = 0.0  # drop tokens below this fraction of the most probable one; 0 = none
@@ -57,7 +57,10 @@ def pick(logits, sampling, generators=None):
 
 
 def token_probs(logits, sampling):
-    """The distribution that tokens are drawn from, all options applied: (..., V) -> (..., V), in fp32."""
+    """The distribution that tokens are drawn from, all options applied: (..., V) -> (..., V), in fp32.
+
+    A token that an option drops gets the logit -inf, hence the probability 0. Greedy is a distribution too.
+    """
     if sampling.greedy:
         return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
 
@@ -83,7 +86,8 @@ def keep_top_p(logits, top_p):
     ascending, token_ids = logits.sort(dim=-1, stable=True)
     dropped = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
     dropped[..., -1] = False  # the most probable token stays, also when top_p is 0
-    return logits.masked_fill(dropped.scatter(-1, token_ids, dropped), -math.inf)
+    dropped = torch.empty_like(dropped).scatter(-1, token_ids, dropped)  # back into the order of the ids
+    return logits.masked_fill(dropped, -math.inf)
 
 
 def keep_min_p(logits, min_p):
@@ -100,10 +104,12 @@ def draw(probs, generators):
     """
     u = torch.cat([torch.rand(1, generator=generator) for generator in generators]).to(probs.device)
     cumulative = probs.cumsum(dim=-1)
-    # Rounded sums end near 1, not at 1; u is measured against where they do end.
+    # Rounded sums end near 1, not at 1; u is measured against where they do end. right=True: the first sum
+    # above u, which passes over tokens of probability 0.
     tokens = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)
+    tokens = tokens.clamp(max=probs.shape[-1] - 1)
     # Sums that a GPU makes in parallel may rise by a rounding error at a token of probability 0.
-    possible = probs.gather(-1, tokens.clamp(max=probs.shape[-1] - 1)) > 0
+    possible = probs.gather(-1, tokens) > 0
     return torch.where(possible, tokens, probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
