@@ -251,7 +251,8 @@ def tied_problems(source, head, embedding):
     """A head that the config ties to the embedding may be stored as well, but must then be equal to it."""
     if embedding is None:
         return []  # reported as missing
-    if torch.equal(source.weights.read(head), source.weights.read(embedding)):
+    head_tensor, embedding_tensor = source.weights.read(head), source.weights.read(embedding)
+    if head_tensor.dtype == embedding_tensor.dtype and torch.equal(head_tensor, embedding_tensor):
         return []
     return [f"{head} differs from {embedding}, though {source.where.name} says that they are tied"]
 
@@ -268,7 +269,7 @@ def compare(expected, found):
         if name in found and found[name].shape != shape:
             problems.append(f"{name} has shape {found[name].shape}, where the config asks for {shape}")
         elif name in found and found[name].dtype not in DTYPE_NAMES.values():
-            problems.append(f"{name} is stored as {found[name].dtype}, not as float numbers")
+            problems.append(f"{name} is stored as {found[name].dtype}, which is not supported")
     return problems
 
 
@@ -312,7 +313,7 @@ def fold(rows):
 def ranges(numbers):
     """0..2, 5 for 0, 1, 2, 5."""
     runs = []
-    for n in sorted(numbers):
+    for n in sorted(set(numbers)):
         if runs and n == runs[-1][1] + 1:
             runs[-1][1] = n
         else:
@@ -378,12 +379,7 @@ def transformed(weights, moves, dtype_of, bar):
 def cast(tensor, dtype, name):
     new = tensor.to(dtype)
     # float16 ends at 65504, where bfloat16 weights may go on.
-    if (
-        dtype == torch.float16
-        and tensor.dtype != dtype
-        and not new.isfinite().all()
-        and tensor.isfinite().all()
-    ):
+    if dtype == torch.float16 and tensor.dtype != dtype and (new.isinf() & tensor.isfinite()).any():
         raise UserError(f"{name}: has values too large for float16; use --dtype bfloat16")
     return new
 
@@ -423,10 +419,9 @@ def parse_arguments():
         "checkpoint",
         help="a folder in Hugging Face's or Meta's layout, or OWNER/NAME on the Hugging Face hub",
     )
-    add("--inspect", action="store_true", help="print both sides' names and shapes, matched; write nothing")
-    add(
-        "--reverse", action="store_true", help="write Hugging Face's layout again from a converted checkpoint"
-    )
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--inspect", action="store_true", help="print both sides' names and shapes; write nothing")
+    instead("--reverse", action="store_true", help="from a converted checkpoint to Hugging Face's layout")
     add("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
     add(
         "--out",

@@ -209,7 +209,7 @@ def test_every_problem_is_listed_at_once(tmp_path, fails):
             "extra.weight (2, 3) has no place in the model",
             "model.layers.{n}.mlp.up_proj.weight (40, 32) is missing (n = 0)",
             "model.layers.{n}.mlp.up_proj.weight has shape (3,), where the config asks for (40, 32) (n = 2)",
-            "model.layers.{n}.self_attn.q_proj.weight is stored as I8, not as float numbers (n = 1)",
+            "model.layers.{n}.self_attn.q_proj.weight is stored as I8, which is not supported (n = 1)",
             "model.norm.weight (32,) is missing",
         ]
 

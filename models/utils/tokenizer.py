@@ -1,14 +1,14 @@
 """Tokenizers: text to token ids and back, with exactly the ids that the model was trained on.
 
-Three kinds are in use, and `load_tokenizer` finds out which one a folder holds by looking into its files:
+Three libraries read four kinds of files, and `load_tokenizer` finds out which a folder holds by looking:
 
     tokenizer.json                  tokenizers     a whole pipeline as data; most checkpoints have it
     vocab.json + merges.txt         tokenizers     GPT-2's two files, from which the same pipeline is built
     tokenizer.model (protobuf)      sentencepiece  Llama 2, and the small checkpoints of this project
     tokenizer.model (base64 lines)  tiktoken       Llama 3 as Meta publishes it
 
-All of them do byte-pair encoding: start from bytes or characters and merge, again and again, the neighbours
-whose union comes first in a learned list. The libraries do that part. This page adds what lies around it:
+Language models mostly use byte-pair encoding: start from bytes or characters and merge, again and again, the
+neighbours whose union comes first in a learned list. The libraries do that part; this page what lies around:
 
     which ids are special, and that no text a user types ever becomes one
     where BOS and EOS go, by the checkpoint's own configuration (read in tokenizer_settings.py)
@@ -100,8 +100,8 @@ class Tokenizer:
     def encode(self, text, bos=None):
         """Text to ids. Whatever looks like a special token stays plain text.
 
-        bos: None adds what the checkpoint's configuration says (BOS for Llama, nothing for GPT-2), False adds
-        nothing, True adds that and makes sure of a BOS.
+        bos: None adds what the checkpoint's configuration says (BOS for Llama, nothing for GPT-2), True the
+        same and a BOS if that is not among it, False nothing.
         """
         ids = self.encode_text(check_text(text))
         if bos is False:
@@ -233,11 +233,8 @@ class SentencePieceTokenizer(Tokenizer):
         """A piece in single characters, and these in bytes where they are no piece of their own."""
         ids = []
         for character in self.core.id_to_piece(id):
-            names = (
-                [character]
-                if self.find(character) is not None
-                else [f"<0x{byte:02X}>" for byte in character.encode()]
-            )
+            is_piece = self.core.piece_to_id(character) != self.core.unk_id()
+            names = [character] if is_piece else [f"<0x{byte:02X}>" for byte in character.encode()]
             ids += map(self.core.piece_to_id, names)
         return ids
 
@@ -281,7 +278,7 @@ class TiktokenTokenizer(Tokenizer):
     ids behind the ranks are special tokens; a few have a meaning, the rest are reserved.
     """
 
-    # Letters with at most one sign before them, digits in threes, signs, line ends, white space.
+    # Contractions, letters after one space or sign at most, up to three digits, signs, line ends, spaces.
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -289,7 +286,7 @@ class TiktokenTokenizer(Tokenizer):
 
     def __init__(self, content, settings):
         ranks = read_ranks(content, settings.folder / "tokenizer.model")
-        # Llama 3.1's names, which only add to Llama 3's; tokenizer_config.json may know others.
+        # Llama 3.1's names, which give some of Llama 3's reserved ids a meaning; a file may know others.
         names = dict(enumerate(llama3_special_tokens(), start=len(ranks)))
         names |= {id: token.content for id, token in settings.added.items() if id >= len(ranks)}
         names = {id: names.get(id, f"<|reserved_token_{id}|>") for id in range(len(ranks), max(names) + 1)}
