@@ -10,12 +10,12 @@ run: $(VENV)/installed-run
 	$(PYTHON) run.py
 
 test: $(VENV)/installed-test
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 check: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --dist loadfile
 
 clean:
 	rm -rf $(VENV)

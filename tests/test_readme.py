@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from run import find_checkpoint
 from tests.copies import GROUPS, VARIANTS, table
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,9 @@ def test_excerpts_are_real_code():
         assert code in (ROOT / source).read_text(), f"the excerpt does not stand in {source}"
 
 
-def test_examples_run():
+def test_examples_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    find_checkpoint("checkpoints/tiny-llama-python")  # converts it, if that was not done before
     for language, code in CODE_BLOCKS:
         if language == "python" and not code.startswith(" "):
             exec(compile(code, "README.md", "exec"), {})
