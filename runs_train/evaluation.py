@@ -38,7 +38,7 @@ def bits_per_byte(model, tokens, bytes_of, context, stride, max_windows=None, ba
         windows = windows_at(tokens, batch, context)
         targets = windows[:, 1:]
         logits = model(windows[:, :-1].to(device)).float().cpu()
-        nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         # All but the last `stride` were counted in the window before; before the first there is none.
         overlap = torch.tensor([context - stride if start else 0 for start in batch])
         is_new = torch.arange(targets.shape[1]) >= overlap[:, None]

@@ -325,7 +325,7 @@ def test_the_standard_library_is_all_modules_but_tests():
     train, held_out = text_data.split_documents("stdlib")
     names = {document.name for document in train + held_out}
     assert {"abc.py", "json/decoder.py", "unittest/case.py", "encodings/utf_8.py"} <= names
-    strange = [name for name in names if "/test/" in f"/{name}" or "/tests/" in f"/{name}"]
+    strange = [name for name in names if {"test", "tests", "idle_test"} & set(name.split("/"))]
     assert not strange and not any("site-packages" in name or "_sysconfigdata" in name for name in names)
     assert len(held_out) / len(names) == pytest.approx(0.1, abs=0.05)
 
@@ -343,7 +343,7 @@ def test_the_tokens_are_the_text(trained):
 
 @pytest.fixture(scope="module")
 def code_tokenizer():
-    content = text_data.train_tokenizer([text_data.Document("text.py", TEXT)], 500)
+    content = text_data.train_tokenizer([text_data.Document("text.py", TEXT + "year = 1111\n" * 100)], 500)
     return text_data.sentencepiece.SentencePieceProcessor(model_proto=content)
 
 
@@ -403,7 +403,10 @@ def test_every_window_is_read_once_in_a_pass(num_tokens):
     passes = rows[:, 0].split(windows.per_pass)
     for starts in passes:
         assert (starts.sort().values.diff() == context).all() and len(starts) == windows.per_pass
-    assert num_tokens < 1000 or not any(torch.equal(passes[0], other) for other in passes[1:])
+    if num_tokens == 1000:
+        orders = {tuple(starts.argsort().tolist()) for starts in passes}
+        offsets = {starts.min().item() for starts in passes}
+        assert len(orders) == 5 and len(offsets) > 1
 
     # A batch is a function of its number: asked for out of turn it is the same.
     again = text_data.Windows(np.arange(num_tokens, dtype=np.uint16), context, batch_size, seed=5)
