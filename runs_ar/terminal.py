@@ -26,7 +26,7 @@ from runs_ar.generate import (
 )
 from runs_ar.score import figures, negative_log_likelihood
 
-DEFAULT_PROMPT = "def "
+DEFAULT_PROMPT = "def"  # without a space, which would be a token of its own
 LARGEST_WINDOW = 4096  # of --score, for models with a longer context than papers score with
 
 

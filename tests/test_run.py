@@ -98,7 +98,7 @@ def test_a_checkpoint_is_converted_first_and_only_once(llama, tmp_path, start):
     line = f"{folder} is not converted yet; converting it first\n"
     assert start(folder, "--max-new-tokens", 2).err.startswith(line)
     assert line not in start(folder, "--max-new-tokens", 2).err
-    assert start(folder / "converted", "--max-new-tokens", 2).out.startswith("def ")
+    assert start(folder / "converted", "--max-new-tokens", 2).out.startswith("def")
 
 
 def test_json_is_one_object_with_everything(llama, start):
@@ -144,7 +144,7 @@ def test_every_reason_to_end(llama, start, tmp_path):
     options = ("--seed", 1, "--json", "--max-new-tokens")
     whole = result_of(start(llama[1], *options, 500))
     assert whole["finish_reason"] == "context full"
-    assert len(whole["tokens"]) + len(load_tokenizer(llama[1]).encode("def ")) == MAX_SEQ_LEN
+    assert len(whole["tokens"]) + len(load_tokenizer(llama[1]).encode("def")) == MAX_SEQ_LEN
 
     stop = whole["text"][10:13]
     stopped = result_of(start(llama[1], *options, 500, "--stop", "never", "--stop", stop))
@@ -160,7 +160,7 @@ def test_every_reason_to_end(llama, start, tmp_path):
 
 
 def test_a_text_that_is_piped_in_is_the_prompt(gpt2, start, tmp_path, monkeypatch):
-    for content, prompt in [(b"class A:\n    x\n", "class A:\n    x"), (b"", "def ")]:
+    for content, prompt in [(b"class A:\n    x\n", "class A:\n    x"), (b"", "def")]:
         (tmp_path / "prompt").write_bytes(content)
         with open(tmp_path / "prompt") as file:
             monkeypatch.setattr(sys, "stdin", file)
@@ -170,7 +170,7 @@ def test_a_text_that_is_piped_in_is_the_prompt(gpt2, start, tmp_path, monkeypatc
             )
     with open(os.devnull) as file:
         monkeypatch.setattr(sys, "stdin", file)
-        assert result_of(start(gpt2[1], "--json", "--max-new-tokens", 1))["prompt"] == "def "
+        assert result_of(start(gpt2[1], "--json", "--max-new-tokens", 1))["prompt"] == "def"
 
 
 def test_other_dtypes(llama, start, monkeypatch):
@@ -347,7 +347,7 @@ def test_what_does_not_fit_is_not_loaded(llama, start, monkeypatch):
     monkeypatch.setattr(run, "available_memory", lambda device: 100_000)
     with pytest.raises(UserError, match=r"164 kB of weights .* do not fit into the 100 kB"):
         start(llama[1], "--max-new-tokens", 5)
-    with pytest.raises(UserError, match="cache for 85 tokens do not fit"):
+    with pytest.raises(UserError, match="cache for 84 tokens do not fit"):
         monkeypatch.setattr(run, "available_memory", lambda device: 170_000)
         start(llama[1], "--max-new-tokens", 80)
 
