@@ -18,7 +18,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from models import config_names, config_to_dict, create_model
+from models import config_names, config_to_dict, create_model, lay_out
 from models.utils.errors import UserError, run_main
 from models.utils.hf_config import to_hf_config
 from models.utils.hf_layout import to_hf_state
@@ -69,6 +69,7 @@ def measure(name, args, bandwidth):
     torch.manual_seed(0)
     model = create_model(name).eval().to(DTYPES[args.dtype])
     peer = transformers_twin(name, model)
+    lay_out(model)  # as load_model does
     vocab_size, room = model.config.vocab_size, model.config.max_seq_len - args.new_tokens
     prompt = torch.randint(vocab_size, (min(args.prompt_tokens, room),)).tolist()
     ours, theirs = run_zoo(model, prompt, args.new_tokens), run_transformers(peer, prompt, args.new_tokens)

@@ -102,6 +102,12 @@ def test_a_model_loads_in_eval_mode_with_its_own_dtype_and_one_tied_tensor(folde
     assert {p.dtype for p in load_model(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+def test_fp32_matrices_are_laid_out_by_columns(folder):
+    weight = load_model(folder).layers[0].attn.q_proj.weight
+    assert weight.T.is_contiguous() and not weight.is_contiguous()
+    assert load_model(folder, dtype=torch.bfloat16).layers[0].attn.q_proj.weight.is_contiguous()
+
+
 def test_shards_load_like_one_file(folder):
     whole = load_model(folder).state_dict()
     tensors = load_file(folder / "model.safetensors")
