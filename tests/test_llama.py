@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from models import build_model, config_from_dict, create_model, load_config
 from models import llama as page
 from tests.decoder_proof import DecoderProof, assert_close, random_tokens
+from tests.oracle import redraw
 
 SCALING = {
     "rope_type": "llama3",
@@ -82,6 +83,15 @@ class TestLlama(DecoderProof):
         plain = page.rope_frequencies(config_without_scaling(model.config), "cpu")
         ratio = plain / scaled
         assert (ratio == 1).any() and (ratio == 4).any() and ((ratio > 1.01) & (ratio < 3.99)).any()
+
+    def test_qwen2_has_biases_on_q_k_and_v_alone(self, tmp_path):
+        names = ("attention_bias", "mlp_bias", "rope_parameters")
+        fields = {name: value for name, value in self.base.items() if name not in names}
+        oracle = redraw(Qwen2ForCausalLM(Qwen2Config(**fields, attn_implementation="eager")))
+        model = self.zoo(oracle, tmp_path)
+        assert model.config.qkv_bias and not model.config.o_bias
+        tokens = random_tokens(model, 2, 20)
+        assert_close(model(tokens), oracle(tokens).logits)
 
     def test_attention_is_the_four_lines_of_its_docstring(self, model, monkeypatch):
         tokens = random_tokens(model, 2, 20)
