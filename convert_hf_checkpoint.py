@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from models import build_model, config_from_dict, config_to_dict
+from models import build_model, config_from_dict, config_to_dict, fill
 from models.utils.checkpoint_files import DTYPE_NAMES, Spec, open_weights, write_weights
 from models.utils.errors import UserError, run_main
-from models.utils.files import converted_folder, one_line, read_json, write_atomically
+from models.utils.files import converted_folder, one_line, read_json, read_text, write_atomically
 from models.utils.hf import LAYOUTS, PAGES, from_hf_config, from_names, generation_ids, to_hf_config
 from models.utils.hf.config import label_fields, read_labels
 from models.utils.hf.layout import Layout, layer_count, plan
@@ -37,6 +37,7 @@ from models.utils.meta_layout import META_LLAMA, MetaOptions, open_meta
 from models.utils.quantize import (
     GROUP_SIZES,
     KINDS,
+    calibrate,
     parts_of,
     plan_layers,
     quantization_of,
@@ -44,9 +45,12 @@ from models.utils.quantize import (
     spoken,
     stored_quantization,
 )
+from models.utils.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_PROBLEMS = 20
+CALIBRATION_TOKENS = 16384  # at most, of which a window goes through the model at a time
+CALIBRATION_WINDOW = 512
 
 EXAMPLES = """
 examples:
@@ -66,7 +70,7 @@ The result is checkpoints/NAME/converted/ with config.json, model.safetensors an
 def main():
     args = parse_arguments()
     dtype = DTYPES.get(args.dtype)
-    quantization = quantization_of(args.quantize, args.group_size)
+    quantization = quantization_of(args.quantize, args.group_size, args.calibrate)
     if quantization and (args.reverse or args.inspect):
         raise UserError(
             "--quantize goes with writing our form; transformers has other layouts for quantized weights, so "
@@ -81,34 +85,72 @@ def main():
     if args.inspect:
         inspect(folder, args.allow, meta, args.model)
     else:
-        print(f"wrote {convert(folder, args.out, dtype, args.allow, meta, True, args.model, quantization)}")
+        options = (dtype, args.allow, meta, True, args.model, quantization, args.calibrate)
+        print(f"wrote {convert(folder, args.out, *options)}")
 
 
-def convert(folder, out=None, dtype=None, allow=(), meta=None, progress=True, model=None, quantization=None):
+def convert(
+    folder,
+    out=None,
+    dtype=None,
+    allow=(),
+    meta=None,
+    progress=True,
+    model=None,
+    quantization=None,
+    calibration=None,
+):
     """Write the converted form of the checkpoint in `folder` and return the folder that holds it.
 
     out: where to write, if not into `folder`/converted. dtype: of the new weights, if not as stored.
     allow: unknown fields of config.json to let pass. meta: what Meta's params.json does not say.
     progress: whether to show a bar, on a terminal. model: which of ours, where more than one can be chosen.
     quantization: of the linear layers, a Quantization of models/utils/quantize.py.
+    calibration: a file of text for int4, which the whole model reads first, see whole_model.
     """
     source = open_source(folder, allow, meta, model)
     match = match_tensors(source)
     stop_if(match.problems, folder)
     model_name, config = config_from_dict(source.config, source.where)
-    ours, layers = config_to_dict(model_name, config), {}
+    windows = calibration_windows(calibration, folder, model_name, config)
+    ours, layers, products = config_to_dict(model_name, config), {}, {}
     if quantization:
         layers, notes = plan_layers(build_model(model_name, config), quantization)
         ours["quantization"] = asdict(quantization)
         print(f"{folder}: {spoken(quantization, notes)}", file=sys.stderr)
+    if windows:
+        products = calibrate(whole_model(source, match.moves), layers, windows)
     with writing(out, Path(folder) / "converted") as new:
-        write_moves(new, source.weights, match.moves, dtype, progress, layers)
+        write_moves(new, source.weights, match.moves, dtype, progress, layers, products)
         write_json(new / "config.json", ours)
         write_json(new / "generation_config.json", source.generation)
         write_json(new / "labels.json", source.labels)
         for place in dict.fromkeys((Path(folder), source.folder)):
             copy_companions(place, new)
     return Path(out or Path(folder) / "converted")
+
+
+def whole_model(source, moves):
+    """The model with the weights of the checkpoint; those that come over as they are stay mapped."""
+    model, tensors = build_model(*config_from_dict(source.config, source.where)), {}
+    for move in moves:
+        ours = move.transform([source.weights.read(name) for name in move.reads])
+        # A matrix that lies the other way round is multiplied in another order, and rounds differently.
+        tensors |= {name: tensor.contiguous() for name, tensor in zip(move.writes, ours)}
+    fill(model, tensors)
+    return model
+
+
+def calibration_windows(path, folder, model_name, config):
+    """The beginning of the text of --calibrate as (1, T) token ids, window by window; none without a path."""
+    if path is None:
+        return ()
+    if model_name in ("transformer", "vision_transformer"):
+        raise UserError(f"--calibrate: a text is not what {folder} reads, a {model_name} model; leave it out")
+    tokens = torch.tensor(load_tokenizer(folder).encode(read_text(path, "--calibrate")))
+    if tokens.max() >= config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has more than the {config.vocab_size} tokens of the model")
+    return tokens[None, :CALIBRATION_TOKENS].split(min(CALIBRATION_WINDOW, config.max_seq_len), dim=1)
 
 
 def reverse(folder, out=None, dtype=None, progress=True):
@@ -393,12 +435,12 @@ def writing(out, default):
         ) from None
 
 
-def write_moves(folder, weights, moves, dtype, progress, layers=None):
+def write_moves(folder, weights, moves, dtype, progress, layers=None, products=None):
     """Carry out the moves, one after the other, into the weight files of `folder`.
 
-    layers: those that are quantized on the way, see models/utils/quantize.py.
+    layers: those that are quantized on the way; products: what calibrates them; models/utils/quantize.py.
     """
-    layers = layers or {}
+    layers, products = layers or {}, products or {}
     files = list({entry.file: None for entry in weights.entries.values()})
 
     def dtype_of(move):
@@ -417,14 +459,15 @@ def write_moves(folder, weights, moves, dtype, progress, layers=None):
     ]
     total = sum(spec.num_bytes for spec in specs)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
-        write_weights(folder, specs, transformed(weights, moves, dtype_of, bar, layers))
+        write_weights(folder, specs, transformed(weights, moves, dtype_of, bar, layers, products))
 
 
-def transformed(weights, moves, dtype_of, bar, layers):
+def transformed(weights, moves, dtype_of, bar, layers, products):
     """The tensors to write, each made when the one before it is on disk."""
     for move in moves:
         for name, tensor in zip(move.writes, move.transform([weights.read(name) for name in move.reads])):
-            for part in quantized_parts(layers, name, cast(tensor, dtype_of(move), name)).values():
+            parts = quantized_parts(layers, name, cast(tensor, dtype_of(move), name), products)
+            for part in parts.values():
                 yield part
                 bar.update(part.nbytes)
 
@@ -482,6 +525,7 @@ def parse_arguments():
     add("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
     add("--quantize", choices=KINDS, help="the linear layers' weights; for a CPU with --dtype bfloat16")
     add("--group-size", type=int, metavar="N", help=f"of int4: {sizes}; default: 32, the most exact")
+    add("--calibrate", metavar="FILE", help="a text that tells int4 which errors count; the model reads it")
     add("--model", choices=PAGES, help="which of models/, where more than one can read the checkpoint")
     add(
         "--out",

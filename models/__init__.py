@@ -132,10 +132,11 @@ def build_model(model_name, config, device="meta"):
         return importlib.import_module(f"models.{model_name}").Model(config)
 
 
-def load_model(folder, device="cpu", dtype=None, quantization=None):
+def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
     """The model of a converted checkpoint, in eval mode, in the checkpoint's dtype unless told otherwise.
 
     quantization: of the linear layers, on the way in; a checkpoint that is stored quantized needs none.
+    windows: of a text that calibrates int4 (models/utils/calibration.py), read in the checkpoint's own dtype.
     """
     folder = converted_folder(folder)
     fields = read_json(folder / "config.json")
@@ -147,29 +148,38 @@ def load_model(folder, device="cpu", dtype=None, quantization=None):
     if stored:
         swap(model, stored)
 
-    # The model on the meta device has shapes and no memory; the tensors of the files (mapped, not copied)
-    # become its parameters. Two names of one parameter share one tensor.
-    names_of = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
+    # The model on the meta device has shapes and no memory; the tensors of the files are mapped, not copied.
     tensors = dict(read_tensors(folder))
-    problems = mismatches(names_of, tensors)
+    problems = mismatches(names_of_parameters(model), tensors)
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems[:5])}; convert the checkpoint again")
-    for old, names in names_of.items():
-        parameter = torch.nn.Parameter(tensors[names[0]], old.requires_grad)
-        for name in names:
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, parameter)
+    fill(model, tensors)
 
     # Quantized from what is mapped, a layer at a time; the rest is copied where device or dtype is another.
     if quantization:
-        quantize_layers(model, quantization, device, dtype)
+        quantize_layers(model, quantization, device, dtype, windows)
     model.to(device=device, dtype=dtype)
     prepare(model)
     if hasattr(model, "new_cache"):
         lay_out(model)
     return model.eval()
+
+
+def names_of_parameters(model):
+    """{parameter: its names}; a tied one has several."""
+    names_of = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(parameter, []).append(name)
+    return names_of
+
+
+def fill(model, tensors):
+    """Make tensors the parameters of a model, by a parameter's first name; all its names share one."""
+    for old, names in names_of_parameters(model).items():
+        parameter = torch.nn.Parameter(tensors[names[0]], old.requires_grad)
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(module), attribute, parameter)
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import json
 import os
 import stat
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from models.utils.errors import UserError
+from models.utils.files import decode_utf8, read_text
 from models.utils.machine import Stopwatch
 from models.utils.sampling import seeded_generators
 from runs_ar.chat import FIRST_SLOTS, Conversation, require_template
@@ -158,13 +158,6 @@ def is_piped(stream):
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-def decode_utf8(content, where):
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: no UTF-8 text (byte {error.start}); is it a binary file?") from None
-
-
 # Chat -------------------------------------------------------------------------------------------------------
 
 
@@ -215,8 +208,8 @@ def ask():
 
 def score(args, config, tokenizer, load):
     window, stride = window_and_stride(args, config)
-    content = text_file(args.score)
-    token_ids = tokenizer.encode(decode_utf8(content, args.score))
+    text = read_text(args.score, "--score")
+    token_ids = tokenizer.encode(text)
     if len(token_ids) < 2:
         raise UserError(f"{args.score}: one token only; the first is not counted, so that none is left")
     check_vocabulary(config, token_ids)
@@ -224,7 +217,7 @@ def score(args, config, tokenizer, load):
     with tqdm(total=len(token_ids) - 1, unit=" tokens", desc=args.score) as bar:
         nats, num_tokens = negative_log_likelihood(model, token_ids, window, stride, bar.update)
 
-    result = figures(nats, num_tokens, len(content)) | {"window": window, "stride": stride}
+    result = figures(nats, num_tokens, len(text.encode())) | {"window": window, "stride": stride}
     result["bos"] = token_ids[0] == tokenizer.bos_id
     if args.json:
         print(json.dumps(result))
@@ -249,16 +242,3 @@ def window_and_stride(args, config):
     if not 1 <= stride <= window:
         raise UserError(f"--stride is {stride}; give 1 to {window}, the window")
     return window, stride
-
-
-def text_file(path):
-    """The bytes of a text."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); --score takes a text file") from None
-    if not content:
-        raise UserError(f"{path}: is empty; --score takes a text file")
-    if b"\0" in content:
-        raise UserError(f"{path}: is a binary file; --score takes a text file")
-    return content

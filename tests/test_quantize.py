@@ -1,7 +1,9 @@
 """The proof of models/utils/quantize.py: the arithmetic, torch's kernels, every model, disk and memory."""
 
+import argparse
 import gc
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,19 +14,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import convert_hf_checkpoint
 import run
-from convert_hf_checkpoint import convert, reverse
+from convert_hf_checkpoint import calibration_windows, convert, reverse
 from models import build_model, config_from_dict, load_model
 from models.transformer_lm import Linear
-from models.utils import quantize
+from models.utils import calibration, quantize
+from models.utils.calibration import input_products
 from models.utils.errors import UserError
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
 from models.utils.tokenizer import load_tokenizer
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
+from runs_train.text_data import is_held_out
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints"
 SAMPLE = ROOT / "tests" / "data" / "held_out_python.txt"
 INT8, INT4 = Quantization("int8"), Quantization("int4", 32)
+# A text of the kind that the tiny models know, and none of those that they are measured on.
+TEXT = Path(argparse.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +141,99 @@ def test_the_search_beats_rounding_to_nearest_in_every_group(size, dtype):
     searched = quantize.squared_error(groups, *quantize.search_int4(groups, dtype))
     assert (searched <= nearest).all()
     assert searched.sum() <= 0.9 * nearest.sum()
+
+
+# Calibration ------------------------------------------------------------------------------------------------
+
+
+def moving_together(num_rows, K, seed=3):
+    """Inputs of different sizes that depend on each other, as those of real layers do."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, K // 4, generator=generator) @ torch.randn(K // 4, K, generator=generator)
+    return (x + torch.randn(num_rows, K, generator=generator)) * torch.rand(K, generator=generator)
+
+
+def products_of(linear, x):
+    """X^T X in blocks, as the layer sees its inputs, in two pieces."""
+    return input_products(torch.nn.Sequential(linear), ["0"], x.split(70))["0"]
+
+
+def calibrated(weight, size, products):
+    shares = [quantize.error_shares(product) for product in products]
+    return quantize.quantize_int4(weight, size, partial(quantize.calibrated_int4, shares=shares))
+
+
+def plain_calibrated(weight, x, scale, zero):
+    """Column by column, all weights that are not yet rounded solved for anew: nothing of Cholesky."""
+    K, weight = x.shape[1], weight.double()
+    product = x.double().T @ x.double()
+    product += 0.01 * product.diagonal().mean() * torch.eye(K)
+    again, moved = weight.clone(), weight.clone()
+    for j in range(K):
+        code = ((moved[:, j] - zero) / scale + 8).round().clamp(0, 15)
+        again[:, j] = (code - 8) * scale + zero
+        done, left = slice(0, j + 1), slice(j + 1, K)
+        error = again[:, done] - weight[:, done]
+        change = torch.linalg.solve(product[left, left], product[left, done] @ error.T).T
+        moved[:, left] = weight[:, left] - change
+    return again
+
+
+def test_calibrated_weights_are_those_of_least_squares():
+    weight, x = weights(24, 32), moving_together(140, 32)
+    packed, scale_zero = calibrated(weight, 32, products_of(linear(8, 32), x))
+    scale, zero = scale_zero[0].double().T
+    expected = plain_calibrated(weight, x, scale, zero)
+    again = quantize.dequantize_int4(packed, scale_zero)
+    assert (again - expected).abs().max() <= 1e-5 * scale.max()
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_calibration_brings_the_outputs_closer_than_the_search(size):
+    """On the inputs of the text, and on others that move together in the same way."""
+    weight, x = weights(64, 256), moving_together(4000, 256)
+    best = calibrated(weight, size, products_of(linear(8, 256), x[:2000]))
+    searched = quantize.quantize_int4(weight, size)
+    for part in x.split(2000):
+        expected = F.linear(part, weight)
+        errors = [
+            relative_error(F.linear(part, quantize.dequantize_int4(*quantized)), expected)
+            for quantized in (best, searched)
+        ]
+        assert errors[0] < 0.6 * errors[1]
+
+
+def test_products_of_inputs_in_blocks(monkeypatch):
+    monkeypatch.setattr(calibration, "BLOCK", 128)
+    x = moving_together(140, 320)
+    layer = linear(8, 320)
+    products = products_of(layer, x)
+    assert [tuple(product.shape) for product in products] == [(128, 128), (128, 128), (64, 64)]
+    for n, product in enumerate(products):
+        block = x[:, 128 * n : 128 * (n + 1)]
+        assert relative_error(product, block.T @ block) < 1e-5
+    assert not layer._forward_pre_hooks
+    packed, scale_zero = calibrated(layer.weight, 64, products)
+    assert packed.shape == (8, 160) and scale_zero.shape == (5, 8, 2)
+    # No block changes what another becomes.
+    shares = [quantize.error_shares(products[1])]
+    second = quantize.quantize_int4(
+        layer.weight[:, 128:256], 64, partial(quantize.calibrated_int4, shares=shares)
+    )
+    assert torch.equal(second[0], packed[:, 64:128])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20])
+def test_inputs_that_never_move_leave_the_search(scale):
+    weight = weights(16, 64)
+    packed, scale_zero = calibrated(weight, 32, products_of(linear(8, 64), torch.full((9, 64), scale)))
+    expected = quantize.quantize_int4(weight, 32)
+    assert torch.equal(packed, expected[0]) and torch.equal(scale_zero, expected[1])
+
+
+def test_inputs_that_overflow_are_an_error():
+    with pytest.raises(UserError, match="inputs of 0 overflow"):
+        products_of(linear(8, 64), torch.full((9, 64), torch.inf))
 
 
 # torch's kernels --------------------------------------------------------------------------------------------
@@ -295,6 +394,42 @@ def test_the_search_beats_rounding_to_nearest_in_the_logits(kind, fresh, sample,
     assert searched < 0.96 * error() < 0.1
 
 
+def windows_of(kind, folder, path=TEXT):
+    _, config = config_from_dict(json.loads((folder / kind / "config.json").read_text()), kind)
+    return calibration_windows(path, folder / kind, kind, config)
+
+
+@pytest.mark.parametrize("kind, num_windows", [("llama", None), ("gpt2", 20)])
+def test_calibration_beats_the_search_and_rounding_to_nearest(kind, num_windows, fresh, sample, monkeypatch):
+    assert not is_held_out(TEXT.name)
+    tokens = torch.tensor(sample[0][:1536]).long().view(3, 512)
+    full = load_model(fresh / kind, dtype=torch.float32)(tokens)
+
+    def measured(**options):
+        model = load_model(fresh / kind, dtype=torch.float32, quantization=INT4, **options)
+        error = (model(tokens) - full).square().mean().sqrt() / full.std()
+        return error, bits_per_byte(model, *sample, context=512, stride=512, max_windows=num_windows)
+
+    error, bits = measured(windows=windows_of(kind, fresh))
+    error_of_search, _ = measured()
+    monkeypatch.setattr(quantize.quantize_int4, "__defaults__", (quantize.rtn_int4,))
+    _, bits_of_rtn = measured()
+    assert error < 0.85 * error_of_search
+    assert bits < bits_of_rtn - 0.0005
+
+
+def test_a_bert_is_calibrated_by_the_text_that_it_reads(fresh):
+    # A window of the text itself: that all layers improve shows there as well as elsewhere.
+    tokens = windows_of("bert", fresh)[-2]
+    full = load_model(fresh / "bert", dtype=torch.float32)(tokens)
+
+    def error(**options):
+        model = load_model(fresh / "bert", dtype=torch.float32, quantization=INT4, **options)
+        return (model(tokens) - full).square().mean()
+
+    assert error(windows=windows_of("bert", fresh)) < 0.85 * error()
+
+
 # Disk -------------------------------------------------------------------------------------------------------
 
 
@@ -317,6 +452,25 @@ def test_from_disk_it_is_what_quantizing_on_loading_makes(quantization, tmp_path
     )
     assert all(torch.equal(file[f"{layer}.{part}"], tensor) for part, tensor in expected.items())
     assert "lm_head.weight" not in file
+
+
+@pytest.mark.parametrize("name", ["tiny-gpt2-python", "tiny-llama-python-draft"])
+def test_calibrated_on_disk_it_is_what_calibrating_on_loading_makes(name, fresh, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_hf_checkpoint, "CALIBRATION_TOKENS", 2048)
+    words = ["--quantize", "int4", "--calibrate", str(TEXT), "--out", str(tmp_path / "small")]
+    monkeypatch.setattr("sys.argv", ["convert", str(TINY / name), *words])
+    convert_hf_checkpoint.main()
+    kind = "gpt2" if "gpt2" in name else "llama"
+    from_disk = load_model(tmp_path / "small").state_dict()
+    windows = windows_of(kind, fresh)
+    on_loading = load_model(fresh / kind, quantization=INT4, windows=windows).state_dict()
+    without = load_model(fresh / kind, quantization=INT4).state_dict()
+    assert from_disk.keys() == on_loading.keys()
+    assert all(torch.equal(tensor, on_loading[name]) for name, tensor in from_disk.items())
+    changed = [name for name, tensor in from_disk.items() if not torch.equal(tensor, without[name])]
+    assert len([name for name in changed if name.endswith("weight")]) == sum(
+        "scale_zero" in n for n in without
+    )
 
 
 class LargestFloat(TorchDispatchMode):
@@ -384,9 +538,58 @@ def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
     assert f"{sum(p.nbytes for p in model.parameters()) / 1e6:.3g} MB of weights" in output.err
 
 
+def test_run_calibrates_target_and_draft_on_loading(fresh, capsys, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(run, "load_model", lambda *args: loaded.append(args) or load_model(*args))
+    folder, options = str(fresh / "llama"), ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5"]
+    words = ["--checkpoint", folder, "--draft", folder, "--quantize", "int4", "--calibrate", str(TEXT)]
+    run.main([*words, *options])
+    assert capsys.readouterr().out.startswith("def f(")
+    expected = windows_of("llama", fresh)
+    assert [window.shape for window in expected] == [(1, 512)] * 32
+    for _, _, _, quantization, windows in loaded:
+        assert quantization == INT4 and all(map(torch.equal, windows, expected))
+    assert len(loaded) == 2
+
+
+@pytest.mark.parametrize("main", ["run", "convert"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, r"text: cannot be read \(No such file or directory\); --calibrate takes a text file"),
+        (b"", "text: is empty; --calibrate takes a text file"),
+        (b"a\0b", "text: is a binary file; --calibrate takes a text file"),
+        (b"\xff\xfe", "text: no UTF-8 text"),
+    ],
+)
+def test_a_calibration_text_that_is_none(content, message, main, fresh, tmp_path, monkeypatch):
+    path, out = tmp_path / "text", tmp_path / "out"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded before the text was read"))
+    words = ["--quantize", "int4", "--calibrate", str(path)]
+    with pytest.raises(UserError, match=message):
+        if main == "run":
+            run.main(["--checkpoint", str(fresh / "llama"), *words])
+        monkeypatch.setattr(
+            "sys.argv", ["convert", str(TINY / "tiny-gpt2-python"), "--out", str(out), *words]
+        )
+        convert_hf_checkpoint.main()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-vit-digits", "tiny-transformer-dates"])
+def test_models_that_read_no_single_text_are_not_calibrated(name, tmp_path):
+    with pytest.raises(UserError, match=f"--calibrate: a text is not what .*{name} reads"):
+        convert(TINY / name, out=tmp_path / "out", progress=False, quantization=INT4, calibration=TEXT)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
+        (["--calibrate", "x"], "--calibrate goes with --quantize int4"),
+        (["--quantize", "int8", "--calibrate", "x"], "--calibrate goes with --quantize int4"),
         (["--group-size", "32"], "--group-size goes with --quantize int4"),
         (["--quantize", "int8", "--group-size", "32"], "a group size goes with int4"),
         (["--quantize", "int4", "--group-size", "48"], "no groups of 48; give one of: 32, 64, 128"),

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: reading JSON with clear errors, writing beside and renaming."""
+"""Files that are whole or not there: reading with clear errors, writing beside and renaming."""
 
 import json
 import os
@@ -21,6 +21,26 @@ def read_json(path):
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__} where an object was expected")
     return content
+
+
+def read_text(path, option):
+    """The text of the file that a command line's option names, exactly as it stands there, in UTF-8."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {option} takes a text file") from None
+    if not content:
+        raise UserError(f"{path}: is empty; {option} takes a text file")
+    if b"\0" in content:
+        raise UserError(f"{path}: is a binary file; {option} takes a text file")
+    return decode_utf8(content, path)
+
+
+def decode_utf8(content, where):
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: no UTF-8 text (byte {error.start}); is it a binary file?") from None
 
 
 def one_line(error):
