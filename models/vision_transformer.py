@@ -86,7 +86,8 @@ class Model(nn.Module):
         h, w = images.shape[2] // p, images.shape[3] // p
 
         # Windows that do not overlap; what is left over at the right and at the bottom is not seen.
-        patches = F.unfold(images, kernel_size=p, stride=p).mT  # (B, P, C * p * p)
+        windows = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, h, w, p, p)
+        patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, P, C * p * p)
         x = self.patch_embed(patches)  # (B, P, D)
         class_token = self.class_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([class_token, x], dim=1)  # (B, T, D)
