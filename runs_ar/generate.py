@@ -1,10 +1,10 @@
 """Generation: fill the cache with the prompt, then pick a token, append it, feed it, and so on.
 
-    prompts --prefill--> cache, hidden --lm_head, pick--> one token per row --model--> hidden --> ...
+    prompts --prefill--> cache, logits --pick--> one token per row --model--> logits --> ...
 
-The prompt goes through the model once, all its tokens together. After that each step feeds one token per
-row: the cache holds the keys and values of everything before it. lm_head, the largest matrix of a small
-model, is applied only where a token is picked.
+The prompt goes through the model once, all its tokens together; lm_head, the largest matrix of a small
+model, is applied only to the last of them. After that each step feeds one token per row: the cache holds
+the keys and values of everything before it.
 
 `generate` knows token ids and no text; `TextStream` makes its tokens into text that can be shown at once.
 Any decoder of the zoo runs on this page. Proof: tests/test_generate.py.
@@ -45,17 +45,17 @@ def generate(
     cache = model.new_cache(len(prompts), num_slots) if cache is None else cache
     finished = [False] * len(prompts) if finished is None else finished
 
-    hidden = prefill(model, prompts, cache, num_cached)
-    positions = torch.tensor([[len(prompt)] for prompt in prompts], device=hidden.device)
+    logits = model.lm_head(prefill(model, prompts, cache, num_cached))
+    positions = torch.tensor([[len(prompt)] for prompt in prompts], device=logits.device)
     for step in range(1, max(room) + 1):
-        tokens = pick(model.lm_head(hidden), sampling, generators)
+        tokens = pick(logits, sampling, generators)
         new = [None if finished[row] else token for row, token in enumerate(tokens.tolist())]
         for row, token in enumerate(new):
             finished[row] = finished[row] or token in eos_ids or step == room[row]
         yield new
         if all(finished):
             return
-        hidden = model.hidden(tokens[:, None], positions, cache)[:, -1]
+        logits = model(tokens[:, None], positions, cache)[:, -1]
         # A row that ended goes on in silence, as long as others do, and must stay inside the cache.
         positions = (positions + 1).clamp(max=num_slots - 1)
 

@@ -202,7 +202,7 @@ class ModelDrafter:
 
     def logits(self, tokens, positions):
         """For the token that follows the last of `tokens`: (B, V)."""
-        return self.model.lm_head(self.model.hidden(tokens, positions, self.cache)[:, -1])
+        return self.model(tokens, positions, self.cache)[:, -1]
 
     def draft(self, texts, num_tokens, sampling, u):
         # The first step feeds the last two tokens: where the round before accepted everything, the one

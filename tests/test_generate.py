@@ -83,7 +83,7 @@ def test_a_long_prompt_in_chunks_equals_the_oracle(trio, monkeypatch):
 
 
 def test_no_chunk_attends_through_a_mask_longer_than_itself(trio, monkeypatch):
-    """The shapes that model.hidden is called with: the first chunk without positions, the rest with."""
+    """What the layers are called with: the first chunk without positions, the rest with."""
     calls = []
 
     class Recorder:
@@ -92,6 +92,9 @@ def test_no_chunk_attends_through_a_mask_longer_than_itself(trio, monkeypatch):
         def hidden(self, tokens, positions=None, cache=None):
             calls.append((tokens.shape[1], None if positions is None else positions[0].tolist()))
             return trio[1].hidden(tokens, positions, cache)
+
+        def __call__(self, *inputs):
+            return self.lm_head(self.hidden(*inputs))
 
     monkeypatch.setattr(page, "PREFILL_CHUNK", 8)
     alone(Recorder(), [1, *range(3, 22)], 3)
@@ -162,7 +165,7 @@ def test_the_head_sees_only_the_tokens_that_are_picked(model):
         list(generate(model, PROMPTS, 3))
     finally:
         handle.remove()
-    assert shapes == [(3, 32)] * 3
+    assert shapes == [(3, 32), (3, 1, 32), (3, 1, 32)]
 
 
 @pytest.mark.parametrize(
