@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from models.utils.variants import GROUPS, VARIANTS, Group
 from tests.copies import (
-    GROUPS,
-    VARIANTS,
     CarryError,
-    Group,
     carry,
     definitions,
     problems,

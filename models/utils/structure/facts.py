@@ -1,0 +1,170 @@
+"""What a model costs: memory, work, and the time that its memory allows, box by box and in all.
+
+Work is counted in FLOPs, two for a multiplication and its addition, of matrix products, convolutions and
+attention (flops.py). What depends on the call is kept as terms: [[16384, "B*T*S"], [33554432, "B*T"]] is the
+sum 16384 B T S + 33554432 B T, which anyone can evaluate for other sizes, a page in its browser too:
+
+    prefill           B rows of T tokens, which attend to each other: S = T
+    a decoded token   T = 1, attending to the S slots of the cache that are filled
+    a source          N tokens, in an encoder-decoder
+
+Weights in int8 and int4 take what models/utils/quantize.py makes of them (int4 in groups of 32), and what it
+leaves alone is in bf16; so are activations and the cache.
+"""
+
+import math
+from dataclasses import asdict
+
+import torch
+
+from models.utils.quantize import Quantization, parts_of, plan_layers
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUANTIZED = {"int8": Quantization("int8"), "int4": Quantization("int4", 32)}
+DTYPES = (*FLOATS, *QUANTIZED)
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "int8": 2, "int4": 2}  # of an activation, or of a number in the cache
+MEMORIES = (8, 16, 24, 80)  # GB (10^9 bytes) that people have
+
+
+def stored_bytes(model):
+    """{parameter: {"fp32": bytes, ...}} of a model on the meta device."""
+    plans = {dtype: plan_layers(model, quantization)[0] for dtype, quantization in QUANTIZED.items()}
+    sizes = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape = tuple(parameter.shape)
+        sizes[name] = {dtype: parameter.numel() * kind.itemsize for dtype, kind in FLOATS.items()}
+        for dtype, plan in plans.items():
+            parts = parts_of(plan, name, shape, torch.bfloat16).values()
+            sizes[name][dtype] = sum(math.prod(part) * kind.itemsize for part, kind in parts)
+    return sizes
+
+
+def describe(name, model_name, config, box):
+    """What a picture, a page or a table says of a model besides its boxes; plain data.
+
+    facts: of each box by its id, see facts_of. read: bytes of weights that one decoded token reads, by dtype.
+    """
+    facts = {}
+    facts_of(box, 1, facts)
+    config = {"model": model_name, **asdict(config)}
+    return {"name": name, "model": model_name, "config": config, "facts": facts, "read": read_by_a_step(box)}
+
+
+def facts_of(box, around, facts):
+    """The facts of a box and of all in it, into `facts`; around: how often what it stands in stands there.
+
+    Of one member, with all that it holds: parameters, bytes by dtype, flops of the whole call, decode where a
+    decoded token needs other terms, activation (the numbers of all results, in inference never kept at once),
+    cache (numbers that it keeps). repeat: how many of it the whole model has.
+    """
+    children = [(child, facts_of(child, around * box.repeat, facts)) for child in box.children]
+    own = {
+        "flops": box.flops,
+        "decode": () if box.once else box.flops,
+        "activation": [product_of(box.output.numbers)] if computes(box) else [],
+        "cache": box.kept,
+    }
+    fact = {
+        name: add([terms] + [scaled(inner[name], child.repeat) for child, inner in children])
+        for name, terms in own.items()
+    }
+    fact["bytes"] = {
+        dtype: box.bytes.get(dtype, 0)
+        + sum(inner["bytes"][dtype] * child.repeat for child, inner in children)
+        for dtype in DTYPES
+    }
+    facts[box.id] = {"parameters": box.parameters, "repeat": around * box.repeat, **fact}
+    return facts[box.id]
+
+
+def computes(box):
+    """Whether a box has a result of its own; a table of positions has the same for every call."""
+    return box.output and not box.children and any(isinstance(number, str) for number in box.output.numbers)
+
+
+def read_by_a_step(box):
+    """{dtype: bytes} of the weights that a decoded token takes from memory.
+
+    That is all of them, but for what runs once for a source, and for tables, of which it takes a few rows
+    (unless a head is tied to them, which takes them all).
+    """
+    tied = {each.tied_to for each, _ in walk(box)}
+    total = dict.fromkeys(DTYPES, 0)
+    for each, repeat in walk(box):
+        table = each.role in ("embedding", "position") and not each.flops and each.id not in tied
+        if not table and not each.once:
+            total = {dtype: total[dtype] + repeat * each.bytes.get(dtype, 0) for dtype in DTYPES}
+    return total
+
+
+def walk(box, around=1):
+    """(box, how often it stands in the model) of a box and all boxes in it."""
+    yield box, around * box.repeat
+    for child in box.children:
+        yield from walk(child, around * box.repeat)
+
+
+# Terms ------------------------------------------------------------------------------------------------------
+
+
+def product_of(numbers):
+    """The term [4096, "B*T"] of a shape ("B", "T", 4096)."""
+    coefficient, letters = 1, []
+    for number in numbers:
+        product, _, divisor = str(number).partition("/")
+        for factor in product.split("*"):
+            if factor.isalpha():
+                letters.append(factor)
+            else:
+                coefficient *= int(factor)
+        coefficient = coefficient / int(divisor) if divisor else coefficient
+    return [coefficient, "*".join(letters)]
+
+
+def add(lists):
+    """Terms of several lists, those in the same letters summed up."""
+    total = {}
+    for coefficient, letters in (term for terms in lists for term in terms):
+        total[letters] = total.get(letters, 0) + coefficient
+    return [[coefficient, letters] for letters, coefficient in total.items()]
+
+
+def scaled(terms, factor):
+    return [[coefficient * factor, letters] for coefficient, letters in terms]
+
+
+def evaluate(terms, **sizes):
+    """Terms as a number: evaluate(flops, B=1, T=512, S=512)."""
+    return sum(
+        coefficient * math.prod(sizes[letter] for letter in letters.split("*") if letter)
+        for coefficient, letters in terms
+    )
+
+
+# The whole model --------------------------------------------------------------------------------------------
+
+
+def totals(info, dtype="bf16", batch=1, prompt=1024, cached=1024, source=1024, bandwidth=100):
+    """The numbers of a model in use, in bytes and FLOPs; bandwidth in GB (10^9 bytes) a second.
+
+    cached: tokens that a decoded one attends to, itself among them.
+    """
+    root = info["facts"]["model"]
+    keys = {"B": batch, "S": cached, "N": source}
+    cache = evaluate(root["cache"], **keys) * ELEMENT_BYTES[dtype]
+    grown = evaluate(root["cache"], **{**keys, "S": cached + 1}) * ELEMENT_BYTES[dtype]
+    weights = root["bytes"][dtype]
+    prefill = evaluate(root["flops"], T=prompt, **{**keys, "S": prompt})
+    step = evaluate(root["decode"], T=1, **keys)
+    read = info["read"][dtype] + cache
+    return {
+        "weights": weights,
+        "cache": cache,
+        "cache_per_token": (grown - cache) // batch,
+        "prefill_flops": prefill,
+        "step_flops": step,
+        "prefill_intensity": prefill / weights,
+        "step_intensity": step / read,
+        "tokens_per_second": batch * bandwidth * 1e9 / read,
+        "fits": {memory: weights + cache <= memory * 1e9 for memory in MEMORIES},
+    }

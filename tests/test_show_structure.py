@@ -1,0 +1,150 @@
+"""show_structure.py at the command line: what it prints and writes, and what it says to a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import show_structure
+from models import MODEL_NAMES, config_names
+from models.utils.errors import UserError
+
+PROJECT = Path(__file__).parents[1]
+
+
+def printed(capsys, *options):
+    show_structure.main([str(option) for option in options])
+    return capsys.readouterr().out
+
+
+def test_without_a_name_everything_is_listed(capsys):
+    text = printed(capsys)
+    for name in [*config_names(), *MODEL_NAMES, "checkpoints/tiny-llama-python"]:
+        assert name in text
+
+
+def test_table(capsys):
+    text = printed(capsys, "llama-3-8b", "--table")
+    assert text.isascii() or "→" in text
+    row = next(line for line in text.splitlines() if "gate_proj" in line)
+    assert (
+        " ".join(row.split()) == "gate_proj 4,096 → 14,336 (B, T, 14336) 1,879,048,192 3.76 GB 3.85 T 3.76 G"
+    )
+    assert "Layer x 32" in text and "8,030,261,248" in text
+
+
+def test_table_of_other_sizes(capsys):
+    text = printed(capsys, "llama-3-8b", "--table", "--batch", 4, "--length", 2048, "--bandwidth", 3350)
+    assert "FLOPs of 2,048 tokens" in text
+    assert "cache of 4 x 2,048" in text
+    assert "tokens/s at 3350 GB/s" in text
+
+
+def test_json(capsys):
+    said = json.loads(printed(capsys, "tiny-gpt2-python", "--json"))
+    assert said["model"] == "gpt2" and said["config"]["d_model"] == 192
+    structure = said["structure"]
+    assert structure["parameters"] == said["facts"]["model"]["parameters"]
+    layer = next(child for child in structure["children"] if child["repeat"] == 5)
+    assert [child["label"] for child in layer["children"]].count("add") == 2
+
+
+def test_other_values_in_the_config(capsys):
+    text = printed(capsys, "gpt2", "--set", "num_layers=3", "--set", "d_ff=100", "--table")
+    assert "Layer x 3" in text and "768 → 100" in text
+
+
+@pytest.mark.parametrize("name", ["checkpoints/tiny-bert-python", "tiny-bert-python"])
+def test_a_checkpoint_is_what_its_config_is(capsys, name):
+    """A folder in Hugging Face's layout, which need not be converted for this."""
+    folder = PROJECT / name if "/" in name else name
+    said = json.loads(printed(capsys, folder, "--json"))
+    assert (said["name"], said["model"], said["config"]["d_model"]) == ("tiny-bert-python", "bert", 256)
+
+
+def test_a_config_file(capsys, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text((PROJECT / "configs/tiny-gpt2-python.json").read_text())
+    assert json.loads(printed(capsys, path, "--json"))["name"] == "mine"
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_pictures(capsys, tmp_path, dark):
+    printed(capsys, "tiny-llama-python", "--out", tmp_path / "small.v1.png", *["--dark"] * dark)
+    stem = "small.v1-dark" if dark else "small.v1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{stem}.png", f"{stem}.svg"]
+    image = Image.open(tmp_path / f"{stem}.png").convert("L")
+    assert image.width > 500 and (image.getpixel((5, 5)) < 100) == dark
+    assert (tmp_path / f"{stem}.svg").read_text().lstrip().startswith(("<?xml", "<svg"))
+
+
+def test_a_page(capsys, tmp_path):
+    text = printed(capsys, "tiny-llama-python", "--html", "--out", tmp_path / "small.html")
+    assert str(tmp_path / "small.html") in text
+    assert "<!doctype html>" in (tmp_path / "small.html").read_text().lower()
+
+
+@pytest.mark.parametrize("options", [[], ["--html"]])
+def test_two_models(capsys, tmp_path, options):
+    ending = "html" if options else "png"
+    printed(
+        capsys,
+        "--compare",
+        "tiny-gpt2-python",
+        "tiny-llama-python",
+        "--out",
+        tmp_path / f"two.{ending}",
+        *options,
+    )
+    assert (tmp_path / f"two.{ending}").stat().st_size > 1000
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["lama-3-8b"], "no model named 'lama-3-8b'.*did you mean 'llama-3-8b'"),
+        (["checkpoints/tiny-lama-python"], "did you mean '.*tiny-llama-python'"),
+        (["llama"], "llama comes in sizes; give one of them: .*llama-3-8b"),
+        (["gpt2", "--set", "d_modl=3"], "unknown field 'd_modl'; did you mean 'd_model'"),
+        (["gpt2", "--set", "d_model=wide"], "field 'd_model' is 'wide', where a positive int is expected"),
+        (["gpt2", "--set", "num_heads=5"], "config 'gpt2': num_heads must divide d_model"),
+        (["gpt2", "--set", "num_heads"], "write it as field=value"),
+        (["--set", "d_model=3"], "--set goes with NAME"),
+        (["gpt2", "--all"], "NAME, --all and --compare exclude each other"),
+        (["--all", "--table"], "--all draws pictures"),
+        (["--compare", "gpt2", "llama-3-8b", "--json"], "leave out --table and --json"),
+        (["--compare", "gpt2", "lama-3-8b"], "did you mean 'llama-3-8b'"),
+        (["--table"], "say which model"),
+        (["gpt2", "--table", "--length", "0"], "--length is 0; give more than 0"),
+        (["gpt2", "--table", "--json"], "not allowed with"),
+        (["gpt2", "--tabel"], "unrecognized arguments: --tabel; see: python show_structure.py --help"),
+    ],
+)
+def test_a_mistake_is_one_line(options, message):
+    with pytest.raises(UserError, match=message) as error:
+        show_structure.main(options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_that_the_model_refuses(tmp_path):
+    path = tmp_path / "config.json"
+    fields = json.loads((PROJECT / "configs/tiny-gpt2-python.json").read_text())
+    path.write_text(json.dumps({**fields, "n_embd": 3}))
+    with pytest.raises(UserError, match="config.json: unknown field 'n_embd'"):
+        show_structure.main([str(tmp_path)])
+
+
+def test_a_closed_pipe_is_no_error():
+    """python show_structure.py NAME --json | head -c 100"""
+    command = [sys.executable, "show_structure.py", "tiny-gpt2-python", "--json"]
+    process = subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(100)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 141)

@@ -1,0 +1,221 @@
+"""What show_structure.py says a model costs, against what it costs: counted, stored, kept."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import build_model, config_from_dict, config_to_dict, load_config
+from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
+from models.utils.structure.capture import capture
+from models.utils.structure.facts import (
+    DTYPES,
+    add,
+    describe,
+    evaluate,
+    product_of,
+    scaled,
+    totals,
+    walk,
+)
+from models.utils.structure.table import table
+
+SUBJECTS = {
+    "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),
+    "gpt2": ("tiny-gpt2-python", {}),
+    "gpt_neox": ("tiny-neox-python", {}),
+    "transformer_lm": ("transformer-lm-15m", {"num_layers": 2, "vocab_size": 512}),
+    "bert": ("tiny-bert-python", {"head": "pretraining", "pooler": True}),
+    "vision_transformer": ("tiny-vit-digits", {}),
+    "transformer": ("tiny-transformer-dates", {}),
+    "transformer-short-memory": ("tiny-transformer-dates", {"cross_downsample": 3}),
+}
+B, T, S, N = 2, 5, 11, 12
+QUANTIZED = {"int8": Quantization("int8"), "int4": Quantization("int4", 32)}
+every = pytest.mark.parametrize("name", SUBJECTS)
+
+
+def subject(name):
+    config, changes = SUBJECTS[name]
+    return config_from_dict({**config_to_dict(*load_config(config)), **changes}, name)
+
+
+@cache
+def captured(name):
+    box = capture(*subject(name))
+    return box, describe(name, *subject(name), box)
+
+
+@cache
+def real(name):
+    return build_model(*subject(name), device="cpu").eval()
+
+
+# FLOPs ------------------------------------------------------------------------------------------------------
+
+
+def counted(call):
+    """FLOPs by torch's own counter, with attention as the matrix products that it stands for."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def ids(*shape):
+    return torch.ones(shape, dtype=torch.long)
+
+
+@every
+def test_flops_of_a_call(name):
+    """As many as torch counts: a prompt into a cache, a whole pass, a picture."""
+    model, flops = real(name), captured(name)[1]["facts"]["model"]["flops"]
+    positions = torch.arange(T).expand(B, T)
+    if hasattr(model, "encode"):
+
+        def call():
+            model.decode(ids(B, T), positions, model.new_cache(model.encode(ids(B, N)), S))
+    elif hasattr(model, "new_cache"):
+
+        def call():
+            model(ids(B, T), positions, model.new_cache(B, S))
+    elif name == "vision_transformer":
+
+        def call():
+            model(torch.zeros(B, 1, 8, 8))
+    else:
+
+        def call():
+            model(ids(B, T))
+
+    assert evaluate(flops, B=B, T=T, S=S, N=N) == counted(call)
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if hasattr(real(name), "new_cache")])
+def test_flops_of_a_decoded_token(name):
+    model, decode = real(name), captured(name)[1]["facts"]["model"]["decode"]
+    position = torch.full((B, 1), S - 1)
+    if hasattr(model, "encode"):
+        cache = model.new_cache(model.encode(ids(B, N)), S)
+        flops = counted(lambda: model.decode(ids(B, 1), position, cache))
+    else:
+        flops = counted(lambda: model(ids(B, 1), position, model.new_cache(B, S)))
+    assert evaluate(decode, B=B, T=1, S=S, N=N) == flops
+
+
+def test_attention_by_hand():
+    """Each of H heads multiplies T queries with S keys of d, and as many probabilities with values."""
+    box = next(box for box, _ in walk(captured("llama")[0]) if box.label == "attention")
+    assert evaluate(box.flops, B=B, T=T, S=S) == 2 * (2 * B * 8 * T * S * 32)
+
+
+@every
+def test_boxes_add_up(name):
+    """What the whole model takes is the sum of the closed boxes, each as often as it stands there."""
+    root, info = captured(name)
+    for fact in ("flops", "decode", "cache", "activation"):
+        parts = [scaled(info["facts"][box.id][fact], n) for box, n in walk(root) if not box.children]
+        summed = {letters: pytest.approx(number) for number, letters in add(parts)}
+        assert summed == {letters: number for number, letters in info["facts"]["model"][fact]}
+    for dtype in DTYPES:
+        parts = [info["facts"][box.id]["bytes"][dtype] * n for box, n in walk(root) if not box.children]
+        assert sum(parts) == info["facts"]["model"]["bytes"][dtype]
+
+
+# Bytes ------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_are_what_the_parameters_take(name, dtype):
+    """Of a real model with real weights, quantized where the dtype says so."""
+    model = build_model(*subject(name), device="cpu")
+    model.init_weights()
+    model.to(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    if dtype in QUANTIZED:
+        quantize_layers(model, QUANTIZED[dtype])
+        assert any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules())
+    padding = sum(padding_of(module) for module in model.modules())
+    taken = sum(parameter.nbytes for parameter in model.parameters()) - padding
+    assert captured(name)[1]["facts"]["model"]["bytes"][dtype] == taken
+
+
+def padding_of(module):
+    """Bytes of rows that int4's kernel adds in memory, see Int4Linear.prepare; no file has them."""
+    if not isinstance(module, Int4Linear):
+        return 0
+    rows = len(module.scale_zero[0])
+    return (rows - module.num_outputs) * (module.weight.nbytes + module.scale_zero.nbytes) // rows
+
+
+@pytest.mark.parametrize("name", [name for name in SUBJECTS if hasattr(real(name), "new_cache")])
+def test_the_cache_takes_what_new_cache_makes(name):
+    model = real(name)
+    if hasattr(model, "encode"):
+        with torch.no_grad():
+            cache = model.new_cache(model.encode(ids(B, N)), S)
+        layers = [*cache.past, *cache.memory]
+    else:
+        layers = model.new_cache(B, S)
+    numbers = sum(tensor.numel() for layer in layers for tensor in layer)
+    assert evaluate(captured(name)[1]["facts"]["model"]["cache"], B=B, S=S, N=N) == numbers
+
+
+# Totals -----------------------------------------------------------------------------------------------------
+
+
+def test_totals_of_llama_3_8b_by_hand():
+    """Parameters as published, the cache's 2 x 32 layers x 8 heads x 128, and the bound that they give."""
+    model_name, config = load_config("llama-3-8b")
+    box = capture(model_name, config)
+    info = describe("llama-3-8b", model_name, config, box)
+    found = totals(info, "bf16", batch=1, prompt=1, cached=1000, bandwidth=100)
+    assert box.parameters == 8_030_261_248
+    assert found["weights"] == 2 * 8_030_261_248
+    assert found["cache_per_token"] == 2 * 2 * 32 * 8 * 128
+    assert found["cache"] == 1000 * found["cache_per_token"]
+    # A token reads all but the table of tokens, of which it takes one row.
+    read = 2 * (8_030_261_248 - 128_256 * 4096) + found["cache"]
+    assert found["tokens_per_second"] == pytest.approx(100e9 / read)
+    assert found["fits"] == {8: False, 16: False, 24: True, 80: True}
+    # Two FLOPs for each weight of a matrix, and the attention.
+    matrices = 8_030_261_248 - 128_256 * 4096 - 65 * 4096
+    assert found["step_flops"] == 2 * matrices + 4 * 32 * 4096 * 1000
+
+
+def test_a_tied_table_is_read_by_the_head():
+    info = captured("gpt2")[1]
+    positions = 512 * 192
+    assert info["read"]["bf16"] == info["facts"]["model"]["bytes"]["bf16"] - 2 * positions
+
+
+def test_a_source_is_read_once():
+    """Of an encoder-decoder, a decoded token reads neither the encoder nor what makes the memory's keys."""
+    root, info = captured("transformer")
+    once = {box.id for box, _ in walk(root) if box.once and box.weights}
+    assert {"encoder_layers.0.ffn.up_proj", "decoder_layers.0.cross_attn.k_proj"} <= once
+    assert not {"decoder_layers.0.cross_attn.q_proj", "lm_head"} & once
+    assert info["facts"]["encoder"]["decode"] == []
+
+
+def test_terms():
+    assert product_of(("B", "T", 4096)) == [4096, "B*T"]
+    assert product_of(("7*B", 3, "N/4")) == [5.25, "B*N"]
+    assert add([[[1, "B"]], [[2, "B"], [5, ""]]]) == [[3, "B"], [5, ""]]
+    assert evaluate([[2, "B*T"], [5, ""]], B=3, T=4) == 29
+
+
+# The table --------------------------------------------------------------------------------------------------
+
+
+@every
+def test_the_table_says_the_facts(name):
+    box, info = captured(name)
+    lines = table(box, info, batch=B, length=S)
+    assert f"{box.parameters:,}" in lines[1]
+    assert max(map(len, lines)) < 160
+    assert all(line == line.rstrip() for line in lines)
+    repeated = [line for line in lines if " x " in line and "ayer" in line]
+    assert len(repeated) == (2 if "transformer" in name and hasattr(real(name), "encode") else 1)
+    assert ("of one more" in lines[0]) == hasattr(real(name), "new_cache")

@@ -1,0 +1,563 @@
+"""The pages of show_structure.py: what is in them, and how they behave in a real browser, from disk."""
+
+import json
+import re
+import shutil
+from copy import deepcopy
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from models import load_config
+from models.utils.structure import capture, facts, page
+from models.utils.structure.rows import arrange
+
+MODELS = ["llama-3-8b", "gpt2", "bert-base-uncased", "opus-mt", "vit-b-16", "pythia-1b", "transformer-lm-15m"]
+HOSTILE = "</script><script>window.broken = 1</script><b>\"bold\"</b> & 'quoted' {{ 7 * 7 }} <!--"
+
+
+@cache
+def captured(name):
+    model_name, config = load_config(name)
+    box = capture.capture(model_name, config)
+    return box, facts.describe(name, model_name, config, box)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def page_of(folder):
+    """The path of a model's page, written once."""
+
+    @cache
+    def write(name):
+        page.write(*captured(name), folder / f"{name}.html")
+        return folder / f"{name}.html"
+
+    return write
+
+
+class Elements(HTMLParser):
+    """Every element of a page as (tag, attributes), and the text of its scripts."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.scripts, self.inside = [], [], None
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, text):
+        if self.inside == "script":
+            self.scripts[-1] += text
+
+    def values(self, attribute):
+        return [attributes[attribute] for _, attributes in self.elements if attribute in attributes]
+
+
+# What is in a page ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_box_is_drawn_once_and_every_wire_has_its_ends(name, page_of):
+    box, _ = captured(name)
+    elements = Elements(page_of(name))
+    assert sorted(elements.values("data-id")) == sorted(each.id for each in page.inside(box))
+    anchors = set(elements.values("data-anchor")) | {"port:out"}
+    for wires in json.loads(elements.scripts[0])[0]["wires"].values():
+        assert {anchor for path, *_ in wires for anchor in path} <= anchors
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_flows_down(name):
+    for box in page.inside(captured(name)[0]):
+        rows = arrange(box).rows
+        stands = {item.anchor: n for n, row in enumerate(rows) for item in row} | {"port:out": len(rows)}
+        assert len(stands) == 1 + sum(map(len, rows)), "an anchor stands twice"
+        for path, edge in arrange(box).wires:
+            steps = [stands[anchor] for anchor in path]
+            assert steps == sorted(set(steps)), f"{box.id}: {edge.source} to {edge.target} goes up"
+            if not arrange(box).has_gutter:
+                assert steps == list(range(steps[0], steps[-1] + 1)), f"{box.id}: {edge} runs through a box"
+
+
+def test_the_residual_stream_of_a_layer():
+    """Llama reads the stream anew below the first addition; GPT-NeoX's feed-forward reads what came in."""
+    wires = {}
+    for name in ("llama-3-8b", "pythia-1b"):
+        layer = next(box for box in page.inside(captured(name)[0]) if box.id == "layers.0")
+        rows = arrange(layer)
+        assert rows.has_gutter
+        spine = [item.key for row in rows.rows for item in row if item.place == "spine"]
+        assert spine == [child.id for child in layer.children if child.role == "add"] and len(spine) == 2
+        wires[name] = {edge.target: path for path, edge in rows.wires}
+    assert wires["llama-3-8b"]["layers.0.ffn_norm"][0] == "box:layers.0:add"
+    assert wires["pythia-1b"]["layers.0.ffn_norm"][0] == "port:in"
+    assert any(anchor.startswith("lane:in:") for anchor in wires["pythia-1b"]["layers.0.ffn_norm"])
+
+
+@pytest.mark.parametrize("file", sorted(Path("models").glob("*.py")), ids=str)
+def test_the_source_is_the_source(file):
+    source = file.read_text(encoding="utf-8")
+    lines = page.highlighted(source)
+    assert [re.sub("<[^>]*>", "", line) for line in lines] == [
+        str(page.escape(line)) for line in source.splitlines()
+    ]
+    for line in lines:
+        assert line.count("<span") == line.count("</span>")
+
+
+def test_shape_comments_stand_out():
+    lines = page.highlighted(
+        "x = 1  # (B, T)\ny = 2  # each (B, T)\nz = L  # L x (B, T)\nw = 3  # (not a shape?\nv = 4  # a note"
+    )
+    assert ["shape" in line for line in lines] == [True, True, True, True, False]
+
+
+def test_a_page_holds_what_it_needs(page_of):
+    """No address of anything outside: neither as a source, a link, nor in the style."""
+    path = page_of("llama-3-8b")
+    for tag, attributes in Elements(path).elements:
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith(("#", "data:")), (tag, attributes)
+    addresses = set(re.findall(r"https?://[^\s\"')]+", path.read_text(encoding="utf-8")))
+    assert addresses <= {"http://www.w3.org/2000/svg"}, "a name that browsers know, which none fetches"
+    assert "@import" not in path.read_text() and "url(" not in path.read_text()
+
+
+def hostile(folder):
+    """The page of a model whose names, titles and docstrings try to leave their strings."""
+    box, info = deepcopy(captured("gpt2"))
+    for each in page.inside(box):
+        each.doc = each.title = HOSTILE
+    box.children[0].label = HOSTILE
+    info |= {"name": HOSTILE, "config": {**info["config"], HOSTILE: HOSTILE}}
+    page.write(box, info, folder / "hostile.html")
+    return folder / "hostile.html"
+
+
+def test_a_hostile_name_stays_text(folder):
+    elements = Elements(hostile(folder))
+    assert len(elements.scripts) == 2 and "window.broken" not in elements.scripts[1]
+    assert all(tag != "b" for tag, _ in elements.elements)
+    data = json.loads(elements.scripts[0])[0]
+    assert data["name"] == HOSTILE and data["config"][HOSTILE] == HOSTILE
+
+
+def test_lines_that_two_sources_share():
+    left, right = ["a", "b", "c", "d"], ["x", "a", "c", "y", "d"]
+    assert page.same_lines(left, right) == ({1, 3, 4}, {2, 3, 5})
+    assert page.same_lines(left, left) == ({1, 2, 3, 4}, {1, 2, 3, 4})
+    assert page.same_lines(left, ["z"]) == (set(), set())
+
+
+# In a browser -----------------------------------------------------------------------------------------------
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    # Told where the driver is, Selenium fetches none.
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+class Browser:
+    """One page in the browser; closing it checks that nothing was fetched and nothing went wrong."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, path, link="", width=1440, height=900, dark=False):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        scheme = [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
+            {"name": "prefers-reduced-motion", "value": "reduce"},
+        ]
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
+        self.driver.get("about:blank")
+        self.driver.get(path.as_uri() + link)
+
+    def run(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def box(self, name):
+        """The head of a box, which is where a pointer meets no other."""
+        return self.run(
+            "const box = elements[0].get(arguments[0]); return box.querySelector('.head') ?? box", name
+        )
+
+    def line(self, text):
+        """The element of the first line that holds a text, and its number."""
+        return self.run(
+            "const line = all('.line').find((each) => each.textContent.includes(arguments[0]));"
+            "line.scrollIntoView({block: 'center'});"
+            "return [line.querySelector('.text span, .text'), Number(line.dataset.line)]",
+            text,
+        )
+
+    def point(self, element):
+        from selenium.webdriver import ActionChains
+
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        ActionChains(self.driver, duration=0).move_to_element(element).perform()
+
+    def keys(self, *keys):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver, duration=0).send_keys(*keys).perform()
+
+    def lit(self):
+        """The ids of the lit boxes and the numbers of the lit lines."""
+        return (
+            set(self.run("return all('.box.lit').map((each) => each.dataset.id)")),
+            self.run("return all('.line.lit').map((each) => Number(each.dataset.line))"),
+        )
+
+    def pinned(self):
+        return self.run("return all('.box.pinned').map((each) => each.dataset.id)")
+
+    def values(self, root="document"):
+        """{name: the exact number} of the facts that are shown."""
+        named = f"all('[data-name]', {root})"
+        return dict(
+            self.run(f"return {named}.map((each) => [each.dataset.name, Number(each.dataset.value)])")
+        )
+
+    def set(self, **fields):
+        for name, value in fields.items():
+            self.run(
+                "const field = controls.elements[arguments[0]]; field.value = arguments[1];"
+                "field.dispatchEvent(new Event('input', {bubbles: true}))",
+                name,
+                str(value),
+            )
+
+    def in_view(self, selector):
+        """Whether an element stands inside its pane's window."""
+        return self.run(
+            "const element = document.querySelector(arguments[0]), pane = element.closest('.pane');"
+            "const a = element.getBoundingClientRect(), b = pane.getBoundingClientRect();"
+            "return a.top >= b.top && a.top < b.bottom",
+            selector,
+        )
+
+
+@pytest.fixture
+def browser(driver):
+    driver.get("about:blank")
+    driver.get_log("browser"), driver.get_log("performance")  # what came before is forgotten
+    yield Browser(driver)
+    assert driver.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert asked and all(url.startswith(("file:", "data:", "about:")) for url in asked), asked
+
+
+@pytest.fixture
+def llama(browser, page_of):
+    browser.open(page_of("llama-3-8b"))
+    return browser
+
+
+def test_pointing_at_a_box_lights_its_lines(llama):
+    for name, text in [
+        ("layers.0.attn.k_proj", "k = self.k_proj(x)"),
+        ("final_norm", "return self.final_norm(x)"),
+    ]:
+        llama.point(llama.box(name))
+        boxes, lines = llama.lit()
+        number = llama.run(
+            "const line = all('.line').find((each) => each.textContent.includes(arguments[0]));"
+            "return Number(line.dataset.line)",
+            text,
+        )
+        assert boxes == {name} and lines == [number]
+        assert llama.in_view(".line.lit")
+    assert llama.run("return all('.line.soft')[0].textContent").endswith("class RMSNorm(nn.Module):")
+    llama.point(llama.find("h1"))
+    assert llama.lit() == (set(), [])
+
+
+def test_pointing_at_a_line_lights_its_boxes(llama):
+    element, number = llama.line("q = self.q_proj(x)")
+    llama.point(element)
+    assert llama.lit() == ({"layers.0.attn.q_proj"}, [number])
+    # A line inside a class that no box runs by itself: all that are of this class.
+    llama.point(llama.line("self.weight = nn.Parameter(torch.ones")[0])
+    assert llama.lit()[0] == {"layers.0.attn_norm", "layers.0.ffn_norm", "final_norm"}
+    assert llama.in_view(".box.lit")
+    llama.point(llama.line("import math")[0])
+    assert llama.lit() == (set(), [])
+
+
+def test_a_click_pins(llama):
+    llama.box("layers.0.attn.o_proj").click()
+    assert llama.pinned() == ["layers.0.attn.o_proj"]
+    assert llama.run("return location.hash") == "#layers.0.attn.o_proj"
+    assert llama.find("#box h2").text == "o_proj"
+    llama.point(llama.box("layers.0.ffn.up_proj"))
+    assert llama.lit()[0] == {"layers.0.attn.o_proj"}, "what is pinned stays"
+    llama.keys("\ue00c")
+    assert llama.pinned() == [] and llama.run("return location.hash") == ""
+    llama.line("return self.o_proj(out")[0].click()
+    assert llama.pinned() == ["layers.0.attn.o_proj"]
+
+
+@pytest.mark.parametrize(
+    "link, name",
+    [
+        ("#layers.0.attn.q_proj", "layers.0.attn.q_proj"),
+        ("#layers.17.ffn.up_proj", "layers.0.ffn.up_proj"),
+        ("#layers.31", "layers.0"),
+        ("#layers.2:add", "layers.0:add"),
+        ("#nothing.of.ours", None),
+        ("#%E0%A4%A", None),
+    ],
+)
+def test_links(link, name, browser, page_of):
+    browser.open(page_of("llama-3-8b"), link)
+    assert browser.pinned() == ([name] if name else [])
+    assert not name or browser.in_view(".box.pinned")
+
+
+def test_a_link_opens_what_is_closed_and_may_change(llama):
+    llama.find('[data-id="layers.0"] .toggle').click()
+    assert not llama.find('[data-id="layers.0.attn.q_proj"]').is_displayed()
+    llama.run("location.hash = '#layers.0.attn.q_proj'")
+    assert llama.find('[data-id="layers.0.attn.q_proj"]').is_displayed()
+    assert llama.pinned() == ["layers.0.attn.q_proj"]
+
+
+def test_keyboard(llama):
+    up, down, left, right, enter, escape = "\ue013", "\ue015", "\ue012", "\ue014", "\ue007", "\ue00c"
+    focused = "return document.activeElement.dataset.id"
+    llama.run("document.querySelector('.box[tabindex=\"0\"]').focus()")
+    boxes = llama.run("return all('.box').map((each) => each.dataset.id)")
+    llama.keys(down, down)
+    assert llama.run(focused) == boxes[2] and llama.lit()[0] == {boxes[2]}
+    llama.keys(up)
+    assert llama.run(focused) == boxes[1]
+    llama.run("elements[0].get('layers.0.attn').focus()")
+    llama.keys(left)
+    assert llama.find('[data-id="layers.0.attn"]').get_attribute("aria-expanded") == "false"
+    llama.keys(right, right)
+    assert llama.run(focused) == "layers.0.attn.q_proj"
+    llama.keys(left, left, left)
+    assert llama.run(focused) == "layers.0"
+    llama.keys(enter)
+    assert llama.pinned() == ["layers.0"]
+    llama.keys(escape, "?")
+    assert llama.pinned() == [] and llama.find("#keys").is_displayed()
+    llama.keys("?")
+    assert not llama.find("#keys").is_displayed()
+    outline = llama.run("return getComputedStyle(document.activeElement).outlineStyle")
+    assert llama.run(focused) == "layers.0" and outline == "solid", "the focus is to be seen"
+    assert len(llama.run("return all('.box[tabindex=\"0\"]')")) == 1
+
+
+def test_the_numbers_are_those_of_python(llama):
+    _, info = captured("llama-3-8b")
+    llama.set(B=3, T=700, S=5000, dtype="bf16", bandwidth=936)
+    shown = llama.values()
+    python = facts.totals(info, "bf16", batch=3, prompt=700, cached=5000, bandwidth=936)
+    names = {"weights": "weights", "cache": "cache", "perToken": "cache_per_token", "flops": "prefill_flops"}
+    names |= {"stepFlops": "step_flops", "intensity": "prefill_intensity", "stepIntensity": "step_intensity"}
+    for name, theirs in (names | {"tokensPerSecond": "tokens_per_second"}).items():
+        assert shown[name] == pytest.approx(python[theirs], rel=1e-12), name
+
+    # And by hand: Llama 3 8B has 8.03 B parameters; keys and values, layers, heads, features, bytes.
+    assert shown["parameters"] == 8_030_261_248 and shown["weights"] == 2 * 8_030_261_248
+    assert shown["perToken"] == 2 * 32 * 8 * 128 * 2 and shown["cache"] == 3 * 5000 * 131_072
+    read = 2 * (8_030_261_248 - 128_256 * 4096) + 3 * 5000 * 131_072  # of token_embed, a step takes rows
+    assert shown["tokensPerSecond"] == pytest.approx(3 * 936e9 / read)
+    fits = llama.run("return all('.fits span').map((each) => [each.dataset.memory, each.className])")
+    assert dict(fits) == {"8": "no", "16": "no", "24": "yes", "80": "yes"}
+
+    # Every multiplication of q_proj, by hand.
+    llama.box("layers.0.attn.q_proj").click()
+    box = llama.values("document.getElementById('box')")
+    assert box["parameters"] == 4096 * 4096 and box["bf16"] == 2 * 4096 * 4096
+    assert box["boxFlops"] == 2 * 3 * 700 * 4096 * 4096 and box["boxStepFlops"] == 2 * 3 * 4096 * 4096
+    assert box["activation"] == 2 * 3 * 700 * 4096
+    panel = llama.find("#box").text
+    assert "(3, 700, 4096)" in panel
+    assert "self_attn.q_proj.weight" in panel and "all 32" in panel
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_number_of_every_model(name, browser, page_of):
+    """The terms that a page holds, summed by its script and by Python."""
+    _, info = captured(name)
+    browser.open(page_of(name))
+    sizes = {"B": 2, "T": 300, "S": 300, "N": 70}
+    shown = browser.run(
+        "return Object.entries(model.boxes).map(([id, box]) =>"
+        "[id, ['flops', 'activation', 'cache'].map((name) => evaluate(box[name], arguments[0]))])",
+        sizes,
+    )
+    assert dict(shown) == {
+        id: [facts.evaluate(fact[name], **sizes) for name in ("flops", "activation", "cache")]
+        for id, fact in info["facts"].items()
+    }
+
+
+def test_controls_change_the_numbers_at_once(llama):
+    before = llama.values()
+    llama.set(dtype="fp32")
+    assert llama.values()["weights"] == 2 * before["weights"]
+    assert llama.values()["perToken"] == 2 * before["perToken"]
+    llama.set(dtype="int4", B=4)
+    assert llama.values()["perToken"] == before["perToken"], "quantizing is for weights"
+    assert llama.values()["cache"] == 4 * before["cache"]
+    llama.set(bandwidth=1000)
+    fast = llama.values()["tokensPerSecond"]
+    llama.set(bandwidth=500)
+    assert llama.values()["tokensPerSecond"] == pytest.approx(fast / 2)
+    for wrong in ("", "-3", "0", "1.5"):
+        llama.set(B=wrong)
+        assert llama.find('input[name="B"]').get_attribute("aria-invalid") == "true"
+        assert llama.values()["cache"] == 4 * before["cache"], "the last good number holds"
+    llama.find('input[name="B"]').clear()
+    llama.find('input[name="B"]').send_keys("2?t")
+    assert llama.run("return document.documentElement.dataset.theme") is None, "keys in a field are text"
+
+
+def test_what_a_model_has_not_is_not_asked_for(browser, page_of):
+    for name, letters in [("vit-b-16", "B"), ("bert-base-uncased", "BT"), ("opus-mt", "BTNS")]:
+        browser.open(page_of(name))
+        asked = browser.run(
+            "return all('#controls label').filter((each) => !each.hidden).map((each) => each.className)"
+        )
+        assert set(asked) - {""} == set(letters), name
+        assert ("tokensPerSecond" in browser.values()) == ("S" in letters)
+
+
+def test_dark(browser, page_of):
+    lightness = (
+        "const colour = getComputedStyle(document.body).backgroundColor;"
+        "return colour.match(/\\d+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0)"
+    )
+    for dark in (False, True):
+        browser.open(page_of("gpt2"), dark=dark)
+        assert (browser.run(lightness) < 150) == dark
+        browser.find("#theme").click()
+        assert (browser.run(lightness) < 150) != dark
+        browser.keys("t")
+        assert (browser.run(lightness) < 150) == dark
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("width", [1440, 390])
+def test_nothing_sticks_out(name, width, browser, page_of):
+    """At a desk and on a phone: no sideways scrolling, boxes inside their boxes, words inside theirs."""
+    browser.open(page_of(name), width=width, height=844)
+    sticks_out = """
+        const outside = (box, around) => {
+            const inner = box.getBoundingClientRect(), outer = around.getBoundingClientRect();
+            const [left, right] = [inner.left - outer.left, outer.right - inner.right];
+            return Math.min(left, right, outer.bottom - inner.bottom) < -1;
+        };
+        return all('.box .box').filter((box) => box.offsetParent && (
+            outside(box, box.parentElement.closest('.box')) || box.scrollWidth > box.clientWidth + 8
+        )).map((box) => box.dataset.id);
+    """
+    assert browser.run(sticks_out) == []
+    wires = browser.run("return all('.wires path').map((path) => path.getAttribute('d'))")
+    assert wires and not any("NaN" in wire or "undefined" in wire for wire in wires)
+    off_the_stream = """
+        return all('.spine').map((sign) => {
+            const {left, right} = sign.getBoundingClientRect();
+            const group = sign.closest('.inside').getBoundingClientRect();
+            return Math.abs((left + right) / 2 - group.left - SPINE);
+        })
+    """
+    assert all(distance < 1 for distance in browser.run(off_the_stream)), "the additions stand on the stream"
+    for tab in browser.driver.find_elements("css selector", ".tabs button") if width < 600 else [None]:
+        if tab:
+            tab.click()
+            assert browser.find(f".pane.{tab.get_attribute('data-pane')}").is_displayed()
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        assert browser.run("return document.body.scrollWidth") <= width
+
+
+def test_a_hostile_name_does_nothing_in_a_browser(browser, folder):
+    browser.open(hostile(folder))
+    assert browser.run("return window.broken") is None
+    assert browser.find("h1").text == HOSTILE and browser.driver.title == HOSTILE
+    browser.box(captured("gpt2")[0].children[0].id).click()
+    assert browser.find("#box h2").text == HOSTILE and not browser.run(
+        "return all('b:not([data-name])').length"
+    )
+
+
+# Two models -------------------------------------------------------------------------------------------------
+
+
+def test_two_models_side_by_side(browser, folder):
+    page.compare(*captured("gpt2"), *captured("llama-3-8b"), folder / "pair.html")
+    browser.open(folder / "pair.html")
+    vivid = "return all(`.box[data-model='${arguments[0]}']:not(.same)`).map((each) => each.dataset.id)"
+    assert {"layers.0.attn_norm", "final_norm"} <= set(browser.run(vivid, 0)) & set(browser.run(vivid, 1))
+    assert "pos_embed" in browser.run(vivid, 0)
+    assert "layers.0" not in browser.run(vivid, 0) and "layers.0" not in browser.run(vivid, 1)
+    sentences = [item.text for item in browser.driver.find_elements("css selector", ".differences li")]
+    assert any("pos_embed" in sentence and "rope" in sentence for sentence in sentences)
+    assert "SwiGLU" in browser.find(".differences").text, "a sentence of the table of variants"
+
+    item = next(n for n, sentence in enumerate(sentences) if "RMSNorm" in sentence)
+    browser.point(browser.driver.find_elements("css selector", ".differences li")[item])
+    lit = "return all(`.box.lit[data-model='${arguments[0]}']`).map((each) => each.dataset.id)"
+    assert "final_norm" in browser.run(lit, 0) and "final_norm" in browser.run(lit, 1)
+    browser.point(browser.run("return elements[1].get('final_norm').querySelector('.head')"))
+    assert browser.run("return all('.differences li').map((each) => each.matches('.lit'))")[item]
+
+    same = browser.run("return all('.line.same .text', all('.code')[1]).map((each) => each.textContent)")
+    assert "import torch" in same and "class RMSNorm(nn.Module):" not in same
+
+    browser.open(folder / "pair.html", width=390, height=844)
+    for tab in browser.driver.find_elements("css selector", ".tabs button"):
+        tab.click()
+        assert browser.run("return document.documentElement.scrollWidth") <= 390
+        assert browser.find(f".pane.{tab.get_attribute('data-pane')}").is_displayed()
+
+
+def test_a_model_beside_itself(browser, folder):
+    page.compare(*captured("gpt2"), *captured("gpt2"), folder / "same.html")
+    browser.open(folder / "same.html")
+    assert browser.run("return all('.box:not(.same)').length + all('.line:not(.same)').length") == 0
+    assert browser.find(".differences h2").text == "0 differences"

@@ -1,0 +1,306 @@
+"""Diagrams: every box and line in its place, every word in its box, and no image in git out of date."""
+
+import dataclasses
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+from matplotlib import rc_context
+from PIL import Image
+
+from models import build_model, load_config
+from models.utils.structure import ink, layout, legend, picture
+from models.utils.structure.blocks import Box, Edge, Shape
+from models.utils.structure.capture import capture
+from models.utils.structure.drawn import prepared
+from models.utils.structure.grid import Grid
+from models.utils.structure.words import count
+
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "structure_images"
+NAMES = (
+    "transformer-base",
+    "gpt2",
+    "bert-base-uncased",
+    "vit-b-16",
+    "gpt-neox-20b",
+    "transformer-lm-15m",
+    "llama-3-8b",
+)
+
+
+@lru_cache
+def box_of(name, **changes):
+    model_name, config = load_config(name)
+    return capture(model_name, dataclasses.replace(config, **changes))
+
+
+@lru_cache
+def sheet_of(name):
+    return layout.lay_out(box_of(name))
+
+
+def info_of(name):
+    return {"name": name, "model": load_config(name)[0]}
+
+
+every_model = pytest.mark.parametrize("name", NAMES)
+
+
+def inside(inner, outer, slack=0.01):
+    return (
+        outer.x - slack <= inner.x
+        and inner.right <= outer.right + slack
+        and outer.y - slack <= inner.y
+        and inner.top <= outer.top + slack
+    )
+
+
+def apart(one, other):
+    return one.right <= other.x or other.right <= one.x or one.top <= other.y or other.top <= one.y
+
+
+# ---------------------------------------------------------------------------- boxes
+
+
+@every_model
+def test_every_box_is_drawn_once_and_inside_of_the_box_around_it(name):
+    tiles = sheet_of(name).tiles
+    root = prepared(box_of(name))
+
+    def check(box, around):
+        [tile] = [tile for tile in tiles if tile.box.id == box.id]
+        assert around is None or inside(tile, around), box.id
+        for child in box.children:
+            check(child, tile)
+
+    for child in root.children:
+        check(child, None)
+
+
+@every_model
+def test_no_two_boxes_overlap(name):
+    def check(box):
+        tiles = [sheet_of(name).tile(child.id) for child in box.children]
+        for n, one in enumerate(tiles):
+            for other in tiles[:n]:
+                assert apart(one, other), (one.box.id, other.box.id)
+        for child in box.children:
+            check(child)
+
+    check(prepared(box_of(name)))
+
+
+# ---------------------------------------------------------------------------- words
+
+
+def drawn_words(name):
+    """(Word, left, bottom, right, top) as the renderer draws them, in the sheet's units."""
+    sheet = sheet_of(name)
+    drawing = ink.Ink(sheet.right + 2 * ink.MARGIN, sheet.top + 2 * ink.MARGIN, dark=False)
+    with rc_context(picture.FILES):
+        for word in sheet.words:
+            drawing.word(word)
+        renderer = drawing.figure.canvas.get_renderer()
+        for word, text in zip(sheet.words, drawing.axes.texts):
+            extent = text.get_window_extent(renderer)
+            corner = ink.MARGIN
+            yield word, extent.x0 - corner, extent.y0 - corner, extent.x1 - corner, extent.y1 - corner
+
+
+@every_model
+def test_words_stand_inside_their_boxes_and_apart_from_each_other(name):
+    sheet, words = sheet_of(name), list(drawn_words(name))
+    closed = [tile for tile in sheet.tiles if tile.kind in ("tile", "idle")]
+    for word, left, bottom, right, top in words:
+        assert left > -ink.MARGIN and right < sheet.right + ink.MARGIN, word
+        assert bottom > -ink.MARGIN and top < sheet.top + ink.MARGIN, word
+        for tile in closed:
+            meets = left < tile.right and tile.x < right and bottom < tile.top and tile.y < top
+            within = tile.x < left and right < tile.right and tile.y < bottom and top < tile.top
+            assert within or not meets, (word, tile.box.id)
+    for n, (word, left, bottom, right, top) in enumerate(words):
+        for other, l, b, r, t in words[:n]:
+            # A renderer's box for a line of text is as high as its tallest letters and signs.
+            assert left >= r or l >= right or bottom + 2 >= t or b + 2 >= top, (word, other)
+
+
+# ---------------------------------------------------------------------------- lines
+
+
+def on_border(point, tile):
+    (x, y), slack = point, 0.01
+    beside = tile.x - slack <= x <= tile.right + slack and min(abs(y - tile.y), abs(y - tile.top)) < slack
+    above = tile.y - slack <= y <= tile.top + slack and min(abs(x - tile.x), abs(x - tile.right)) < slack
+    return beside or above
+
+
+@every_model
+def test_every_line_ends_on_its_boxes_and_turns_at_right_angles(name):
+    sheet = sheet_of(name)
+    tiles = {tile.box.id: tile for tile in sheet.tiles}
+    for line in sheet.lines:
+        for (x0, y0), (x1, y1) in zip(line.points, line.points[1:]):
+            assert abs(x0 - x1) < 0.01 or abs(y0 - y1) < 0.01, line
+        for id, point in ((line.source, line.points[0]), (line.target, line.points[-1])):
+            tile = tiles.get(id)
+            if tile is None or (tile.kind == "region" and not on_border(point, tile)):
+                # From the name of an input, or to the answer.
+                assert abs(point[1] - layout.MOUTH) < 12 or point[1] > sheet.top - 2 * layout.MOUTH, line
+            elif tile.kind == "frame" and not on_border(point, tile):
+                assert abs(point[1] - (tile.top - layout.HEADER)) < 0.01, line  # below the frame's name
+            else:
+                assert on_border(point, tile), line
+
+
+@every_model
+def test_no_line_runs_through_a_box_that_has_nothing_to_do_with_it(name):
+    sheet = sheet_of(name)
+    closed = [tile for tile in sheet.tiles if tile.kind in ("tile", "idle", "junction")]
+    readers = {}
+    for line in sheet.lines:
+        readers.setdefault((line.kind, line.source), set()).add(line.target)
+    for line in sheet.lines:
+        for (x0, y0), (x1, y1) in zip(line.points, line.points[1:]):
+            for tile in closed:
+                through = (
+                    min(x0, x1) < tile.right - 0.5
+                    and tile.x + 0.5 < max(x0, x1)
+                    and min(y0, y1) < tile.top - 0.5
+                    and tile.y + 0.5 < max(y0, y1)
+                )
+                assert not through or tile.box.id in readers[line.kind, line.source], (line, tile.box.id)
+
+
+@every_model
+def test_no_two_lines_lie_on_each_other_unless_they_come_from_or_lead_to_the_same(name):
+    pieces = []
+    for line in sheet_of(name).lines:
+        pieces += [(line, *sorted(ends)) for ends in zip(line.points, line.points[1:])]
+    for n, (line, (x0, y0), (x1, y1)) in enumerate(pieces):
+        for other, (u0, v0), (u1, v1) in pieces[:n]:
+            if line.source == other.source or line.target == other.target:
+                continue
+            wide, high = min(x1, u1) - max(x0, u0), min(y1, v1) - max(y0, v0)
+            on_each_other = wide > 1 and abs(high) < 1 or high > 1 and abs(wide) < 1
+            assert not on_each_other, (line, other)
+
+
+@every_model
+def test_every_box_that_reads_something_has_a_line_to_it(name):
+    sheet = sheet_of(name)
+    targets = {line.target for line in sheet.lines}
+
+    def check(box):
+        for edge in box.edges:
+            child = next((child for child in box.children if child.id == edge.target), None)
+            assert child is None or child.children or edge.target in targets, edge
+        for child in box.children:
+            check(child)
+
+    check(prepared(box_of(name)))
+
+
+@every_model
+def test_the_residual_stream_is_straight(name):
+    sheet = sheet_of(name)
+    spines = {round(x, 3) for line in sheet.lines if line.kind == "spine" for x, _ in line.points}
+    assert len(spines) == (2 if name.startswith("transformer-base") else 1)
+    for tile in sheet.tiles:
+        if tile.kind == "junction":
+            assert round(tile.middle, 3) in spines
+
+
+@pytest.mark.parametrize(
+    "edges, spans",
+    [
+        # p is read by two: as wide as both
+        ("in-p p-a p-b", {"p": [0, 1], "a": [0, 0], "b": [1, 1]}),
+        # c reads p too, past a: the line has a column of its own
+        ("in-p p-a a-c p-c", {"p": [0, 1], "a": [0, 0], ("p", "c", 1): [1, 1], "c": [0, 1]}),
+        # q and a cache of k and v, which is read again above: the first reader leaves it room
+        (
+            "in-q in-k in-v k-c v-c q-s c-s s-o c-o",
+            {"c": [1, 2], "s": [0, 1], ("c", "o", 2): [2, 2], "o": [0, 2]},
+        ),
+    ],
+)
+def test_boxes_are_as_wide_as_what_they_join(edges, spans):
+    edges = [Edge(*ends.split("-"), Shape("", ())) for ends in edges.split()]
+    names = dict.fromkeys(edge.target for edge in edges)
+    grid = Grid([Box(name, "linear", name) for name in names], edges)
+    assert {key: grid.spans[key] for key in spans} == spans
+
+
+# ---------------------------------------------------------------------------- numbers
+
+
+@every_model
+def test_the_panel_counts_every_parameter_once(name):
+    model = build_model(*load_config(name))
+    by_role = legend.parameters_by_role(box_of(name))
+    assert sum(by_role.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_the_panel_knows_the_letters():
+    letters = legend.letters_of(box_of("llama-3-8b"))
+    assert letters == {"B": "B", "T": "T", "S": "S"} | {
+        "D": 4096, "H": 32, "K": 8, "d": 128, "f": 14336, "V": 128256
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (0, "0"),
+        (9_999, "9,999"),
+        (10_000, "10 k"),
+        (266_240, "266 k"),
+        (999_600, "1,000 k"),
+        (58_720_256, "58.7 M"),
+    ],
+)
+def test_counts_are_short(number, text):
+    assert count(number) == text
+
+
+# ---------------------------------------------------------------------------- images
+
+
+def test_every_model_file_has_an_image():
+    drawn = {load_config(name)[0] for name in NAMES}
+    assert drawn == {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__"}
+    for name in (*NAMES, "llama-3-8b-dark", "gpt2-llama-3-8b"):
+        assert (IMAGES / f"{name}.png").stat().st_size < 250_000
+        assert (IMAGES / f"{name}.svg").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("path", sorted(IMAGES.glob("*.[ps][nv]g")), ids=lambda path: path.name)
+def test_an_image_shows_its_model_as_it_is(path):
+    """Draw it again with: python show_structure.py --all"""
+    stem = path.stem.removesuffix("-dark")
+    if stem in NAMES:
+        assert picture.shown(path) == picture.facts_drawn(box_of(stem))
+    else:
+        assert stem == "gpt2-llama-3-8b"
+        assert picture.shown(path) == picture.facts_compared(box_of("gpt2"), box_of("llama-3-8b"))
+
+
+def test_an_image_of_another_model_is_found_out():
+    shown = picture.shown(IMAGES / "llama-3-8b.png")
+    assert shown != picture.facts_drawn(box_of("llama-3-8b", num_kv_heads=32))
+    assert shown != picture.facts_drawn(box_of("llama-3-8b", num_layers=31))
+    assert shown != picture.facts_drawn(box_of("llama-3-8b", qkv_bias=True))
+
+
+def test_files_are_the_same_each_time_and_say_what_they_show(tmp_path):
+    for run in ("one", "two"):
+        (tmp_path / run).mkdir()
+        picture.save(picture.draw(box_of("gpt2"), info_of("gpt2"), dark=True), tmp_path / run / "gpt2")
+    for suffix in ("png", "svg"):
+        one, two = (tmp_path / run / f"gpt2.{suffix}" for run in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+        assert picture.shown(one) == picture.facts_drawn(box_of("gpt2"))
+        assert sorted(path.name for path in one.parent.iterdir()) == ["gpt2.png", "gpt2.svg"]
+    with Image.open(tmp_path / "one" / "gpt2.png") as image:
+        assert sum(image.convert("RGB").getpixel((0, 0))) < 150
