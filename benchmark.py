@@ -1,179 +1,157 @@
-"""How fast the models of the zoo are, beside `transformers` on the same weights and the memory's own limit.
+"""How fast the models of the zoo are, beside `transformers`, llama.cpp and the memory's own limit.
 
-    python benchmark.py                                     GPT-2 small and SmolLM2 135M
-    python benchmark.py llama-3.2-1b --dtype bfloat16       any name in configs/
+    python benchmark.py                                         124 M weights as Llama and as GPT-2
+    python benchmark.py --quick                                 a first impression, within two minutes
+    python benchmark.py tinyllama-1.1b --weights bfloat16 int8 int4
+    python benchmark.py gpt2 --subjects eager transformers --batches 8 32
+    python benchmark.py llama-124m --subjects eager speculative --weights float32
 
-Weights are random (speed does not depend on their values) and the same on both sides; before anything is
-timed, both must continue a prompt with the same tokens. The two sides take turns, so that a machine that
-warms up or is busy elsewhere slows both; the medians' ratio is what counts, not single figures.
+Any name in configs/ that is a decoder's will do. Weights are random and the same for all; before anything is
+timed, each subject must say what fp32 says (in `transformers`, where it is installed). Then all take turns,
+each in a process of its own, so that a machine that warms up or is busy elsewhere slows all alike; ratios of
+medians are what counts, not single figures. The memory's bandwidth is measured in the same turns.
 
-A decoded token reads every weight of the layers and of the head once. Bytes of weights / bandwidth is thus
-the shortest time that it can take, and the last column says how much of that limit is reached.
+A decoded token reads every weight of the layers and of the head once: bytes of weights / bandwidth is the
+shortest time that it can take. Medians are printed; benchmark.json has every sample, benchmark.png the bars.
+What this page is made of stands in benchmarks/.
 """
 
 import argparse
-import statistics
-import time
+import importlib.util
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
-from models import config_names, config_to_dict, create_model, lay_out
+from benchmarks.measure import PEERS, WEIGHTS, ZOO, measure
+from benchmarks.picture import draw
+from benchmarks.report import make_report, table
+from benchmarks.turns import Process
+from models import load_config
 from models.utils.errors import UserError, run_main
-from models.utils.hf import to_hf_config, to_hf_state
-from models.utils.machine import keep_freed_memory
-from models.utils.sampling import Sampling
-from runs_ar.generate import generate
+from models.utils.files import one_line, write_atomically
+from models.utils.machine import choose_device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def main():
-    keep_freed_memory()
-    args = parse_arguments()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    bandwidth = memory_bandwidth()
-    print(f"memory bandwidth, reading: {bandwidth / 1e9:.1f} GB/s with {torch.get_num_threads()} threads")
-    what = f"prompt {args.prompt_tokens} tokens, {args.new_tokens} new tokens, {args.dtype}"
-    print(f"{what}, median of {args.rounds} rounds\n")
-    print(f"{'':16} {'':8} {'zoo':>10} {'transformers':>14} {'ratio':>7} {'of the limit':>14}")
-    for name in args.configs:
-        measure(name, args, bandwidth)
+DECODERS = ("gpt2", "gpt_neox", "llama", "transformer_lm")
+QUICK = {
+    "configs": ["llama-124m"],
+    "weights": ["bfloat16", "int4"],
+    "prefill_tokens": 128,
+    "new_tokens": 24,
+    "rounds": 3,
+}
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_folder(args.out)
+    skipped = skip_what_is_missing(args)
+    subjects, bandwidth = [], []
+    with Process("memory", "memory", threads=args.threads, device=args.device) as memory:
+        machine = memory.call("load")["result"]
+
+        def read_memory():
+            # The best of a turn's readings: a limit is what the memory can do.
+            bandwidth.append(max(memory.call("run")["result"]))
+
+        for config in args.configs:
+            subjects += measure(config, args, machine["threads"], read_memory)
+
+    report = make_report(args, subjects, bandwidth, machine, skipped)
+    print("\n".join(table(report)))
+    with write_atomically(args.out / "benchmark.json") as path:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with write_atomically(args.out / "benchmark.png") as path:
+        draw(report, path)
+    print(f"\nwrote {args.out / 'benchmark.json'} and {args.out / 'benchmark.png'}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see: python benchmark.py --help")
+
+
+def parse_arguments(argv):
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("configs", nargs="*", default=["gpt2", "smollm2-135m"], help="names in configs/")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="how many times each side takes its turn")
-    parser.add_argument(
-        "--threads", type=int, default=None, help="as many as torch takes by itself, unless given"
-    )
-    args = parser.parse_args()
-    for option in ("prompt_tokens", "new_tokens", "rounds", "threads"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')} is {value}; give 1 or more")
-    for name in args.configs:
-        if name not in config_names():
-            raise UserError(f"no config named {name!r}; known: {', '.join(config_names())}")
+    add = parser.add_argument
+    add("configs", nargs="*", default=["llama-124m", "gpt2"], help="names in configs/")
+    add("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="int8 and int4 go with bf16")
+    subjects = ["eager", "compiled", *PEERS]
+    add("--subjects", nargs="+", choices=[*ZOO, *PEERS], default=subjects, help=f"default: {subjects}")
+    add("--prompt-tokens", type=int, default=32, metavar="N", help="before decoding; default: %(default)s")
+    add("--new-tokens", type=int, default=128, metavar="N", help="to decode; default: %(default)s")
+    add("--prefill-tokens", type=int, default=512, metavar="N", help="of a long prompt; default: %(default)s")
+    add("--batches", type=int, nargs="+", default=[], metavar="B", help="prompts at once, ragged, as in 8 32")
+    add("--num-draft-tokens", type=int, default=4, metavar="N", help="a round; default: %(default)s")
+    add("--agreement", type=float, default=0.8, metavar="P", help="of drafter and target; default: 0.8")
+    add("--rounds", type=int, default=5, metavar="N", help="turns of each subject; default: %(default)s")
+    add("--threads", type=int, metavar="N", help="default: as many as torch takes by itself")
+    add("--device", default="cpu", help="cpu (default) or cuda, where llama.cpp is left out")
+    add("--quick", action="store_true", help="fewer weights, tokens and rounds")
+    add("--out", type=Path, default=Path("benchmark_results"), metavar="FOLDER", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    args.command = " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    args.configs = list(dict.fromkeys(args.configs))
+    check_arguments(args)
+    args.device = str(choose_device(args.device))
     return args
 
 
-def measure(name, args, bandwidth):
-    """Print the two lines (prefill, decode) of one model."""
-    torch.manual_seed(0)
-    model = create_model(name).eval().to(DTYPES[args.dtype])
-    peer = transformers_twin(name, model)
-    lay_out(model)  # as load_model does
-    vocab_size, room = model.config.vocab_size, model.config.max_seq_len - args.new_tokens
-    prompt = torch.randint(vocab_size, (min(args.prompt_tokens, room),)).tolist()
-    ours, theirs = run_zoo(model, prompt, args.new_tokens), run_transformers(peer, prompt, args.new_tokens)
-    if args.dtype == "float32" and ours["tokens"] != theirs["tokens"]:
-        raise UserError(f"{name}: the two sides continue the prompt differently; nothing was timed")
-
-    ours, theirs = [], []
-    for _ in tqdm(range(args.rounds), desc=name, leave=False):
-        ours.append(run_zoo(model, prompt, args.new_tokens))
-        theirs.append(run_transformers(peer, prompt, args.new_tokens))
-
-    shortest = bytes_read_per_token(model) / bandwidth
-    for phase in ("prefill", "decode"):
-        zoo = statistics.median(run[phase] for run in ours)
-        other = statistics.median(run[phase] for run in theirs)
-        unit = "ms" if phase == "prefill" else "ms/token"
-        limit = f"{shortest / zoo:13.0%}" if phase == "decode" else ""
-        print(f"{name:16} {phase:8} {zoo * 1e3:10.2f} {other * 1e3:14.2f} {other / zoo:7.2f} {limit} {unit}")
+def check_arguments(args):
+    counts = ["prompt_tokens", "new_tokens", "prefill_tokens", "num_draft_tokens", "rounds", "threads"]
+    values = [(name, getattr(args, name)) for name in counts] + [("batches", size) for size in args.batches]
+    for option, value in values:
+        # The first new token comes with the prompt, so that another is needed to decode.
+        smallest = 2 if option in ("prompt_tokens", "new_tokens", "batches") else 1
+        if value is not None and value < smallest:
+            raise UserError(f"--{option.replace('_', '-')} is {value}; give {smallest} or more")
+    if not 0 <= args.agreement <= 1:
+        raise UserError(f"--agreement is {args.agreement}; give 0 to 1")
+    for name in args.configs:
+        model_name, config = load_config(name)
+        if model_name not in DECODERS:
+            raise UserError(f"{name} is a {model_name} model; give one of {', '.join(DECODERS)}")
+        if config.max_seq_len < args.prompt_tokens + args.new_tokens:
+            raise UserError(
+                f"{name}: --prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more "
+                f"than its context of {config.max_seq_len}; give less"
+            )
 
 
-def transformers_twin(name, model):
-    """The same weights in `transformers`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model_name = type(model).__module__.removeprefix("models.")
-    fields = config_to_dict(model_name, model.config)
-    hf_config = to_hf_config(model_name, fields)
-    hf_config = AutoConfig.for_model(hf_config.pop("model_type"), **hf_config)
-    peer_class = AutoModelForCausalLM._model_mapping[type(hf_config)]
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = to_hf_state(model_name, fields, weights)
-    dtype = model.lm_head.weight.dtype
-    # Loaded as from a file, whose names transformers may translate into those that it has in memory.
-    peer, loaded = peer_class.from_pretrained(
-        None, config=hf_config, state_dict=state, dtype=dtype, output_loading_info=True
-    )
-    if any(loaded.values()):
-        raise UserError(f"{name}: the weights do not fit transformers: {loaded}")
-    return peer.eval()
+def check_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({one_line(error)}); give another") from None
 
 
-@torch.inference_mode()
-def run_zoo(model, prompt, new_tokens):
-    """Seconds to the first token, seconds per token after it, and the tokens."""
-    started = time.perf_counter()
-    times, tokens = [], []
-    for step in generate(model, [prompt], max_new_tokens=new_tokens, sampling=Sampling(temperature=0)):
-        times.append(time.perf_counter())
-        tokens.append(step[0])
-    return timings(started, times, tokens)
-
-
-@torch.inference_mode()
-def run_transformers(peer, prompt, new_tokens):
-    """The same through generate, with a streamer that notes when each token comes."""
-    clock = Clock()
-    started = time.perf_counter()
-    output = peer.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        streamer=clock,
-    )
-    return timings(started, clock.times[1:], output[0, len(prompt) :].tolist())
-
-
-class Clock:
-    """A streamer for generate: it is handed the prompt first, then each token."""
-
-    def __init__(self):
-        self.times = []
-
-    def put(self, tokens):
-        self.times.append(time.perf_counter())
-
-    def end(self):
-        pass
-
-
-def timings(started, times, tokens):
-    decode = (times[-1] - times[0]) / max(len(times) - 1, 1)
-    return {"prefill": times[0] - started, "decode": decode, "tokens": tokens}
-
-
-def bytes_read_per_token(model):
-    """Every parameter but the rows of the embeddings that a token does not look up."""
-    tables = {"token_embed.weight", "pos_embed.weight"}
-    named = model.named_parameters(remove_duplicate=False)
-    return sum(p.numel() * p.element_size() for name, p in named if name not in tables)
-
-
-def memory_bandwidth(num_bytes=1 << 29, rounds=5):
-    """Bytes per second when all threads read one array that no cache holds."""
-    array = torch.ones(num_bytes // 4)
-    seconds = []
-    for _ in range(rounds):
-        started = time.perf_counter()
-        array.sum()
-        seconds.append(time.perf_counter() - started)
-    return num_bytes / min(seconds)
+def skip_what_is_missing(args):
+    """Take out of args.subjects what cannot be measured here; a line for each, which is printed."""
+    packages = (("transformers", "transformers"), ("llama.cpp", "llama_cpp"), ("llama.cpp", "gguf"))
+    missing = {
+        name: f"{package} is not installed; pip install '.[benchmark]'"
+        for name, package in packages
+        if importlib.util.find_spec(package) is None
+    }
+    if args.device != "cpu":
+        missing["llama.cpp"] = f"it is measured on a CPU only, not on {args.device}"
+    skipped = [f"{name} is left out ({missing[name]})" for name in args.subjects if name in missing]
+    args.subjects = [name for name in args.subjects if name not in missing]
+    if not args.subjects:
+        raise UserError(f"nothing is left to measure: {'; '.join(skipped)}")
+    print("\n".join(skipped), end="\n" if skipped else "")
+    return skipped
 
 
 if __name__ == "__main__":
+    # A request to end, as by timeout or kill, goes the way of Ctrl-C: nothing is left running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run_main(main)

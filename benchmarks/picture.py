@@ -1,0 +1,69 @@
+"""The speeds as bars, with the memory's limit as a line across each."""
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+SPOKEN = {"float32": "fp32", "bfloat16": "bf16"}
+COLORS = {
+    "transformers": "#c9cdd3",
+    "llama.cpp": "#e3b878",
+    "eager": "#a9c8e8",
+    "compiled": "#3573b1",
+    "speculative": "#9ad0b4",
+    "compiled+speculative": "#2c8a63",
+}
+
+
+def draw(report, path):
+    """Write a PNG: a panel for each model, a group of bars for each kind of weights."""
+    configs = list(dict.fromkeys(entry["config"] for entry in report["subjects"]))
+    names = [name for name in COLORS if any(entry["subject"] == name for entry in report["subjects"])]
+    figure = Figure(figsize=(max(7, 4.8 * len(configs)), 4.4), layout="constrained", facecolor="white")
+    for place, config in enumerate(configs, start=1):
+        axes = figure.add_subplot(1, len(configs), place)
+        entries = [entry for entry in report["subjects"] if entry["config"] == config]
+        panel(axes, entries, names, report["bandwidth"]["median"])
+        axes.set_title(config, loc="left", fontsize=11, fontweight="bold")
+        if place == 1:
+            axes.set_ylabel("tokens per second, one text")
+
+    handles = [Patch(color=COLORS[name], label=name) for name in names]
+    handles.append(Line2D([], [], color="#333333", linewidth=1.2, label="limit of the memory"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    machine, gigabytes = report["machine"], report["bandwidth"]["median"] / 1e9
+    title = f"{machine['processor']}, {machine['threads']} threads, reading {gigabytes:.0f} GB/s"
+    figure.suptitle(title, fontsize=9, color="#666666", x=0.01, ha="left")
+    # What it is written as does not hang on the name, which may end in .partial.
+    figure.savefig(path, dpi=160, format="png")
+
+
+def panel(axes, entries, names, bandwidth):
+    weights = list(dict.fromkeys(entry["weights"] for entry in entries))
+    width = 0.84 / len(names)
+    highest, labels = 0, []
+    for entry in entries:
+        rank = names.index(entry["subject"])
+        # Groups stand at 0, 1, 2, ...; a subject has the same place in each.
+        x = weights.index(entry["weights"]) + (rank - (len(names) - 1) / 2) * width
+        decode = entry["phases"]["decode"]
+        speed = 1 / decode["median"]
+        spread = [[speed - 1 / decode["high"]], [1 / decode["low"] - speed]]
+        axes.bar(x, speed, width * 0.9, color=COLORS[entry["subject"]])
+        axes.errorbar(x, speed, spread, color="#555555", linewidth=0.8, capsize=1.5)
+        labels.append((x, f"{speed:.0f}", "white" if "compiled" in entry["subject"] else "#333333"))
+        limit = bandwidth / entry["bytes_per_token"]
+        axes.hlines(limit, x - width / 2, x + width / 2, color="#333333", linewidth=1.2)
+        highest = max(highest, speed, limit)
+
+    for x, text, color in labels:  # at the foot of a bar, where no line crosses them
+        axes.text(x, highest / 100, text, ha="center", va="bottom", fontsize=7, color=color)
+
+    axes.set_xticks(range(len(weights)), [SPOKEN.get(kind, kind) for kind in weights])
+    axes.set_ylim(0, highest * 1.08)
+    axes.tick_params(length=0)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#bbbbbb")

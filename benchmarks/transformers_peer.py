@@ -1,0 +1,66 @@
+"""`transformers` as a subject: the same weights in its own layout, run by its `generate`."""
+
+import time
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.clock import synchronized
+from models.utils.errors import UserError
+from models.utils.machine import DTYPES, keep_freed_memory
+
+
+class Transformers:
+    def __init__(self, folder, threads, device, dtype):
+        keep_freed_memory()
+        if threads:
+            torch.set_num_threads(threads)
+        self.folder, self.device, self.dtype = folder, torch.device(device), DTYPES[dtype]
+
+    def about(self):
+        return {"threads": torch.get_num_threads()}
+
+    def load(self):
+        self.model, loaded = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=self.dtype, output_loading_info=True, local_files_only=True
+        )
+        if any(loaded.values()):
+            raise UserError(f"the weights do not fit transformers: {loaded}")
+        self.model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def logits(self, prompt):
+        return self.model(torch.tensor([prompt], device=self.device)).logits[0, -1].float().tolist()
+
+    @torch.inference_mode()
+    def run(self, prompts, new_tokens):
+        """As Eager.run in zoo.py. Prompts of different lengths are padded on the left, as it asks for."""
+        longest = max(len(prompt) for prompt in prompts)
+        padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        clock = Clock()
+        started = synchronized(self.device)
+        output = self.model.generate(
+            torch.tensor(padded, device=self.device),
+            attention_mask=torch.tensor(mask, device=self.device),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            streamer=clock,
+        )
+        times = [when - started for when in clock.times[1:]]
+        return {"tokens": output[:, longest:].tolist(), "times": times}
+
+
+class Clock:
+    """A streamer for generate: it is handed the prompt first, then each token."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, tokens):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass

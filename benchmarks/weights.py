@@ -1,0 +1,123 @@
+"""The same random weights for everybody, each in the files that it reads, and what they should say.
+
+Speed does not depend on the values of weights, but whether two programs compute the same does: every one is
+drawn, biases and norms too, in a scale that lets signals neither die nor grow. They are rounded to bf16 at
+once, so that fp32 and bf16 hold the same numbers.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.zoo import bytes_read_per_token
+from convert_hf_checkpoint import convert
+from models import config_to_dict, create_model, load_config, load_model
+from models.utils.hf import to_hf_config, to_hf_state
+from models.utils.machine import DTYPES
+from models.utils.quantize import quantization_of
+
+
+class Writer:
+    def __init__(self, config, folder, threads):
+        if threads:
+            torch.set_num_threads(threads)
+        self.config, self.folder = config, Path(folder)
+
+    def write(self, weights, gguf_kinds, draft):
+        """Folders hf-DTYPE for transformers, DTYPE, int8 and int4 for us, files KIND.gguf for llama.cpp:
+
+        gguf_kinds: {kind of weights: what GGUF calls it} of those that llama.cpp is given.
+
+        draft: whether a drafter is wanted; it is written beside, in folders of the same names.
+        Returns, for each file of the peers, how many of its bytes a decoded token reads.
+        """
+        sizes = self.write_model({}, self.folder, weights, gguf_kinds)
+        if draft:
+            self.write_model(draft_fields(*load_config(self.config)), self.folder / "draft", weights, {})
+        return sizes
+
+    def write_model(self, overrides, folder, weights, gguf_kinds):
+        model_name, _ = load_config(self.config)
+        model = redrawn(create_model(self.config, **overrides))
+        for dtype in dict.fromkeys(["float32", *(name for name in weights if name in DTYPES)]):
+            write_hf(model_name, model, folder / f"hf-{dtype}", DTYPES[dtype])
+        for kind in weights:
+            quantization = None if kind in DTYPES else quantization_of(kind, None)
+            dtype = DTYPES.get(kind, torch.bfloat16)
+            source = folder / "hf-float32"
+            convert(source, folder / kind, dtype, progress=False, model=model_name, quantization=quantization)
+        num_weights = bytes_read_per_token(model) // 4
+        sizes = {f"transformers {name}": num_weights * dtype.itemsize for name, dtype in DTYPES.items()}
+        for kind, gguf_kind in gguf_kinds.items():
+            from benchmarks.gguf_file import matrix_bytes_read, write_gguf
+
+            path = folder / f"{gguf_kind}.gguf"
+            write_gguf(path, model_name, model, gguf_kind)
+            sizes[f"llama.cpp {kind}"] = matrix_bytes_read(path)
+        return sizes
+
+    @torch.inference_mode()
+    def reference(self, prompt, new_tokens):
+        """What fp32 says greedily, in `transformers` where it is there: the tokens.
+
+        The logits that led to each of them are written to reference.npy: (new_tokens, V).
+        """
+        source, tokens = self.folder / "hf-float32", torch.tensor([prompt])
+        if importlib.util.find_spec("transformers"):
+            from transformers import AutoModelForCausalLM
+
+            peer = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+            options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+            said = peer.generate(
+                tokens, pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options
+            )
+            tokens, logits = said.sequences, torch.cat(said.logits)
+        else:
+            model = load_model(convert(source, progress=False))
+            for _ in range(new_tokens):
+                logits = model(tokens)[0, len(prompt) - 1 :]
+                tokens = torch.cat([tokens, logits[-1:].argmax(dim=-1, keepdim=True)], dim=1)
+        np.save(self.folder / "reference.npy", logits.numpy())
+        return tokens[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def redrawn(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 2:
+            noise *= parameter.shape[1] ** -0.5
+        else:
+            noise = 0.1 * noise + name.endswith("norm.weight")
+        parameter.copy_(noise.bfloat16())
+    return model.eval()
+
+
+def write_hf(model_name, model, folder, dtype):
+    """The model in the layout of Hugging Face."""
+    folder.mkdir(parents=True)
+    fields = config_to_dict(model_name, model.config)
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    save_file(to_hf_state(model_name, fields, state), folder / "model.safetensors", {"format": "pt"})
+    config = {**to_hf_config(model_name, fields), "dtype": str(dtype).removeprefix("torch.")}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def draft_fields(model_name, config):
+    """The fields in which a drafter differs: a third of the width, half of the layers."""
+    heads = max(1, config.num_heads // 3)
+    head_dim = getattr(config, "head_dim", config.d_model // config.num_heads)
+    fields = {
+        "d_model": heads * head_dim,
+        "num_heads": heads,
+        "num_layers": max(1, config.num_layers // 2),
+        "d_ff": max(32, config.d_ff // 96 * 32),
+    }
+    if model_name != "gpt2":
+        fields["tied_head"] = True  # an output matrix of its own would outweigh the layers
+    return {**fields, "num_kv_heads": heads} if model_name == "llama" else fields
