@@ -24,9 +24,10 @@ from typing import NamedTuple
 
 import torch
 
-from convert_hf_checkpoint import convert
+from convert_hf_checkpoint import calibration_windows, convert
 from models import build_model, config_from_dict, load_model
 from models.utils.checkpoint_files import open_weights
+from models.utils.compile import compile_decoding
 from models.utils.errors import UserError, run_main
 from models.utils.files import converted_folder, read_json
 from models.utils.machine import (
@@ -53,13 +54,17 @@ def main(argv=None):
     keep_freed_memory()
     args = parse(argv)
     args.device = choose_device(args.device)
-    folder, model_name, config, load = open_checkpoint(args.checkpoint, args)
+    drafting = args.draft or args.lookup
+    # A verification feeds the last token and the drafts behind it.
+    widths = (1, args.num_draft_tokens + 1) if drafting else (1,)
+    folder, model_name, config, load = open_checkpoint(args.checkpoint, args, widths)
     if len(args.prompts) > 1 and model_name != "bert":
         raise UserError(f"--prompt is given {len(args.prompts)} times; only a BERT takes several texts")
     if args.images and model_name != "vision_transformer":
         raise UserError(f"--image: {folder} holds a model that reads text; give it --prompt TEXT")
+    if args.compile and (model_name not in DECODERS or args.score):
+        raise UserError("--compile: for decoders that write text, whose steps it makes faster")
     # What each kind of model does, and which page does it.
-    drafting = args.draft or args.lookup
     if model_name in DECODERS and drafting:
         run_speculative(args, folder, config, load, open_draft(args, DECODERS))
     elif model_name == "transformer" and drafting:
@@ -94,6 +99,8 @@ def parse(argv):
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--quantize", choices=KINDS, help="the linear layers' weights, while loading")
     add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
+    add("--compile", action="store_true", help="the decoding step: once a minute's work, then far faster")
+    add("--calibrate", metavar="FILE", help="a text that tells int4 which errors count")
 
     add = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", action="append", help="default: what is piped in; with BERT repeatable")
@@ -145,7 +152,7 @@ def checked(args):
             raise UserError(f"{option} goes with --draft FOLDER or --lookup; give one of them")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; give 1 or more")
-    args.quantization = quantization_of(args.quantize, args.group_size)
+    args.quantization = quantization_of(args.quantize, args.group_size, args.calibrate)
     args.seed = random.randrange(2**32) if args.seed is None else args.seed
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed is {args.seed}; give 0 to 2**63 - 1")
@@ -162,13 +169,19 @@ class Checkpoint(NamedTuple):
     load: Callable  # load(num_slots) gives the model, when its memory and that of the cache are there
 
 
-def open_checkpoint(name, args):
+def open_checkpoint(name, args, widths=(1,)):
+    """widths: how many tokens per row are fed at once behind what is cached, which --compile must know."""
     folder = find_checkpoint(name)
     model_name, config = config_from_dict(read_json(folder / "config.json"), folder / "config.json")
+    windows = calibration_windows(args.calibrate, folder, model_name, config)
 
     def load(num_slots=0):
         check_memory(folder, model_name, config, num_slots, args)
-        return load_model(folder, args.device, DTYPES.get(args.dtype), args.quantization)
+        model = load_model(folder, args.device, DTYPES.get(args.dtype), args.quantization, windows)
+        if args.compile:
+            model = compile_decoding(model, widths, report)
+            model.new_cache(1, num_slots)  # compiles, before anybody's clock starts
+        return model
 
     return Checkpoint(folder, model_name, config, load)
 
@@ -177,7 +190,8 @@ def open_draft(args, kinds):
     """The Checkpoint of --draft, which must be a model of one of these kinds; None: --lookup needs none."""
     if args.lookup:
         return None
-    draft = open_checkpoint(args.draft, args)
+    # A drafter feeds one token after the other, and two where it has not seen its own last one.
+    draft = open_checkpoint(args.draft, args, widths=(1, 2))
     if draft.model_name not in kinds:
         raise UserError(
             f"--draft {args.draft}: holds a {draft.model_name} model, which cannot draft here; "
@@ -208,6 +222,10 @@ def what_was_meant(name):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("checkpoints/"):
         return f"if it is on Hugging Face, fetch it with: python convert_hf_checkpoint.py {name}"
     return f"there are: {', '.join(sorted(path.name for path in CHECKPOINTS.glob('*/'))) or 'none yet'}"
+
+
+def report(line):
+    print(line, file=sys.stderr)
 
 
 # Memory -----------------------------------------------------------------------------------------------------

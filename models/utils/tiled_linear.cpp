@@ -1,0 +1,261 @@
+// Rows of activations times a matrix in 8 or 4 bits. tiled_linear.py builds this page and explains it.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAS_VECTOR_LOOP true
+// One function may use these instructions; the rest of the library runs on every CPU of its kind.
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
+#else
+#define HAS_VECTOR_LOOP false
+#endif
+
+// Where the linker knows how to choose on loading, a plain loop is compiled once for each generation of CPUs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define EVERY_CPU
+#endif
+
+namespace {
+
+constexpr int LANES = 32;    // outputs in a tile: two vectors of 16 numbers of 32 bits
+constexpr int VECTORS = 2;   // they share each activation that is loaded
+constexpr int INPUTS = 32;   // activations that share a scale
+constexpr int MAX_ROWS = 8;  // rows of x that share each weight that is loaded
+constexpr int HEADER = 4 * LANES;  // bytes of scales before the codes, in int4 with their zeros
+constexpr int AHEAD = 2560;  // bytes. Unless int4 is asked for early, a core reads and multiplies by turns.
+
+// INPUTS activations of a row: each is scale * code.
+struct Block {
+  float scale;
+  float sum;      // of the codes, for the zeros of the weights
+  int32_t start;  // of the integer sum of q * code, which so becomes that of (q - 128) * code, int4: q - 8
+  union {
+    int8_t codes[INPUTS];
+    int32_t fours[INPUTS / 4];  // what one lane of the dot-product instruction takes
+  };
+};
+
+template <int BITS, typename T>
+EVERY_CPU void quantize(const T* x, Block* blocks, int64_t num_blocks) {
+  for (int64_t b = 0; b < num_blocks; b++, x += INPUTS) {
+    float values[INPUTS];
+    uint32_t largest_bits = 0;
+    for (int k = 0; k < INPUTS; k++) values[k] = static_cast<float>(x[k]);
+    // Without their sign, floats are in the order of their bits: infinity after all numbers, then NaN.
+    for (int k = 0; k < INPUTS; k++)
+      largest_bits = std::max(largest_bits, std::bit_cast<uint32_t>(values[k]) & 0x7fffffff);
+    const float largest = std::bit_cast<float>(largest_bits);
+    const bool finite = std::isfinite(largest);
+    if (!finite) std::fill(values, values + INPUTS, 0.0f);
+
+    // Blocks of less than this are zeros; dividing by them could overflow.
+    const float inverse = largest > 1e-30f ? 127 / largest : 0;
+    int32_t sum = 0, codes[INPUTS];
+    for (int k = 0; k < INPUTS; k++) codes[k] = static_cast<int32_t>(std::nearbyint(values[k] * inverse));
+    for (int k = 0; k < INPUTS; k++) sum += codes[k];
+    for (int k = 0; k < INPUTS; k++) blocks[b].codes[k] = static_cast<int8_t>(codes[k]);
+    blocks[b].scale = finite ? largest / 127 : std::numeric_limits<float>::quiet_NaN();
+    blocks[b].sum = static_cast<float>(sum);
+    blocks[b].start = -(1 << (BITS - 1)) * sum;
+  }
+}
+
+// What a tile gives for some rows of x, without a word about vectors: out[m][n] is row m times output n.
+template <int BITS>
+EVERY_CPU void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups,
+                          int64_t per_group, float* out) {
+  const int64_t num_blocks = num_groups * per_group;
+  float scale[LANES], zero[LANES];
+  uint32_t first[LANES], second[LANES];  // 4 inputs of each output, a byte each, and the next 4
+  std::fill(out, out + rows * LANES, 0.0f);
+
+  for (int64_t b = 0; b < num_blocks; b++) {
+    if (b % per_group == 0) {
+      std::memcpy(first, tile, HEADER);
+      for (int n = 0; n < LANES; n++) scale[n] = std::bit_cast<float>(BITS == 8 ? first[n] : first[n] << 16);
+      for (int n = 0; n < LANES; n++) zero[n] = BITS == 8 ? 0 : std::bit_cast<float>(first[n] & 0xffff0000);
+      tile += HEADER;
+    }
+    for (int m = 0; m < rows; m++) {
+      const Block& block = x[m * num_blocks + b];
+      int32_t dot[LANES];
+      std::fill(dot, dot + LANES, block.start);
+      for (int k = 0; k < INPUTS; k += 8) {
+        const uint8_t* codes = tile + k * LANES * BITS / 8;
+        std::memcpy(first, codes, sizeof first);
+        if (BITS == 8) {
+          std::memcpy(second, codes + sizeof first, sizeof second);
+        } else {
+          for (int n = 0; n < LANES; n++) second[n] = first[n] >> 4 & 0x0f0f0f0f;
+          for (int n = 0; n < LANES; n++) first[n] &= 0x0f0f0f0f;
+        }
+        for (int j = 0; j < 4; j++)
+          for (int n = 0; n < LANES; n++)
+            dot[n] += static_cast<int32_t>(first[n] >> 8 * j & 255) * block.codes[k + j] +
+                      static_cast<int32_t>(second[n] >> 8 * j & 255) * block.codes[k + 4 + j];
+      }
+      for (int n = 0; n < LANES; n++)
+        out[m * LANES + n] += (scale[n] * static_cast<float>(dot[n]) + zero[n] * block.sum) * block.scale;
+    }
+    tile += INPUTS * LANES * BITS / 8;
+  }
+}
+
+#if HAS_VECTOR_LOOP
+template <int BITS>
+VNNI inline __m512i load(const uint8_t* at) {
+  // In 8 bits loads follow each other so fast that a core looks ahead by itself, and asking too costs time.
+  if constexpr (BITS == 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+  return _mm512_loadu_si512(at);
+}
+
+// The same with vectors of 512 bits, in which a lane is an output: 16 sums grow side by side.
+template <int BITS, int ROWS>
+VNNI void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
+                      float* out) {
+  const __m512i low_half = _mm512_set1_epi8(15), high_bits = _mm512_set1_epi32(0xffff0000);
+  const int64_t num_blocks = num_groups * per_group;
+  __m512 total[ROWS][VECTORS] = {}, scale[VECTORS], zero[VECTORS];
+  __m512i dot[ROWS][VECTORS], first[VECTORS], second[VECTORS];  // 4 inputs of 16 outputs, and the next 4
+
+  for (int64_t group = 0; group < num_groups; group++) {
+    for (int v = 0; v < VECTORS; v++) {
+      const __m512i header = load<BITS>(tile + 64 * v);
+      // In int4 two bf16; such a number is the upper half of the fp32 of the same value.
+      scale[v] = _mm512_castsi512_ps(BITS == 8 ? header : _mm512_slli_epi32(header, 16));
+      zero[v] = _mm512_castsi512_ps(_mm512_and_si512(header, high_bits));
+    }
+    tile += HEADER;
+    for (int64_t block = 0; block < per_group; block++, x++) {
+      for (int m = 0; m < ROWS; m++)
+        for (int v = 0; v < VECTORS; v++) dot[m][v] = _mm512_set1_epi32(x[m * num_blocks].start);
+
+#pragma GCC unroll 4
+      for (int k = 0; k < INPUTS / 4; k += 2, tile += LANES * BITS) {
+        for (int v = 0; v < VECTORS; v++) {
+          first[v] = load<BITS>(tile + 64 * v);
+          if constexpr (BITS == 8) {
+            second[v] = load<BITS>(tile + 64 * (VECTORS + v));
+          } else {
+            second[v] = _mm512_and_si512(_mm512_srli_epi16(first[v], 4), low_half);
+            first[v] = _mm512_and_si512(first[v], low_half);
+          }
+        }
+        for (int m = 0; m < ROWS; m++) {
+          const __m512i x_first = _mm512_set1_epi32(x[m * num_blocks].fours[k]);
+          const __m512i x_second = _mm512_set1_epi32(x[m * num_blocks].fours[k + 1]);
+          for (int v = 0; v < VECTORS; v++) {
+            // In each of 16 lanes: 4 codes of a weight's row times 4 codes of x, all added to the lane.
+            dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], first[v], x_first);
+            dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], second[v], x_second);
+          }
+        }
+      }
+
+      for (int m = 0; m < ROWS; m++) {
+        const __m512 x_scale = _mm512_set1_ps(x[m * num_blocks].scale);
+        const __m512 x_sum = _mm512_set1_ps(x[m * num_blocks].sum);
+        for (int v = 0; v < VECTORS; v++) {
+          __m512 sum = _mm512_cvtepi32_ps(dot[m][v]);
+          if constexpr (BITS == 4) sum = _mm512_fmadd_ps(scale[v], sum, _mm512_mul_ps(zero[v], x_sum));
+          total[m][v] = _mm512_fmadd_ps(sum, x_scale, total[m][v]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int v = 0; v < VECTORS; v++) {
+      // In int8 a row of the weight is one group, and its scale can wait until here.
+      if constexpr (BITS == 8) total[m][v] = _mm512_mul_ps(total[m][v], scale[v]);
+      _mm512_storeu_ps(out + m * LANES + v * 16, total[m][v]);
+    }
+}
+
+// The number of rows is a constant of the loop, so that all its sums stay in registers.
+template <int BITS, int ROWS = MAX_ROWS>
+void vector_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
+                 float* out) {
+  if (rows == ROWS) return vector_loop<BITS, ROWS>(tile, x, num_groups, per_group, out);
+  if constexpr (ROWS > 1) vector_rows<BITS, ROWS - 1>(rows, tile, x, num_groups, per_group, out);
+}
+bool has_vector_loop() {
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
+}
+template <int BITS>
+auto* choose(bool plain) {
+  return plain || !has_vector_loop() ? plain_rows<BITS> : vector_rows<BITS>;
+}
+
+#else
+bool has_vector_loop() { return false; }
+template <int BITS>
+auto* choose(bool) {
+  return plain_rows<BITS>;
+}
+#endif
+
+template <int BITS, typename T>
+void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, bool plain) {
+  const int64_t num_rows = x.size(0), num_blocks = x.size(1) / INPUTS, num_outputs = out.size(1);
+  const int64_t num_groups = tiles.size(1), per_group = num_blocks / num_groups;
+  const T* inputs = x.const_data_ptr<T>();
+  const uint8_t* weights = tiles.const_data_ptr<uint8_t>();
+  T* outputs = out.mutable_data_ptr<T>();
+  auto* const rows_times_tile = choose<BITS>(plain);
+
+  std::vector<Block> blocks(num_rows * num_blocks);
+  at::parallel_for(0, num_rows, MAX_ROWS, [&](int64_t begin, int64_t end) {
+    quantize<BITS>(inputs + begin * x.size(1), &blocks[begin * num_blocks], (end - begin) * num_blocks);
+  });
+  at::parallel_for(0, tiles.size(0), 4, [&](int64_t begin, int64_t end) {
+    float lanes[MAX_ROWS * LANES];
+    for (int64_t n = begin; n < end; n++) {
+      const int64_t width = std::min<int64_t>(LANES, num_outputs - n * LANES);
+      // Tiles come from memory for the first rows of x; for all others they are in the core's own cache.
+      for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
+        const int rows = std::min<int64_t>(MAX_ROWS, num_rows - row);
+        const Block* x_blocks = &blocks[row * num_blocks];
+        rows_times_tile(rows, weights + n * tiles.stride(0), x_blocks, num_groups, per_group, lanes);
+        for (int m = 0; m < rows; m++)
+          std::copy_n(lanes + m * LANES, width, outputs + (row + m) * num_outputs + n * LANES);
+      }
+    }
+  });
+}
+
+// x (..., K), tiles (N / 32, K / g, HEADER + 32 g bits / 8) -> (..., num_outputs), in the dtype of x
+at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t num_outputs, int64_t bits,
+                        bool plain) {
+  const int64_t K = x.size(-1), width = tiles.size(1) * ((tiles.size(2) - HEADER) * 8 / (LANES * bits));
+  TORCH_CHECK(K == width, "x has ", K, " inputs, not ", width);
+  const at::Tensor rows = x.reshape({-1, K}).contiguous();
+  at::Tensor out = at::empty({rows.size(0), num_outputs}, x.options());
+  const bool in_fp32 = x.scalar_type() == at::kFloat;
+  auto* const in_8_bits = in_fp32 ? multiply<8, float> : multiply<8, at::BFloat16>;
+  auto* const in_4_bits = in_fp32 ? multiply<4, float> : multiply<4, at::BFloat16>;
+  (bits == 8 ? in_8_bits : in_4_bits)(rows, tiles, out, plain);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = num_outputs;
+  return out.view(shape);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(zoo, library) {
+  library.def("tiled_linear(Tensor x, Tensor tiles, int num_outputs, int bits, bool plain=False) -> Tensor");
+  library.def("has_vector_loop() -> bool", has_vector_loop);
+}
+TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("tiled_linear", tiled_linear); }

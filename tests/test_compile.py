@@ -1,0 +1,292 @@
+"""The proof of models/utils/compile.py: compiled steps give what the model gives, and failures are survived.
+
+What is compiled lands in one folder for the whole file, so that a step is compiled once.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.utils import compile as page
+from models.utils.compile import attend, compile_decoding, row_times_int8, row_times_matrix
+from models.utils.quantize import Quantization, quantize_int8, quantize_layers
+from models.utils.tiled_linear import TiledLinear, load_kernel, tile_layers
+from runs_ar.generate import generate
+from runs_ss.speculate import ModelDrafter, speculate
+from tests.test_speculate import disturbed, tiny
+
+ROOT = Path(__file__).parent.parent
+PROMPT = [1, 40, 5, 6, 7, 8]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "CACHE_FOLDER", tmp_path_factory.mktemp("compiled"))
+        patch.setattr(page, "MIN_SLOTS", 32)
+        yield
+
+
+@pytest.fixture
+def said():
+    """What compile_decoding reports."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def small(name):
+    """One layer is enough for a step, and compiles in seconds."""
+    model = tiny(name)
+    model.layers = model.layers[:1]
+    return model
+
+
+# Formulas ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [1, 3, 8, 50])
+def test_a_row_times_a_matrix_is_linear(N):
+    x, weight, bias = torch.randn(1, 1, 24), torch.randn(N, 24), torch.randn(N)
+    torch.testing.assert_close(row_times_matrix(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(row_times_matrix(x, weight), F.linear(x, weight))
+
+
+def test_bf16_is_summed_in_fp32():
+    # 257 ones: bf16 has no 257, a sum in bf16 stays at 256.
+    x = torch.cat([torch.ones(257), -torch.ones(128)]).bfloat16()
+    assert row_times_matrix(x, torch.ones(1, 385).bfloat16()) == 129
+
+
+def test_a_row_times_int8_is_the_kernel():
+    x = torch.randn(1, 64).bfloat16()
+    codes, scale = quantize_int8(torch.randn(48, 64).bfloat16())
+    expected = torch._weight_int8pack_mm(x, codes, scale)
+    torch.testing.assert_close(row_times_int8(x, codes, scale), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_one_query_attends_as_torch_says(K):
+    B, H, S, d = 3, 4, 10, 8
+    q, k, v = torch.randn(B, H, 1, d), torch.randn(B, K, S, d), torch.randn(B, K, S, d)
+    mask = torch.arange(S) <= torch.tensor([0, 4, 9])[:, None, None, None]
+    torch.testing.assert_close(
+        attend(q, k, v, mask, enable_gqa=True),
+        F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
+    )
+    torch.testing.assert_close(
+        attend(q, k, v, scale=0.3, enable_gqa=True),
+        F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True),
+    )
+
+
+# Steps ------------------------------------------------------------------------------------------------------
+
+
+def assert_same_steps(model, compiled, batch_size, width, tolerance):
+    """A prompt, then steps of `width` tokens at places of their own, in the model and in the compiled one."""
+    torch.manual_seed(3)
+    cache = compiled.new_cache(batch_size, 20)
+    assert compiled.steps[batch_size, cache[0].k.shape[2], width] is not None
+    expected_cache = model.new_cache(batch_size, cache[0].k.shape[2])
+    prompt = torch.randint(50, (batch_size, 7))
+    model(prompt, cache=expected_cache), compiled(prompt, cache=cache)
+
+    for step in range(3):
+        # Row n goes back by n places: what stands there is written over.
+        starts = 7 + width * step - torch.arange(batch_size)[:, None]
+        positions = starts + torch.arange(width)
+        tokens = torch.randint(50, (batch_size, width))
+        logits, expected = (
+            compiled(tokens, positions, cache),
+            model(tokens, positions, expected_cache),
+        )
+        assert (logits - expected).abs().max() <= tolerance * max(1, expected.std())
+        for ours, theirs in zip(cache, expected_cache):
+            torch.testing.assert_close(ours.k, theirs.k, rtol=0, atol=10 * tolerance)
+            torch.testing.assert_close(ours.v, theirs.v, rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "transformer_lm"])
+def test_a_step_is_the_models(name, said):
+    model = small(name)
+    assert_same_steps(model, compile_decoding(copy.deepcopy(model), report=said.append), 1, 1, 1e-5)
+    assert len(said) == 1 and "compiling" in said[0]
+
+
+def test_ragged_rows_and_several_tokens(said):
+    model = small("llama")
+    compiled = compile_decoding(copy.deepcopy(model), (1, 4), said.append)
+    assert_same_steps(model, compiled, 3, 1, 1e-5)
+    assert_same_steps(model, compiled, 3, 4, 1e-5)
+    # Fewer tokens than the step is wide are filled up; what the pads write is out of sight.
+    assert compiled.steps.get((3, 32, 2)) is None
+    cache, expected_cache = compiled.new_cache(3, 20), model.new_cache(3, 32)
+    tokens = torch.randint(50, (3, 2))
+    positions = torch.tensor([[0, 1]] * 3)
+    torch.testing.assert_close(
+        compiled(tokens, positions, cache), model(tokens, positions, expected_cache), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_steps(kind, said):
+    if kind == "int4" and load_kernel() is not None:
+        pytest.skip(load_kernel())
+    model = small("llama").bfloat16()
+    quantize_layers(model, Quantization(kind, 32 if kind == "int4" else None))
+    compiled = compile_decoding(copy.deepcopy(model), report=said.append)
+    # The kernel rounds activations too, and a bf16 that differs in its last bit may get another code.
+    tile_layers(model)
+    assert_same_steps(model, compiled, 1, 1, 0.15)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_tied_head_is_an_int8_copy(kind):
+    model = small("gpt2").bfloat16()
+    quantize_layers(model, Quantization(kind, 32 if kind == "int4" else None))
+    compiled = compile_decoding(copy.deepcopy(model))
+    assert torch.equal(compiled.token_embed.weight, model.token_embed.weight)
+    assert model.lm_head.weight is model.token_embed.weight
+    if load_kernel() is None:
+        assert isinstance(compiled.lm_head, TiledLinear) and compiled.lm_head.bits == 8
+    hidden = torch.randn(1, 3, 32).bfloat16()
+    expected = model.lm_head(hidden).float()
+    error = (compiled.lm_head(hidden) - expected).norm() / expected.norm()
+    assert 0 < error < 0.015  # 8 bits for a weight, 8 for an activation
+
+
+def test_full_precision_keeps_its_head():
+    model = compile_decoding(small("gpt2")).model
+    assert model.lm_head.weight is model.token_embed.weight
+
+
+def test_texts_are_the_same(said):
+    model = small("llama")
+    compiled = compile_decoding(copy.deepcopy(model), (1, 4), said.append)
+    greedy = [tokens for (tokens,) in generate(model, [PROMPT], 20)]
+    assert [tokens for (tokens,) in generate(compiled, [PROMPT], 20)] == greedy
+    drafter = ModelDrafter(disturbed(model, 0.05))
+    rounds = speculate(compiled, drafter, [PROMPT], 20, num_draft_tokens=3)
+    assert [token for round in rounds for token in round.tokens[0]] == greedy
+
+
+# The disk ---------------------------------------------------------------------------------------------------
+
+
+def test_the_second_start_compiles_nothing(monkeypatch, said):
+    model = small("gpt2")
+    compile_decoding(copy.deepcopy(model)).new_cache(1, 20)
+    monkeypatch.setattr(page, "compile_step", None)
+    assert_same_steps(model, compile_decoding(copy.deepcopy(model), report=said.append), 1, 1, 1e-5)
+    assert said == []
+
+
+def test_another_model_has_another_step():
+    words = set()
+    for name in ("gpt2", "llama"):
+        model = small(name)
+        for dtype in (torch.float32, torch.bfloat16):
+            model.to(dtype)
+            for slots in (32, 64):
+                words |= {page.fingerprint(model, model.new_cache(1, slots), width) for width in (1, 2)}
+    assert len(words) == 16
+    assert all(len(word) == 24 for word in words)
+
+
+def test_weights_are_read_where_they_are(said):
+    """The step holds no weights: one file serves all checkpoints of a config."""
+    first, second = small("gpt2"), disturbed(small("gpt2"), 0.3)
+    for model in (first, second):
+        assert_same_steps(model, compile_decoding(copy.deepcopy(model), report=said.append), 1, 1, 1e-5)
+
+
+# What can go wrong ------------------------------------------------------------------------------------------
+
+
+def run(tmp_path, *options, **environment):
+    """run.py on a tiny checkpoint in a process with caches of its own."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        **environment,
+    }
+    command = [sys.executable, "run.py", "--compile", "--max-new-tokens", "8", "--temperature", "0", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_without_a_compiler_the_run_goes_on(tmp_path):
+    done = run(tmp_path, CXX="/nowhere/c++", PATH=str(tmp_path))
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "going on without compilation" in done.stderr
+    assert len(done.stdout) > 8
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(tmp_path, said, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("the compiler\nbroke")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", broken)
+    monkeypatch.setattr(page, "CACHE_FOLDER", tmp_path)
+    model = small("gpt2")
+    compiled = compile_decoding(copy.deepcopy(model), report=said.append)
+    greedy = [tokens for (tokens,) in generate(model, [PROMPT], 5)]
+    assert [tokens for (tokens,) in generate(compiled, [PROMPT], 5)] == greedy
+    assert said[-1] == "going on without compilation: the compiler broke"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(*args, package_path, **kwargs):
+        Path(package_path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", interrupted)
+    monkeypatch.setattr(page, "CACHE_FOLDER", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compile_decoding(small("gpt2")).new_cache(1, 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, said):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(page, "CACHE_FOLDER", tmp_path / "file" / "cache")
+    folder = page.cache_folder(said.append)
+    assert folder.is_dir() and "cannot be kept" in said[0]
+
+
+def test_a_broken_file_in_the_cache(monkeypatch, said, tmp_path):
+    monkeypatch.setattr(page, "CACHE_FOLDER", tmp_path)
+    model = small("gpt2")
+    cache = model.new_cache(1, 32)
+    (tmp_path / f"{page.fingerprint(model, cache, 1)}.pt2").write_bytes(b"no library")
+    compiled = compile_decoding(copy.deepcopy(model), report=said.append)
+    compiled.new_cache(1, 20)
+    assert "going on without compilation" in said[0]
+
+
+def test_no_memory_for_packed_weights(monkeypatch, said):
+    monkeypatch.setattr(page, "available_memory", lambda device: 10)
+    compiled = compile_decoding(small("llama"), (1, 4), said.append)
+    assert compiled.model_for(4) is compiled.model
+    assert "do not fit" in said[0]
+
+
+@pytest.mark.parametrize(
+    "options", [["--checkpoint", "checkpoints/tiny-bert-python"], ["--score", "README.md"]]
+)
+def test_what_does_not_decode_says_so(tmp_path, options):
+    done = run(tmp_path, *options)
+    assert done.returncode == 2
+    assert "--compile: for decoders" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,369 @@
+"""The proof of models/utils/tiled_linear.py and its C++: arithmetic, layout, and what happens without it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.utils import tiled_linear
+from models.utils.quantize import (
+    Int4Linear,
+    Int8Linear,
+    Quantization,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    quantize_int8,
+    quantize_layers,
+)
+from models.utils.tiled_linear import TiledLinear, into_huge_pages, joined, load_kernel, tile_layers
+
+ROOT = Path(__file__).parent.parent
+
+# Without a compiler, or on another CPU, only the tests of the fallback have something to say.
+needs_kernel = pytest.mark.skipif(load_kernel() is not None, reason=str(load_kernel()))
+INT4_SHAPES = [(64, 64, 32), (100, 128, 64), (33, 256, 128), (7, 96, 32), (200, 1024, 32)]
+# No group size is int8.
+SHAPES = [*INT4_SHAPES, (64, 64, None), (33, 160, None), (7, 96, None), (200, 1024, None)]
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+def matrix(N, K, group_size, dtype=torch.bfloat16):
+    """(product with x, the weights that the codes stand for in fp64); no row or group is even about 0."""
+    generator = torch.Generator().manual_seed(N * K)
+    weight = 0.1 * torch.randn(N, K, generator=generator) + 0.05 * torch.randn(N, 1, generator=generator)
+    if group_size is None:
+        codes, scale = quantize_int8(weight.to(dtype))
+        bits, tiles, weight = (
+            8,
+            tiled_linear.tiles_of_int8(codes, scale),
+            dequantize_int8(codes, scale.double()),
+        )
+    else:
+        packed, scale_zero = quantize_int4(weight.to(dtype), group_size)
+        tiles, weight = (
+            tiled_linear.tiles_of_int4(packed, scale_zero),
+            dequantize_int4(packed, scale_zero.double()),
+        )
+        bits = 4
+    return lambda x, plain=False: torch.ops.zoo.tiled_linear(x, tiles, N, bits, plain), weight
+
+
+def rows(M, K, dtype=torch.float32):
+    """Rows and groups of different sizes, a group of zeros among them."""
+    generator = torch.Generator().manual_seed(M + K)
+    x = torch.randn(M, K, generator=generator) * torch.rand(M, 1, generator=generator) * 10
+    x[:, -32:] *= 0.01
+    x[0, :32] = 0
+    return x.to(dtype)
+
+
+def rounded(x):
+    """Activations in 8 bits, 32 by one scale: the page's formula, in fp64."""
+    groups = x.double().unflatten(-1, (-1, 32))
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return ((groups / scale).round() * scale).flatten(-2)
+
+
+def difference(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+# The arithmetic ---------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("N, K, group_size", SHAPES)
+def test_it_multiplies_dequantized_weights_by_rounded_activations(N, K, group_size, plain):
+    product, weight = matrix(N, K, group_size)
+    for M in (1, 2, 3, 4, 5, 6, 7, 8, 9, 21):
+        x = rows(M, K)
+        out = product(x, plain)
+        assert out.shape == (M, N) and out.dtype == torch.float32
+        assert difference(out, rounded(x) @ weight.T) < 2e-6
+        # A code may fall on the other side of a half; in no output does it show.
+        assert (out - rounded(x) @ weight.T).abs().max() < 1e-4 * out.abs().max()
+
+
+@needs_kernel
+def test_int8_keeps_a_scale_in_fp32():
+    product, weight = matrix(64, 256, None, torch.float32)
+    x = rows(5, 256)
+    assert difference(product(x), rounded(x) @ weight.T) < 2e-6
+
+
+@needs_kernel
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_bf16_rows_differ_by_the_rounding_of_the_output_alone(group_size, plain):
+    product, _ = matrix(200, 1024, group_size)
+    x = rows(5, 1024, torch.bfloat16)
+    out = product(x, plain)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, product(x.float(), plain).bfloat16())
+
+
+@needs_kernel
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_the_error_of_8_bit_activations_is_what_the_page_says(group_size):
+    product, weight = matrix(512, 2048, group_size)
+    x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+    assert 0.0045 < difference(product(x), x.double() @ weight.T) < 0.0065
+
+
+@needs_kernel
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_a_row_alone_equals_the_row_in_a_batch(group_size, plain):
+    product, _ = matrix(100, 512, group_size)
+    x = rows(19, 512)
+    alone = torch.cat([product(row, plain) for row in x.split(1)])
+    for M in (*range(1, 10), 16, 19):
+        assert torch.equal(product(x[:M], plain), alone[:M])
+
+
+@needs_kernel
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_threads_change_nothing(group_size):
+    product, _ = matrix(2000, 256, group_size)
+    x = rows(33, 256)
+    one = product(x)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(product(x), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row_and_is_seen(bad, group_size, plain):
+    product, _ = matrix(64, 128, group_size)
+    x = rows(3, 128)
+    x[1, 70] = bad
+    out = product(x, plain)
+    assert out[1].isnan().all() and out[[0, 2]].isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_shapes_of_x(group_size):
+    product, _ = matrix(48, 64, group_size)
+    x = rows(12, 64)
+    flat = product(x)
+    assert torch.equal(product(x.view(3, 4, 64)), flat.view(3, 4, 48))
+    assert torch.equal(product(x[5]), flat[5])
+    spread = torch.empty(64, 12).copy_(x.T).T
+    assert torch.equal(product(spread), flat)
+    assert product(x[:0]).shape == (0, 48)
+    with pytest.raises(RuntimeError, match="96 inputs, not 64"):
+        product(rows(1, 96))
+
+
+# Layers and models ------------------------------------------------------------------------------------------
+
+
+def quantized(*shapes, dtype=torch.bfloat16, kind="int4", bias=True):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(K, N, bias=bias) for N, K in shapes]
+    model = torch.nn.Sequential(*layers).to(dtype)
+    quantize_layers(model, Quantization(kind, 32 if kind == "int4" else None))
+    return model
+
+
+@pytest.mark.parametrize(
+    "N, K, group_size", [*INT4_SHAPES, (64, 32, 32), (65, 32, 32), (150, 64, 64), (1, 32, 32)]
+)
+def test_the_codes_come_back_from_the_order_of_torchs_kernel(N, K, group_size):
+    torch.manual_seed(N)
+    linear = torch.nn.Linear(K, N).bfloat16()
+    packed, _ = quantize_int4(linear.weight, group_size)
+    model = torch.nn.Sequential(linear)
+    quantize_layers(model, Quantization("int4", group_size))
+    assert model[0].tiled and torch.equal(tiled_linear.plain_codes(model[0]), packed)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_keeps_its_outputs_to_the_stated_error(kind, dtype, bias):
+    model = quantized((96, 128), (130, 96), dtype=dtype, kind=kind, bias=bias)
+    x = rows(5, 128, dtype)
+    before = model(x)
+    assert tile_layers(model) is None
+    assert all(isinstance(layer, TiledLinear) for layer in model)
+    after = model(x)
+    assert after.dtype == dtype and 0 < difference(after, before.double()) < 0.02
+    assert tile_layers(model) is None and torch.equal(model(x), after)
+
+
+@needs_kernel
+def test_a_width_that_blocks_do_not_fill_keeps_its_layer():
+    model = quantized((96, 48), (32, 96), kind="int8")
+    assert tile_layers(model) is None
+    assert [type(layer) for layer in model] == [Int8Linear, TiledLinear]
+    assert model(rows(5, 48, torch.bfloat16)).isfinite().all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_joined_layers_give_what_each_gives(kind):
+    model = quantized((64, 128), (32, 128), (96, 128), kind=kind)
+    assert tile_layers(model) is None
+    x = rows(3, 128, torch.bfloat16)
+    assert torch.equal(joined(list(model))(x), torch.cat([layer(x) for layer in model], dim=-1))
+    odd = quantized((64, 128), (33, 128), kind=kind, bias=False)
+    assert tile_layers(odd) is None and joined(list(odd)) is None
+
+
+def test_huge_pages_hold_the_same_parameters():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1000, 700), torch.nn.Linear(3, 5).bfloat16(), torch.nn.Linear(7, 7, bias=False)
+    )
+    model[2].weight = torch.nn.Parameter(torch.arange(21, dtype=torch.int8).view(7, 3), requires_grad=False)
+    model.register_parameter("tied", model[0].weight)
+    expected = [p.clone() for p in model.parameters()]
+    into_huge_pages(model)
+    assert model.tied is model[0].weight
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
+    for parameter, value in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter, value) and parameter.data_ptr() % 64 == 0
+
+
+@needs_kernel
+def test_the_compiler_takes_it_without_a_break():
+    model = torch.nn.Sequential(
+        *quantized((96, 64), dtype=torch.float32), *quantized((64, 96), kind="int8").float()
+    )
+    tile_layers(model)
+    into_huge_pages(model)
+    x = rows(2, 64)
+    compiled = torch.compile(lambda x: F.relu(model(x)) + 1, fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.relu(model(x)) + 1)
+    torch.library.opcheck(torch.ops.zoo.tiled_linear, (x, model[0].weight, 96, 4))
+
+
+# Without it -------------------------------------------------------------------------------------------------
+
+REPORT = """
+import sys, torch
+from models.utils.tiled_linear import tile_layers
+from models.utils.quantize import Int4Linear, Quantization, quantize_layers
+model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+quantize_layers(model, Quantization("int4", 32))
+print(tile_layers(model))
+print(type(model[0]).__name__, model(torch.ones(1, 64).bfloat16()).isfinite().all().item())
+"""
+
+
+def in_new_process(extensions, **variables):
+    """What tile_layers says and what kind of layer is left, with an empty cache of extensions."""
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": str(ROOT)} | variables
+    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_compiler_that_fails_or_is_missing_leaves_torchs_kernel(tmp_path):
+    assert in_new_process(tmp_path, CXX="/bin/false") == [
+        "/bin/false could not compile tiled_linear.cpp",
+        "Int4Linear True",
+    ]
+    assert in_new_process(tmp_path, CXX="no-such-compiler") == [
+        "no C++ compiler (no-such-compiler is not there; CXX names another)",
+        "Int4Linear True",
+    ]
+    # One that says it did and did nothing.
+    assert in_new_process(tmp_path, CXX="/bin/true")[0] == "/bin/true could not compile tiled_linear.cpp"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_compilers_first_error_is_told(tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text(
+        "#!/bin/sh\necho 'in file x' >&2\necho 'y.h:3: fatal error: no such header' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    reason, _ = in_new_process(tmp_path / "cache", CXX=str(compiler))
+    assert reason == f"{compiler} could not compile tiled_linear.cpp: y.h:3: fatal error: no such header"
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    reason, layer = in_new_process(file / "cache")
+    assert reason == f"{file}/cache: Not a directory; TORCH_EXTENSIONS_DIR names another"
+    assert layer == "Int4Linear True"
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind, layer_class", [("int8", Int8Linear), ("int4", Int4Linear)])
+def test_a_cpu_without_the_instructions_keeps_torchs_kernel_where_it_has_one(monkeypatch, kind, layer_class):
+    monkeypatch.setattr(torch.ops.zoo, "has_vector_loop", lambda: False)
+    model = quantized((64, 64), kind=kind)
+    assert "no AVX-512 VNNI" in tile_layers(model) and isinstance(model[0], layer_class)
+    in_fp32 = quantized((64, 64), dtype=torch.float32, kind=kind)
+    assert tile_layers(in_fp32) is None and isinstance(in_fp32[0], TiledLinear)
+
+
+def test_what_has_nothing_quantized_on_the_cpu_is_not_touched(monkeypatch):
+    monkeypatch.setattr(tiled_linear, "load_kernel", lambda: pytest.fail("built for nothing"))
+    assert tile_layers(torch.nn.Sequential(torch.nn.Linear(64, 64))) is None
+    with torch.device("meta"):
+        elsewhere = torch.nn.Sequential(Int4Linear(torch.nn.Linear(64, 64), 32))
+    assert (
+        tile_layers(elsewhere)
+        == "the kernel of quantized layers needs a model on the CPU, this one is on meta"
+    )
+
+
+def test_an_interrupted_build_leaves_nothing_behind(tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec sleep 60\n")
+    compiler.chmod(0o755)
+    cache = tmp_path / "cache"
+    environment = os.environ | {
+        "TORCH_EXTENSIONS_DIR": str(cache),
+        "CXX": str(compiler),
+        "PYTHONPATH": str(ROOT),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", REPORT],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode != 0 and "KeyboardInterrupt" in said
+    assert list(cache.iterdir()) == []
+
+
+@needs_kernel
+def test_a_library_that_is_there_is_taken_and_one_that_is_broken_reported(tmp_path):
+    library = tiled_linear.build()
+    shutil.copy(library, tmp_path)
+    assert in_new_process(tmp_path) == ["None", "TiledLinear True"]
+    (tmp_path / library.name).write_text("no library")
+    reason, layer = in_new_process(tmp_path)
+    assert library.name in reason and layer == "Int4Linear True"
