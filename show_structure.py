@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def show(subject, args):
         from models.utils.structure import page
 
         path = args.out or IMAGES / f"{file_name(info['name'])}.html"
-        page.write(box, info, path)
+        with written(path):
+            page.write(box, info, path)
         print(f"wrote {path}")
     else:
         draw(subject, args.out, args.dark)
@@ -82,13 +84,11 @@ def show(subject, args):
 def compare(first, second, out=None, html=False, dark=False):
     from models.utils.structure import page, picture
 
-    path = (
-        out
-        or IMAGES
-        / f"{file_name(first[1]['name'])}-{file_name(second[1]['name'])}.{'html' if html else 'png'}"
-    )
+    names = "-".join(file_name(info["name"]) for _, info in (first, second))
+    path = out or IMAGES / f"{names}.{'html' if html else 'png'}"
     if html:
-        page.compare(*first, *second, path)
+        with written(path):
+            page.compare(*first, *second, path)
         print(f"wrote {path}")
     else:
         save(picture, picture.compare(*first, *second, dark), path, dark)
@@ -120,9 +120,20 @@ def file_name(name):
 
 def save(picture, figure, path, dark):
     """path as .png and as .svg, both with the facts that they show inside."""
-    path = path.with_name(path.stem + "-dark" * dark)
-    picture.save(figure, path)
+    name = path.stem if path.suffix in (".png", ".svg") else path.name
+    path = path.with_name(name + "-dark" * dark)
+    with written(path):
+        picture.save(figure, path)
     print(f"wrote {path}.png and {path}.svg")
+
+
+@contextmanager
+def written(path):
+    """A place that cannot be written is for the person at the keyboard to put right."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
 
 
 # Models -----------------------------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def find(name):
         if name in MODEL_NAMES:
             sizes = [size for size in config_names() if load_config(size)[0] == name]
             raise UserError(f"{name} comes in sizes; give one of them: {', '.join(sizes)}")
-        known = config_names() + [str(folder) for folder in checkpoints()]
+        known = config_names() + checkpoints()
         raise UserError(f"no model named {name!r} in configs/ or checkpoints/; {nearest(name, known)}")
     for where in (folder / "converted" / "config.json", folder / "config.json"):
         if where.is_file() and "model" in read_json(where):
@@ -190,8 +201,8 @@ def changed(changes, fields):
 
 
 def checkpoints():
-    """Folders under checkpoints/ that hold a model."""
-    return sorted(path.parent for path in CHECKPOINTS.glob("*/config.json"))
+    """Folders under checkpoints/ that hold a model, as one names them."""
+    return sorted(f"checkpoints/{path.parent.name}" for path in CHECKPOINTS.glob("*/config.json"))
 
 
 def what_there_is():
@@ -200,10 +211,8 @@ def what_there_is():
     for name in config_names():
         names.setdefault(load_config(name)[0], []).append(name)
     lines = [f"{model}: {', '.join(names[model])}" for model in MODEL_NAMES if model in names]
-    folders = ", ".join(f"checkpoints/{path.name}" for path in checkpoints())
-    return "\n".join(
-        [*lines, f"checkpoints: {folders or 'none yet'}", "draw one: python show_structure.py NAME"]
-    )
+    folders = ", ".join(checkpoints()) or "none yet"
+    return "\n".join([*lines, f"checkpoints: {folders}", "draw one: python show_structure.py NAME"])
 
 
 # Options ----------------------------------------------------------------------------------------------------
@@ -255,8 +264,14 @@ def checked(args):
         raise UserError("--all draws pictures into structure_images/; leave out the other options")
     if args.compare and (args.table or args.json):
         raise UserError("--compare makes a picture, or with --html a page; leave out --table and --json")
-    if (args.html or args.table or args.json) and not (args.name or args.compare):
+    if (args.html or args.table or args.json or args.out or args.dark) and not any(given):
         raise UserError("say which model: give its NAME; without options the names are listed")
+    if (args.table or args.json) and (args.out or args.dark):
+        raise UserError("--table and --json print what they say; leave out --out and --dark")
+    if args.html and args.dark:
+        raise UserError("--dark is for pictures; a page is as dark as the browser asks for, key t changes it")
+    if args.out and args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a folder; give the name of a file in it")
     for option in ("batch", "length", "bandwidth"):
         if getattr(args, option) <= 0:
             raise UserError(f"--{option} is {getattr(args, option)}; give more than 0")

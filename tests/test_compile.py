@@ -75,11 +75,13 @@ def test_a_row_times_int8_is_the_kernel():
     torch.testing.assert_close(row_times_int8(x, codes, scale), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("T", [1, 5])
 @pytest.mark.parametrize("K", [1, 2, 4])
-def test_one_query_attends_as_torch_says(K):
-    B, H, S, d = 3, 4, 10, 8
-    q, k, v = torch.randn(B, H, 1, d), torch.randn(B, K, S, d), torch.randn(B, K, S, d)
-    mask = torch.arange(S) <= torch.tensor([0, 4, 9])[:, None, None, None]
+def test_a_few_queries_attend_as_torch_says(K, T):
+    B, H, S, d = 3, 4, 14, 8
+    q, k, v = torch.randn(B, H, T, d), torch.randn(B, K, S, d), torch.randn(B, K, S, d)
+    positions = torch.tensor([0, 4, 9])[:, None] + torch.arange(T)
+    mask = torch.arange(S) <= positions[:, None, :, None]
     torch.testing.assert_close(
         attend(q, k, v, mask, enable_gqa=True),
         F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True),
@@ -274,6 +276,17 @@ def test_a_broken_file_in_the_cache(monkeypatch, said, tmp_path):
     compiled = compile_decoding(copy.deepcopy(model), report=said.append)
     compiled.new_cache(1, 20)
     assert "going on without compilation" in said[0]
+
+
+def test_a_cpu_without_the_instructions(monkeypatch, said):
+    """torch's own int4 kernel takes over; it is right, and it is not compiled."""
+    monkeypatch.setattr(page, "tile_layers", lambda model: "this CPU has no such instructions")
+    model = small("llama").bfloat16()
+    quantize_layers(model, Quantization("int4", 32))
+    compiled = compile_decoding(copy.deepcopy(model), report=said.append)
+    tokens = [[token for (token,) in generate(each, [PROMPT], 5)] for each in (model, compiled)]
+    assert tokens[0] == tokens[1]
+    assert "this CPU" in said[0] and "without compilation" in said[1]
 
 
 def test_no_memory_for_packed_weights(monkeypatch, said):

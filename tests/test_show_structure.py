@@ -81,6 +81,11 @@ def test_pictures(capsys, tmp_path, dark):
     assert (tmp_path / f"{stem}.svg").read_text().lstrip().startswith(("<?xml", "<svg"))
 
 
+def test_a_pictures_name_may_have_dots(capsys, tmp_path):
+    printed(capsys, "tiny-llama-python", "--out", tmp_path / "llama-3.1-8b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-3.1-8b.png", "llama-3.1-8b.svg"]
+
+
 def test_a_page(capsys, tmp_path):
     text = printed(capsys, "tiny-llama-python", "--html", "--out", tmp_path / "small.html")
     assert str(tmp_path / "small.html") in text
@@ -123,6 +128,10 @@ def test_two_models(capsys, tmp_path, options):
         (["--table"], "say which model"),
         (["gpt2", "--table", "--length", "0"], "--length is 0; give more than 0"),
         (["gpt2", "--table", "--json"], "not allowed with"),
+        (["gpt2", "--table", "--out", "table.txt"], "--table and --json print .* leave out --out"),
+        (["gpt2", "--html", "--dark"], "--dark is for pictures"),
+        (["--dark"], "say which model"),
+        (["gpt2", "--out", "tests"], "--out tests: is a folder"),
         (["gpt2", "--tabel"], "unrecognized arguments: --tabel; see: python show_structure.py --help"),
     ],
 )
@@ -130,6 +139,20 @@ def test_a_mistake_is_one_line(options, message):
     with pytest.raises(UserError, match=message) as error:
         show_structure.main(options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["tiny-gpt2-python"],
+        ["tiny-gpt2-python", "--html"],
+        ["--compare", *2 * ["tiny-gpt2-python"], "--html"],
+    ],
+)
+def test_a_place_that_cannot_be_written(tmp_path, options):
+    (tmp_path / "taken").write_text("a file, where a folder is asked for")
+    with pytest.raises(UserError, match=r"taken/x.* cannot be written \(.*\); give another --out"):
+        show_structure.main([*options, "--out", str(tmp_path / "taken" / "x.html")])
 
 
 def test_a_config_that_the_model_refuses(tmp_path):

@@ -11,10 +11,11 @@ import torch
 
 import models
 from models import MODEL_NAMES, build_model, config_from_dict, config_to_dict, load_config
+from models.utils.errors import UserError
 from models.utils.hf import to_hf_state
 from models.utils.structure.capture import capture
 from models.utils.structure.facts import product_of, walk
-from models.utils.structure.sizes import Sizes, letters_of_specs
+from models.utils.structure.sizes import Sizes, letters_of_numbers, letters_of_specs
 from models.utils.structure.source import page_of_class, shapes_in
 from models.utils.structure.trace import trace
 
@@ -214,6 +215,21 @@ def test_grouped_query_attention_shows_its_heads():
     assert shapes["layers.0.attn.k_proj", "layers.0.attn:rotate#2"].numbers == ("B", 8, "T", 64)
     assert shapes["layers.0.attn:cache", "layers.0.attn:attention"].letters == "(B, K, S, d)"
     assert shapes["layers.0.attn.v_proj", "layers.0.attn:cache"].letters == "(B, K, T, d)"
+
+
+def test_a_letter_without_a_field_goes_where_its_number_is():
+    """T of an image, in comments of some lines, is T in the lines without one."""
+    root = captured("vision_transformer")
+    tokens = box_called(root, "pos_embed").output.numbers[1]
+    assert isinstance(tokens, int)
+    up = box_called(root, "layers.0.ffn.up_proj").output
+    assert (up.letters, up.numbers[1]) == ("(B, T, f)", tokens)
+
+
+def test_a_number_of_two_letters_has_none():
+    assert letters_of_numbers(("B", "T", 8), {"D": 8, "f": 8}) == ""
+    assert letters_of_numbers(("B", "T", 8), {"D": 8, "M": 8, "L": 8}) == "(B, T, D)"
+    assert letters_of_numbers((8, 4), {"D": 4, "M": 8}) == "(M, D)"
 
 
 def test_sizes_are_found_again():
@@ -493,6 +509,22 @@ def test_a_new_model_has_its_diagram(odd):
     conv = box_called(root, "layers.2.conv")
     assert conv.flops and conv.output.numbers[0] == "B"
     assert (layer.repeat, spine(layer)) == (2, ["add", "add"])
+
+
+@pytest.fixture
+def branching(odd, tmp_path):
+    """An answer that depends on a weight's value, which nothing on the meta device has."""
+    text = ODD.replace("self.lm_head(self.final_norm(x))", "self.lm_head(x if x.sum() > 0 else -x)")
+    (tmp_path / "branching.py").write_text(text)
+    models.MODEL_NAMES.append("branching")
+    return config_from_dict({**config_to_dict(*odd), "model": "branching"}, "branching")
+
+
+def test_a_model_that_cannot_be_recorded_is_one_line(branching, capfd):
+    line = ODD.splitlines().index("        return self.lm_head(self.final_norm(x))  # (B, T, V)") + 1
+    with pytest.raises(UserError, match=rf"branching.py, line {line}: torch.export cannot record") as error:
+        capture(*branching)
+    assert "\n" not in str(error.value) and capfd.readouterr().err == ""
 
 
 # The size of the work ---------------------------------------------------------------------------------------

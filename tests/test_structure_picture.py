@@ -15,18 +15,10 @@ from models.utils.structure.capture import capture
 from models.utils.structure.drawn import prepared
 from models.utils.structure.grid import Grid
 from models.utils.structure.words import count
+from show_structure import ZOO
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "structure_images"
-NAMES = (
-    "transformer-base",
-    "gpt2",
-    "bert-base-uncased",
-    "vit-b-16",
-    "gpt-neox-20b",
-    "transformer-lm-15m",
-    "llama-3-8b",
-)
 
 
 @lru_cache
@@ -44,7 +36,7 @@ def info_of(name):
     return {"name": name, "model": load_config(name)[0]}
 
 
-every_model = pytest.mark.parametrize("name", NAMES)
+every_model = pytest.mark.parametrize("name", ZOO)
 
 
 def inside(inner, outer, slack=0.01):
@@ -268,9 +260,9 @@ def test_counts_are_short(number, text):
 
 
 def test_every_model_file_has_an_image():
-    drawn = {load_config(name)[0] for name in NAMES}
+    drawn = {load_config(name)[0] for name in ZOO}
     assert drawn == {path.stem for path in (ROOT / "models").glob("*.py")} - {"__init__"}
-    for name in (*NAMES, "llama-3-8b-dark", "gpt2-llama-3-8b"):
+    for name in (*ZOO, "llama-3-8b-dark", "gpt2-llama-3-8b"):
         assert (IMAGES / f"{name}.png").stat().st_size < 250_000
         assert (IMAGES / f"{name}.svg").stat().st_size < 150_000
 
@@ -279,7 +271,7 @@ def test_every_model_file_has_an_image():
 def test_an_image_shows_its_model_as_it_is(path):
     """Draw it again with: python show_structure.py --all"""
     stem = path.stem.removesuffix("-dark")
-    if stem in NAMES:
+    if stem in ZOO:
         assert picture.shown(path) == picture.facts_drawn(box_of(stem))
     else:
         assert stem == "gpt2-llama-3-8b"

@@ -23,7 +23,7 @@ from models.utils.quantize import (
     quantize_int8,
     quantize_layers,
 )
-from models.utils.tiled_linear import TiledLinear, into_huge_pages, joined, load_kernel, tile_layers
+from models.utils.tiled_linear import TiledLinear, into_huge_pages, load_kernel, tile_layers
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,17 +219,6 @@ def test_a_width_that_blocks_do_not_fill_keeps_its_layer():
     assert tile_layers(model) is None
     assert [type(layer) for layer in model] == [Int8Linear, TiledLinear]
     assert model(rows(5, 48, torch.bfloat16)).isfinite().all()
-
-
-@needs_kernel
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_joined_layers_give_what_each_gives(kind):
-    model = quantized((64, 128), (32, 128), (96, 128), kind=kind)
-    assert tile_layers(model) is None
-    x = rows(3, 128, torch.bfloat16)
-    assert torch.equal(joined(list(model))(x), torch.cat([layer(x) for layer in model], dim=-1))
-    odd = quantized((64, 128), (33, 128), kind=kind, bias=False)
-    assert tile_layers(odd) is None and joined(list(odd)) is None
 
 
 def test_huge_pages_hold_the_same_parameters():

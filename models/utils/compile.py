@@ -42,6 +42,7 @@ from models.utils.tiled_linear import into_huge_pages, tile_layers
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256
+MAX_QUERIES = 8  # per head, up to which attention is written as multiply and sum
 
 
 # One row ----------------------------------------------------------------------------------------------------
@@ -69,23 +70,23 @@ def row_times_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """scaled_dot_product_attention for one query per head: also a product of one row, twice.
+    """scaled_dot_product_attention for a few queries per head, its products also as multiply and sum.
 
-    q (B, H, 1, d), k and v (B, K, S, d), mask (B, 1, 1, S); the H / K heads of a group read one k and v.
+    q (B, H, T, d), k and v (B, K, S, d), mask (B, 1, T, S); the H / K heads of a group read one k and v.
     """
-    B, H, _, d = q.shape
+    B, H, T, d = q.shape
     K, S = k.shape[1:3]
-    q = q.reshape(B, K, H // K, 1, d).float() * (d**-0.5 if scale is None else scale)
-    scores = (q * k[:, :, None].float()).sum(dim=-1)  # (B, K, H / K, S)
+    q = q.reshape(B, K, H // K, T, 1, d).float() * (d**-0.5 if scale is None else scale)
+    scores = (q * k[:, :, None, None].float()).sum(dim=-1)  # (B, K, H / K, T, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask.view(-1, 1, 1, S), -torch.inf)
+        scores = scores.masked_fill(~mask.view(-1, 1, 1, T, S), -torch.inf)
     probs = scores.softmax(dim=-1)
-    out = (probs[..., None] * v[:, :, None].float()).sum(dim=-2)  # (B, K, H / K, d)
-    return out.type_as(v).view(B, H, 1, d)
+    out = (probs[..., None] * v[:, :, None, None].float()).sum(dim=-2)  # (B, K, H / K, T, d)
+    return out.type_as(v).view(B, H, T, d)
 
 
 class SingleRow(TorchFunctionMode):
-    """While a step is traced: what is called with one row takes the formulas above."""
+    """While a step is traced: what is called with one row, or a few queries, takes the formulas above."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -95,7 +96,7 @@ class SingleRow(TorchFunctionMode):
             return row_times_matrix(*args, **kwargs)
         if function is torch._weight_int8pack_mm and len(args[0]) == 1:
             return row_times_int8(*args, **kwargs)
-        if function is F.scaled_dot_product_attention and args[0].shape[2] == 1:
+        if function is F.scaled_dot_product_attention and args[0].shape[2] <= MAX_QUERIES:
             return attend(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -241,6 +242,9 @@ class CompiledDecoder:
 
     def compiled(self, cache, width):
         """The step, from the disk or compiled now; None, and a line that says why, where that fails."""
+        if any(isinstance(module, Int4Linear) for module in self.model.modules()):
+            self.report("going on without compilation: torch's own int4 kernel cannot be part of a step")
+            return None
         try:
             model = self.model_for(len(cache[0].k) * width)
             if cache[0].k.device.type == "cuda":

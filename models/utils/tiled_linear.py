@@ -197,16 +197,6 @@ def places(height, K):
     return came_from.flatten().argsort()
 
 
-def joined(layers):
-    """One TiledLinear for several that have the same inputs (q, k, v); None where tiles are not full."""
-    if any(layer.num_outputs % LANES for layer in layers):
-        return None
-    biases = [layer.bias for layer in layers]
-    bias = None if biases[0] is None else fixed(torch.cat(biases))
-    tiles = torch.cat([layer.weight for layer in layers])
-    return TiledLinear(tiles, sum(layer.num_outputs for layer in layers), layers[0].bits, bias)
-
-
 @torch.no_grad()
 def into_huge_pages(model):
     """Put the parameters of a model on the CPU side by side into pages of 2 MB instead of 4 KB.

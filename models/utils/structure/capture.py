@@ -62,6 +62,7 @@ class Capture:
                 self.users[argument].append(op)
         self.bytes = stored_bytes(self.model)
         self.letters = {}  # op: of its shape
+        self.fixed = self.known | self.numbers_of_letters()
         self.counted = {}  # id of a parameter: id of the box that counts it
         self.starts = {}  # keys of an open box: the origin of its x
 
@@ -319,8 +320,18 @@ class Capture:
 
     def shape(self, op):
         numbers = self.sizes.numbers(op.shape)
-        letters = self.letters_of(op) or letters_of_numbers(numbers, self.known)
+        letters = self.letters_of(op) or letters_of_numbers(numbers, self.fixed)
         return Shape(letters, numbers)
+
+    def numbers_of_letters(self):
+        """The letters of comments that are one number all over the model: T tokens of an image."""
+        found = defaultdict(set)
+        for op in self.ops:
+            for letter, number in zip(self.letters_of(op).strip("()").split(", "), op.shape):
+                if letter.isidentifier():
+                    found[letter].add(number)
+        numbers = {letter: self.sizes.numbers(sizes)[0] for letter, sizes in found.items() if len(sizes) == 1}
+        return {letter: number for letter, number in numbers.items() if isinstance(number, int)}
 
     def letters_of(self, op):
         """From the comment of the statement whose value the tensor is, or from an equal shape before."""

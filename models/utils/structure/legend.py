@@ -28,6 +28,7 @@ LETTERS = {
     "T": "tokens in this call",
     "S": "tokens attended to",
     "N": "tokens of the source",
+    "M": "positions in the table",
     "P": "patches",
     "C": "channels",
     "D": "features of the stream",

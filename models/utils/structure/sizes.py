@@ -92,10 +92,14 @@ def fulfils(spec, shape, known):
 
 
 def letters_of_numbers(numbers, known):
-    """ "(B, T, f)" where every number has one letter that it can be, or ""."""
+    """ "(B, T, f)" where every number has one letter that it can be, or ""; known: {letter: number}.
+
+    No tensor is as long as the model has layers, L, but by chance; as the table of positions, M, few are.
+    """
     letters = []
     for number in numbers:
         candidates = [letter for letter, value in known.items() if value == number and letter != "L"]
+        candidates = [letter for letter in candidates if letter != "M"] or candidates
         if number == 1 or number in LETTERS:
             candidates = [str(number)]
         if len(candidates) != 1:

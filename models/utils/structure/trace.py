@@ -7,13 +7,16 @@ torch.export runs it once. What comes out is a list of Op, in the order in which
 import inspect
 import re
 import warnings
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from models.utils.errors import UserError
 from models.utils.structure.sizes import Sizes, evaluate
 from models.utils.structure.source import page_of_class
 
@@ -30,7 +33,7 @@ class Frame(NamedTuple):
 class Op:
     name: str  # in the graph
     target: str  # "linear", "matmul", "scaled_dot_product_attention", "input", "parameter"
-    shape: tuple | None  # of what it makes; of several tensors the first one's
+    shape: tuple  # of what it makes; of several tensors the first one's
     arguments: list = field(default_factory=list)  # the ops whose tensors it reads, in order
     modules: tuple = ()  # (path, key) of the modules whose forward is running, outermost first
     frames: tuple = ()  # of the model's file, outermost first
@@ -60,10 +63,21 @@ def trace(model):
         if type(getattr(model.config, name)) is int
     }
     root, inputs = call_of(model, page, sizes, known)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.export.export(root, (), inputs, strict=True)
-    return Trace(model, runs, sizes, known, ops_of(program, page, model))
+    return Trace(model, runs, sizes, known, ops_of(exported(root, inputs, page), page, model))
+
+
+def exported(root, inputs, page):
+    """The call as a graph. What torch.export cannot record is a matter of the model's file."""
+    try:
+        # On its way to an error the exporter prints the half of the graph that it has.
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            return torch.export.export(root, (), inputs, strict=True)
+    except Exception as error:
+        lines = re.findall(rf'{re.escape(page.name)}", line (\d+)', str(error))
+        place = f"{page.name}, line {lines[-1]}" if lines else page.name
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"{place}: torch.export cannot record a call of this model ({reason})") from error
 
 
 # What is called ---------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def details(box):
         found.append(short(box.title))
     if box.tied_to:
         found.append(f"tied to {box.tied_to.split('.')[-1].split('#')[0]}")
-    elif box.parameters:
+    elif box.parameters and box.role != "norm":  # a norm's would read like its width
         found.append(count(box.parameters))
     return found
 
