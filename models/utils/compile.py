@@ -15,6 +15,8 @@ the products and the attention of one row; Inductor makes loops of it, several o
 translates them with the C++ compiler. Shapes are fixed (tokens, and slots of the cache), so nothing is
 decided at run time. What comes out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
 
+Quantized layers multiply in C++ instead (tiled_linear.py), and where a step has several rows (a batch, or the
+drafts that speculative sampling verifies), a second copy of the weights stands in oneDNN's order.
 Everything but a step (prefill, batches of a size not seen before, training) runs as it is written.
 Proof: tests/test_compile.py, against the model itself.
 """

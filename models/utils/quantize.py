@@ -16,6 +16,7 @@ Which layers: every module called Linear, torch's and transformer_lm's, unless i
 (torch's int8 kernel reads past the end of such rows). Where no group size fits a width, int4 becomes int8.
 Embeddings stay as they are, and so does a head that is tied to them. A copy of it in int8 would be less to
 read per token, but more to hold: tiny-llama-python-draft would be larger in int8 than it is in bf16.
+(compile.py, which is after speed, makes one.)
 
 Rounding to the nearest of 16 even levels between a group's ends (RTN) lets its two rarest weights choose the
 levels of all. search_int4 chooses them by the weights' squared error, which falls by 8% in tiny-llama-python;
