@@ -12,8 +12,8 @@ each in a process of its own, so that a machine that warms up or is busy elsewhe
 medians are what counts, not single figures. The memory's bandwidth is measured in the same turns.
 
 A decoded token reads every weight of the layers and of the head once: bytes of weights / bandwidth is the
-shortest time that it can take. Medians are printed; benchmark.json has every sample, benchmark.png the bars.
-What this page is made of stands in benchmarks/.
+shortest time that it can take. Medians are printed; benchmark.json has every sample, benchmark.png (and .svg)
+the bars. What this page is made of stands in benchmarks/.
 """
 
 import argparse
@@ -62,9 +62,10 @@ def main(argv=None):
     print("\n".join(table(report)))
     with write_atomically(args.out / "benchmark.json") as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    with write_atomically(args.out / "benchmark.png") as path:
-        draw(report, path)
-    print(f"\nwrote {args.out / 'benchmark.json'} and {args.out / 'benchmark.png'}")
+    for kind in ("png", "svg"):
+        with write_atomically(args.out / f"benchmark.{kind}") as path:
+            draw(report, path, kind)
+    print(f"\nwrote benchmark.json, benchmark.png and benchmark.svg into {args.out}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,8 +15,8 @@ COLORS = {
 }
 
 
-def draw(report, path):
-    """Write a PNG: a panel for each model, a group of bars for each kind of weights."""
+def draw(report, path, kind):
+    """A panel for each model, a group of bars for each kind of weights; kind: "png" or "svg"."""
     configs = list(dict.fromkeys(entry["config"] for entry in report["subjects"]))
     names = [name for name in COLORS if any(entry["subject"] == name for entry in report["subjects"])]
     figure = Figure(figsize=(max(7, 4.8 * len(configs)), 4.4), layout="constrained", facecolor="white")
@@ -34,8 +34,8 @@ def draw(report, path):
     machine, gigabytes = report["machine"], report["bandwidth"]["median"] / 1e9
     title = f"{machine['processor']}, {machine['threads']} threads, reading {gigabytes:.0f} GB/s"
     figure.suptitle(title, fontsize=9, color="#666666", x=0.01, ha="left")
-    # What it is written as does not hang on the name, which may end in .partial.
-    figure.savefig(path, dpi=160, format="png")
+    # The kind is said, since the name may end in .partial.
+    figure.savefig(path, dpi=160, format=kind)
 
 
 def panel(axes, entries, names, bandwidth):

@@ -58,9 +58,9 @@ class Compiled(Eager):
     """The same with its decode step compiled."""
 
     def load(self):
-        num_bytes = super().load()
+        super().load()
         self.model = compile_decoding(self.model, report=self.said.append)
-        return num_bytes
+        return bytes_read_per_token(self.model)
 
 
 class Speculative(Eager):
@@ -112,13 +112,13 @@ class CompiledSpeculative(Speculative):
     """The same with target and drafter compiled."""
 
     def load(self):
-        num_bytes = super().load()
+        super().load()
         # A verification reads the last token and the drafts; a drafter begins with two tokens where the
         # round before accepted all of its own.
         widths = (1, self.num_draft_tokens + 1)
         self.model = compile_decoding(self.model, widths=widths, report=self.said.append)
         self.drafter = compile_decoding(self.drafter, widths=(1, 2), report=self.said.append)
-        return num_bytes
+        return bytes_read_per_token(self.model)
 
 
 class AgreeingDrafter(ModelDrafter):

@@ -121,6 +121,7 @@ def test_the_table_shows_medians_and_ratios(run):
 def test_the_picture_is_made(run):
     _, _, folder = run
     assert Image.open(folder / "benchmark.png").format == "PNG"
+    assert "<svg" in (folder / "benchmark.svg").read_text()
 
 
 def test_bars_are_as_high_as_speeds_and_lines_as_limits(tmp_path):
@@ -134,6 +135,7 @@ def test_bars_are_as_high_as_speeds_and_lines_as_limits(tmp_path):
     draw(
         {"subjects": subjects, "bandwidth": {"median": 2e8}, "machine": machine},
         tmp_path / "x.png.partial",
+        "png",
     )
     picture = np.asarray(Image.open(tmp_path / "x.png.partial").convert("RGB")).astype(int)
 
