@@ -47,7 +47,7 @@ ZOO = (
     "transformer-lm-15m",
     "llama-3-8b",
 )
-DARK = "llama-3-8b"
+FIRST = "llama-3-8b"  # in dark as well, and as a page
 COMPARED = ("gpt2", "llama-3-8b")
 
 
@@ -71,14 +71,18 @@ def show(subject, args):
     elif args.json:
         print(json.dumps({**info, "structure": asdict(box)}))
     elif args.html:
-        from models.utils.structure import page
-
-        path = args.out or IMAGES / f"{file_name(info['name'])}.html"
-        with written(path):
-            page.write(box, info, path)
-        print(f"wrote {path}")
+        write_page(subject, args.out)
     else:
         draw(subject, args.out, args.dark)
+
+
+def write_page(subject, out=None):
+    from models.utils.structure import page
+
+    path = out or IMAGES / f"{file_name(subject[1]['name'])}.html"
+    with written(path):
+        page.write(*subject, path)
+    print(f"wrote {path}")
 
 
 def compare(first, second, out=None, html=False, dark=False):
@@ -98,12 +102,14 @@ def compare(first, second, out=None, html=False, dark=False):
 
 
 def draw_all():
-    """Every image of the project's README."""
+    """Every image and page of the project's README."""
     subjects = {name: load(name) for name in ZOO}
     for name in ZOO:
         draw(subjects[name])
-    draw(subjects[DARK], dark=True)
-    compare(*(subjects[name] for name in COMPARED))
+    draw(subjects[FIRST], dark=True)
+    write_page(subjects[FIRST])
+    for html in (False, True):
+        compare(*(subjects[name] for name in COMPARED), html=html)
 
 
 def draw(subject, out=None, dark=False):

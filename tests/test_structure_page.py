@@ -14,6 +14,7 @@ from models import load_config
 from models.utils.structure import capture, facts, page
 from models.utils.structure.rows import arrange
 
+ROOT = Path(__file__).parent.parent
 MODELS = ["llama-3-8b", "gpt2", "bert-base-uncased", "opus-mt", "vit-b-16", "pythia-1b", "transformer-lm-15m"]
 HOSTILE = "</script><script>window.broken = 1</script><b>\"bold\"</b> & 'quoted' {{ 7 * 7 }} <!--"
 
@@ -561,3 +562,11 @@ def test_a_model_beside_itself(browser, folder):
     browser.open(folder / "same.html")
     assert browser.run("return all('.box:not(.same)').length + all('.line:not(.same)').length") == 0
     assert browser.find(".differences h2").text == "0 differences"
+
+
+def test_the_pages_in_git_are_those_of_today(tmp_path):
+    """`python show_structure.py --all` writes them anew."""
+    page.write(*captured("llama-3-8b"), tmp_path / "llama-3-8b.html")
+    page.compare(*captured("gpt2"), *captured("llama-3-8b"), tmp_path / "gpt2-llama-3-8b.html")
+    for path in tmp_path.iterdir():
+        assert path.read_text() == (ROOT / "structure_images" / path.name).read_text(), path.name
