@@ -141,6 +141,21 @@ def test_ragged_rows_and_several_tokens(said):
     )
 
 
+def test_no_pad_stands_behind_the_context(said):
+    """The last two places of GPT-2's position table: two pads more would have no position."""
+    model = small("gpt2")
+    compiled = compile_decoding(copy.deepcopy(model), (1, 4), said.append)
+    cache, expected_cache = compiled.new_cache(1, 48), model.new_cache(1, 64)
+    prompt, tokens, positions = (
+        torch.randint(50, (1, 46)),
+        torch.randint(50, (1, 2)),
+        torch.tensor([[46, 47]]),
+    )
+    compiled(prompt, cache=cache), model(prompt, cache=expected_cache)
+    expected = model(tokens, positions, expected_cache)
+    torch.testing.assert_close(compiled(tokens, positions, cache), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_steps(kind, said):
     if kind == "int4" and load_kernel() is not None:

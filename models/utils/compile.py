@@ -229,18 +229,18 @@ class CompiledDecoder:
         return cache
 
     def __call__(self, tokens, positions=None, cache=None):
-        step, width = None, tokens.shape[1]
-        if positions is not None and width <= self.widths[-1]:
-            width = next(wider for wider in self.widths if wider >= width)
-            step = self.steps.get((len(tokens), cache[0].k.shape[2], width))
-        if step is None:
+        step, pads = None, 0
+        if positions is not None and tokens.shape[1] <= self.widths[-1]:
+            width = next(wider for wider in self.widths if wider >= tokens.shape[1])
+            step, pads = self.steps.get((len(tokens), cache[0].k.shape[2], width)), width - tokens.shape[1]
+        # Behind the model's context there are no positions, and so no place for pads.
+        if step is None or pads and positions.max() + pads >= self.model.config.max_seq_len:
             return self.model(tokens, positions, cache)
         # Pads stand behind the last token, which does not see them, in slots that are written again.
-        pads = width - tokens.shape[1]
         last = positions[:, -1:] + torch.arange(1, pads + 1, device=positions.device)
-        tokens, positions = F.pad(tokens, (0, pads)), torch.cat([positions, last], dim=1)
-        logits = step(tokens, positions, [tensor for layer in cache for tensor in layer])
-        return logits[:, : width - pads]
+        padded, places = F.pad(tokens, (0, pads)), torch.cat([positions, last], dim=1)
+        logits = step(padded, places, [tensor for layer in cache for tensor in layer])
+        return logits[:, : tokens.shape[1]]
 
     def compiled(self, cache, width):
         """The step, from the disk or compiled now; None, and a line that says why, where that fails."""
