@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from models.utils import compile as page
 from models.utils.compile import attend, compile_decoding, row_times_int8, row_times_matrix
 from models.utils.quantize import Quantization, quantize_int8, quantize_layers
+from models.utils.row_linear import load_row_linear
 from models.utils.tiled_linear import TiledLinear, load_kernel, tile_layers
 from runs_ar.generate import generate
 from runs_ss.speculate import ModelDrafter, speculate
@@ -90,6 +91,20 @@ def test_a_few_queries_attend_as_torch_says(K, T):
         attend(q, k, v, scale=0.3, enable_gqa=True),
         F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True),
     )
+
+
+@pytest.mark.skipif(load_row_linear() is not None, reason=str(load_row_linear()))
+def test_which_products_take_which_formula(monkeypatch):
+    taken = []
+    for name in ("row_linear", "row_times_matrix", "row_times_int8"):
+        monkeypatch.setattr(page, name, lambda *args, name=name: taken.append(name))
+    with page.FewRows():
+        F.linear(torch.randn(1, 5, 64), torch.randn(4, 64))
+        F.linear(torch.randn(1, 1, 48), torch.randn(4, 48))
+        assert F.linear(torch.randn(2, 48), torch.randn(4, 48)).shape == (2, 4)
+        torch.einsum("...i,oi->...o", torch.randn(1, 3, 64), torch.randn(4, 64))
+        torch._weight_int8pack_mm(torch.randn(1, 64).bfloat16(), *quantize_int8(torch.randn(48, 64).bfloat16()))
+    assert taken == ["row_linear", "row_times_matrix", "row_linear", "row_times_int8"]
 
 
 # Steps ------------------------------------------------------------------------------------------------------
@@ -302,13 +317,6 @@ def test_a_cpu_without_the_instructions(monkeypatch, said):
     tokens = [[token for (token,) in generate(each, [PROMPT], 5)] for each in (model, compiled)]
     assert tokens[0] == tokens[1]
     assert "this CPU" in said[0] and "without compilation" in said[1]
-
-
-def test_no_memory_for_packed_weights(monkeypatch, said):
-    monkeypatch.setattr(page, "available_memory", lambda device: 10)
-    compiled = compile_decoding(small("llama"), (1, 4), said.append)
-    assert compiled.model_for(4) is compiled.model
-    assert "do not fit" in said[0]
 
 
 @pytest.mark.parametrize(

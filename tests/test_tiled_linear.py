@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from models.utils import tiled_linear
+from models.utils.cpp_library import build
 from models.utils.quantize import (
     Int4Linear,
     Int8Linear,
@@ -350,7 +351,7 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path):
 
 @needs_kernel
 def test_a_library_that_is_there_is_taken_and_one_that_is_broken_reported(tmp_path):
-    library = tiled_linear.build()
+    library = build(tiled_linear.SOURCE)
     shutil.copy(library, tmp_path)
     assert in_new_process(tmp_path) == ["None", "TiledLinear True"]
     (tmp_path / library.name).write_text("no library")

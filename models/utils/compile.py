@@ -9,20 +9,18 @@ way of its speed when the model runs as it is written. torch's matrix product is
 row it reads a third of what the memory could deliver. And the small operations between the matrices (norms,
 rotations, additions) each take their time to start, and each write a result that the next one reads again.
 
-Both are mended by torch.export and Inductor, the compiler behind torch.compile, and the model files stay as
-they are. The step is traced to a graph of tensor operations, in which SingleRow puts another formula for
-the products and the attention of one row; Inductor makes loops of it, several operations in each, and
-translates them with the C++ compiler. Shapes are fixed (tokens, and slots of the cache), so nothing is
-decided at run time. What comes out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
+Both are mended, and the model files stay as they are. torch.export traces the step to a graph of tensor
+operations, in which FewRows puts other formulas for products and attention: row_linear.py's for fp32 and
+bf16, tiled_linear.py's for quantized layers. Inductor, the compiler behind torch.compile, makes loops of what
+is between them, several operations in each, and translates them with the C++ compiler. Shapes are fixed
+(tokens, and slots of the cache), so nothing is decided at run time. What comes out is kept in CACHE_FOLDER;
+the next start loads it instead of compiling.
 
-Quantized layers multiply in C++ instead (tiled_linear.py), and where a step has several rows (a batch, or the
-drafts that speculative sampling verifies), a second copy of the weights stands in oneDNN's order.
 Everything but a step (prefill, batches of a size not seen before, training) runs as it is written.
 Proof: tests/test_compile.py, against the model itself.
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import inspect
@@ -38,8 +36,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models.utils.files import one_line
-from models.utils.machine import available_memory, spoken_bytes
-from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers, set_module
+from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
+from models.utils.row_linear import fits, load_row_linear, row_linear
 from models.utils.tiled_linear import into_huge_pages, tile_layers
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
@@ -47,14 +45,15 @@ MIN_SLOTS = 256
 MAX_QUERIES = 8  # per head, up to which attention is written as multiply and sum
 
 
-# One row ----------------------------------------------------------------------------------------------------
+# Few rows ---------------------------------------------------------------------------------------------------
 
 
 def row_times_matrix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear for a single row: multiply and sum, in fp32. weight is (N, K), x holds K numbers.
 
-    Inductor makes of each block one loop over its rows, with no matrix of products in between. Four blocks
-    are four places of the memory that are read at once, which keeps more requests under way than one.
+    For what row_linear does not take: a GPU, or a K that is no multiple of 32. Inductor makes of each block
+    one loop over its rows, with no matrix of products in between. A loop waits for each of its additions
+    before it begins the next; four blocks are four sums that grow side by side.
     """
     row = x.reshape(-1).float()
     blocks = weight.chunk(4)
@@ -87,13 +86,15 @@ def attend(q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enabl
     return out.type_as(v).view(B, H, T, d)
 
 
-class SingleRow(TorchFunctionMode):
-    """While a step is traced: what is called with one row, or a few queries, takes the formulas above."""
+class FewRows(TorchFunctionMode):
+    """While a step is traced: products of a few rows, and attention of a few queries, are other formulas."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is torch.einsum and args[0] == "...i,oi->...o":  # transformer_lm's own Linear
             function, args = F.linear, args[1:]
+        if function is F.linear and fits(*args[:2]):
+            return row_linear(*args, **kwargs)
         if function is F.linear and args[0].numel() == args[0].shape[-1]:
             return row_times_matrix(*args, **kwargs)
         if function is torch._weight_int8pack_mm and len(args[0]) == 1:
@@ -101,52 +102,6 @@ class SingleRow(TorchFunctionMode):
         if function is F.scaled_dot_product_attention and args[0].shape[2] <= MAX_QUERIES:
             return attend(*args, **kwargs)
         return function(*args, **kwargs)
-
-
-# Several rows -----------------------------------------------------------------------------------------------
-
-
-class PackedLinear(nn.Module):
-    """nn.Linear for 2 to 16 rows: a second copy of the weight, in the order that oneDNN reads it.
-
-    A drafted text is verified in one pass of a few tokens. With the weight as it lies, oneDNN brings it into
-    its own order at every call, which takes longer than the product.
-    """
-
-    def __init__(self, linear, num_rows):
-        super().__init__()
-        weight = linear.weight.detach()
-        self.num_outputs, self.bias = len(weight), linear.bias
-        PACKED.append(torch.ops.mkldnn._reorder_linear_weight(weight, num_rows))
-        # A graph cannot hold a tensor in oneDNN's order, but it can hold the number of one.
-        self.register_buffer("place", torch.tensor(len(PACKED) - 1))
-
-    def forward(self, x):
-        out = torch.ops.zoo.packed_linear(x, self.place, self.num_outputs)
-        return out if self.bias is None else out + self.bias
-
-
-PACKED = []  # tensors in oneDNN's order, for as long as the process lives
-
-
-@torch.library.custom_op("zoo::packed_linear", mutates_args=())
-def packed_linear(x: Tensor, place: Tensor, num_outputs: int) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, PACKED[int(place)], None, "none", [], "")
-
-
-@packed_linear.register_fake
-def _(x, place, num_outputs):
-    return x.new_empty(*x.shape[:-1], num_outputs)
-
-
-def packed_copy(model, num_rows):
-    """The model once more, with the same parameters, but PackedLinear for every Linear."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, memo=shared)
-    for name, module in list(copied.named_modules()):
-        if type(module).__name__ == "Linear":
-            set_module(copied, name, PackedLinear(module, num_rows))
-    return copied
 
 
 # The step ---------------------------------------------------------------------------------------------------
@@ -161,7 +116,7 @@ class Step(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
         pairs = zip(cache[0::2], cache[1::2])
-        with SingleRow():
+        with FewRows():
             return self.model(tokens, positions, tuple(self.layer_cache(k, v) for k, v in pairs))
 
 
@@ -183,6 +138,9 @@ def arrange(model, report):
         reason = tile_layers(model)
         if reason:
             report(f"quantized layers with torch's own kernels: {reason}")
+    reason = load_row_linear()
+    if reason:
+        report(f"products of a few rows as the compiler makes them: {reason}")
     # What lay_out did for products that read columns; a step reads rows.
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
@@ -209,7 +167,6 @@ class CompiledDecoder:
 
     def __init__(self, model, widths, report):
         self.model, self.widths, self.report = model, sorted(widths), report
-        self.wide_model = None  # with packed weights, for several rows
         self.steps = {}
 
     def __getattr__(self, name):
@@ -248,34 +205,16 @@ class CompiledDecoder:
             self.report("going on without compilation: torch's own int4 kernel cannot be part of a step")
             return None
         try:
-            model = self.model_for(len(cache[0].k) * width)
             if cache[0].k.device.type == "cuda":
-                return graph_step(model, cache)
-            path = cache_folder(self.report) / f"{fingerprint(model, cache, width)}.pt2"
+                return graph_step(self.model, cache)
+            path = cache_folder(self.report) / f"{fingerprint(self.model, cache, width)}.pt2"
             if not path.is_file():
                 self.report("compiling a step (about a minute; the next start finds it ready)")
-                compile_step(model, cache, width, path)
-            return load_step(model, path)
+                compile_step(self.model, cache, width, path)
+            return load_step(self.model, path)
         except Exception as error:
             self.report(f"going on without compilation: {one_line(error)[:200]}")
             return None
-
-    def model_for(self, num_rows):
-        """The model, or for several rows the one with packed weights, where there is memory for them."""
-        weights = [m.weight for m in self.model.modules() if type(m).__name__ == "Linear"]
-        if num_rows == 1 or not weights or weights[0].device.type != "cpu":
-            return self.model
-        size = sum(weight.nbytes for weight in weights)
-        if self.wide_model is None:
-            available = available_memory(weights[0].device)
-            if available is not None and size > available:
-                self.report(
-                    f"several tokens at once will be slow: packed weights, {spoken_bytes(size)} more, do not "
-                    f"fit into the {spoken_bytes(available)} that are free"
-                )
-                return self.model
-            self.wide_model = packed_copy(self.model, num_rows)
-        return self.wide_model
 
 
 def compile_step(model, cache, width, path):
@@ -350,6 +289,7 @@ def fingerprint(model, cache, width):
         torch.__version__,
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
+        load_row_linear(),
         tuple(cache[0].k.shape),
         width,
         model.config,

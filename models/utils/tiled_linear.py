@@ -55,13 +55,8 @@ Proof: tests/test_tiled_linear.py.
 """
 
 import ctypes
-import hashlib
 import math
-import os
-import shlex
-import subprocess
 import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -69,6 +64,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.utils.cpp_library import load_library
 from models.utils.quantize import (
     Int4Linear,
     Int8Linear,
@@ -81,8 +77,6 @@ from models.utils.quantize import (
 )
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-TORCH = Path(torch.__file__).parent
-FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"]
 LANES = 32  # outputs of a tile
 INPUTS = 32  # that share a scale of x
 HUGE_PAGE = 2**21
@@ -219,60 +213,18 @@ def into_huge_pages(model):
         at += -(-parameter.nbytes // 64) * 64
 
 
-# Building ---------------------------------------------------------------------------------------------------
+# The library ------------------------------------------------------------------------------------------------
 
 
 @lru_cache
 def load_kernel():
     """Make torch.ops.zoo.tiled_linear known, built on first use; None, or why it cannot be used."""
-    try:
-        torch.ops.load_library(build())
-    except (BuildError, OSError) as error:
-        return str(error).partition("\n")[0]
-    torch.library.register_fake("zoo::tiled_linear", shape_of)
-    return None
+    reason = load_library(SOURCE)
+    if reason is None:
+        torch.library.register_fake("zoo::tiled_linear", shape_of)
+    return reason
 
 
 def shape_of(x, tiles, num_outputs, bits, plain=False):
     """What torch.compile needs to know of the kernel."""
     return x.new_empty(*x.shape[:-1], num_outputs)
-
-
-class BuildError(Exception):
-    """Why there is no kernel, in a line."""
-
-
-def build():
-    """The path of the library, compiled unless it is there for this source, torch and compiler."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    command = [*compiler, *FLAGS, f"-I{TORCH}/include", str(SOURCE), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
-    recipe = "\n".join([SOURCE.read_text(), torch.__version__, *command])
-    library = cache_folder() / f"{SOURCE.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    print(f"compiling {SOURCE.name} (once, about ten seconds)", file=sys.stderr)
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, then renamed: neither Ctrl-C nor a second process leaves half a library there.
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            part = Path(folder) / library.name
-            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-            if done.returncode or not part.exists():
-                raise BuildError(f"{compiler[0]} could not compile {SOURCE.name}{first_error(done.stderr)}")
-            part.replace(library)
-    except FileNotFoundError:
-        raise BuildError(f"no C++ compiler ({compiler[0]} is not there; CXX names another)") from None
-    except OSError as error:
-        raise BuildError(f"{library.parent}: {error.strerror}; TORCH_EXTENSIONS_DIR names another") from None
-    return library
-
-
-def cache_folder():
-    """Where torch keeps what it compiles of its extensions."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
-
-
-def first_error(output):
-    errors = [line for line in output.splitlines() if "error" in line]
-    return f": {errors[0].strip()}" if errors else ""

@@ -1,0 +1,181 @@
+// A few rows times a matrix in fp32 or bf16, which is read once. row_linear.py builds this page and explains it.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAS_DOT_LOOP true
+// One function may use these instructions; the rest of the library runs on every CPU of its kind.
+#define DOT __attribute__((target("avx512f,avx512bf16")))
+#else
+#define HAS_DOT_LOOP false
+#endif
+
+// Where the linker knows how to choose on loading, a plain loop is compiled once for each generation of CPUs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define EVERY_CPU
+#endif
+
+namespace {
+
+constexpr int LANES = 16;     // sums in fp32 that grow side by side
+constexpr int INPUTS = 32;    // a row of the weight has a multiple of these
+constexpr int OUTPUTS = 16;   // rows of the weight that stay in the core's cache for all rows of x
+constexpr int MAX_ROWS = 8;   // rows of x that share each weight that is loaded
+constexpr int AHEAD = 16384;  // bytes: how far in front of the sums a weight is asked for
+
+// LANES numbers, in as many registers as the CPU takes for them.
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+template <typename Vector>
+inline __attribute__((always_inline)) void load(Vector& vector, const void* at) {
+  std::memcpy(&vector, at, sizeof vector);
+}
+
+// Asks for a weight that comes later. It shall wait in the second cache (2); the first holds the rows of x, and
+// few requests at a time can be on their way to it. With a row or two, loads follow each other so fast that a
+// core looks ahead by itself, and asking too costs time.
+template <int ROWS>
+inline __attribute__((always_inline)) void ask_ahead(const void* at) {
+  if constexpr (ROWS > 2) __builtin_prefetch(static_cast<const char*>(at) + AHEAD, 0, 2);
+}
+
+// For some outputs and rows of x, on every CPU: out[m][n] = sum over k of w[n][k] x[m][k].
+template <typename T, int ROWS>
+EVERY_CPU void plain_loop(const T* w, const float* x, int64_t K, int num_outputs, float (*out)[OUTPUTS]) {
+  for (int n = 0; n < num_outputs; n++, w += K) {
+    Floats sums[ROWS] = {}, first, second;
+    for (int64_t k = 0; k < K; k += 64 / sizeof(T)) {
+      ask_ahead<ROWS>(w + k);
+      if constexpr (sizeof(T) == 4) {
+        Floats weights;
+        load(weights, w + k);
+        for (int m = 0; m < ROWS; m++) {
+          load(first, x + m * K + k);
+          sums[m] += weights * first;
+        }
+      } else {
+        // A bf16 is the upper half of the fp32 of the same value, and here a lane holds two of them.
+        Words pairs;
+        load(pairs, w + k);
+        const Floats even = reinterpret_cast<Floats>(pairs << 16);
+        const Floats odd = reinterpret_cast<Floats>(pairs & 0xffff0000);
+        for (int m = 0; m < ROWS; m++) {
+          load(first, x + m * K + k);
+          load(second, x + m * K + k + LANES);
+          sums[m] += even * first + odd * second;
+        }
+      }
+    }
+    for (int m = 0; m < ROWS; m++) {
+      float parts[LANES];
+      std::memcpy(parts, &sums[m], sizeof parts);
+      for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+      out[m][n] = parts[0];
+    }
+  }
+}
+
+// x as the plain loop reads it: in fp32, and beside bf16 the even and the odd of 32 inputs apart.
+void spread(const float* x, float* to, int64_t count) { std::copy_n(x, count, to); }
+void spread(const at::BFloat16* x, float* to, int64_t count) {
+  for (int64_t k = 0; k < count; k += 2 * LANES)
+    for (int i = 0; i < LANES; i++) {
+      to[k + i] = x[k + 2 * i];
+      to[k + LANES + i] = x[k + 2 * i + 1];
+    }
+}
+
+#if HAS_DOT_LOOP
+// The same with an instruction that takes pairs of bf16 as they are: each lane gains two products at once.
+template <int ROWS>
+DOT void dot_loop(const at::BFloat16* w, const at::BFloat16* x, int64_t K, int num_outputs,
+                  float (*out)[OUTPUTS]) {
+  for (int n = 0; n < num_outputs; n++, w += K) {
+    __m512 sums[ROWS] = {};
+    for (int64_t k = 0; k < K; k += 2 * LANES) {
+      ask_ahead<ROWS>(w + k);
+      const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k);
+      for (int m = 0; m < ROWS; m++)
+        sums[m] = _mm512_dpbf16_ps(sums[m], weights, (__m512bh)_mm512_loadu_si512(x + m * K + k));
+    }
+    for (int m = 0; m < ROWS; m++) out[m][n] = _mm512_reduce_add_ps(sums[m]);
+  }
+}
+bool has_dot_loop() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+template <int ROWS>
+void dot_loop(const at::BFloat16*, const at::BFloat16*, int64_t, int, float (*)[OUTPUTS]) {}
+bool has_dot_loop() { return false; }
+#endif
+
+// The number of rows is a constant of the loops, so that all sums stay in registers.
+template <typename T, int ROWS = MAX_ROWS>
+void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K, int num_outputs,
+               float (*out)[OUTPUTS]) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return some_rows<T, ROWS - 1>(rows, w, x, plain_x, K, num_outputs, out);
+  if (plain_x) return plain_loop<T, ROWS>(w, plain_x, K, num_outputs, out);
+  if constexpr (sizeof(T) == 2) dot_loop<ROWS>(w, x, K, num_outputs, out);
+}
+
+template <typename T>
+void multiply(const at::Tensor& x, const at::Tensor& weight, at::Tensor& out, bool plain) {
+  const int64_t num_rows = x.size(0), K = x.size(1), num_outputs = weight.size(0);
+  const T* inputs = x.const_data_ptr<T>();
+  const T* weights = weight.const_data_ptr<T>();
+  T* outputs = out.mutable_data_ptr<T>();
+  std::vector<float> plain_inputs(plain ? num_rows * K : 0);
+  if (plain) spread(inputs, plain_inputs.data(), num_rows * K);
+
+  // Each core gets outputs that follow each other, and so reads one piece of memory from its start to its end.
+  at::parallel_for(0, num_outputs, OUTPUTS, [&](int64_t begin, int64_t end) {
+    float sums[MAX_ROWS][OUTPUTS];
+    for (int64_t n = begin; n < end; n += OUTPUTS) {
+      const int count = std::min<int64_t>(OUTPUTS, end - n);
+      for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
+        const int rows = std::min<int64_t>(MAX_ROWS, num_rows - row);
+        const float* plain_rows = plain ? &plain_inputs[row * K] : nullptr;
+        some_rows<T>(rows, weights + n * K, inputs + row * K, plain_rows, K, count, sums);
+        for (int m = 0; m < rows; m++)
+          std::copy_n(sums[m], count, outputs + (row + m) * num_outputs + n);
+      }
+    }
+  });
+}
+
+// x (..., K), weight (N, K), both fp32 or both bf16 -> (..., N)
+at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, bool plain) {
+  const int64_t K = weight.size(1);
+  TORCH_CHECK(x.size(-1) == K, "x has ", x.size(-1), " inputs, not ", K);
+  TORCH_CHECK(K % INPUTS == 0, K, " inputs are no multiple of ", INPUTS);
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.is_contiguous(), "x and weight do not fit");
+  const at::Tensor rows = x.reshape({-1, K}).contiguous();
+  at::Tensor out = at::empty({rows.size(0), weight.size(0)}, x.options());
+  if (x.scalar_type() == at::kFloat)
+    multiply<float>(rows, weight, out, true);
+  else
+    multiply<at::BFloat16>(rows, weight, out, plain || !has_dot_loop());
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  return out.view(shape);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(zoo, library) {
+  library.def("row_linear(Tensor x, Tensor weight, bool plain=False) -> Tensor");
+  library.def("has_dot_loop() -> bool", has_dot_loop);
+}
+TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_linear", row_linear); }

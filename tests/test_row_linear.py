@@ -1,0 +1,89 @@
+"""The proof of models/utils/row_linear.py and its C++, against torch's own product in fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.utils import row_linear as page
+from models.utils.row_linear import fits, load_row_linear, row_linear
+
+pytestmark = pytest.mark.skipif(load_row_linear() is not None, reason=str(load_row_linear()))
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of a result, half of its last bit
+
+
+def close(out, expected, dtype):
+    """Within one rounding of the result, and what fp32 loses while it sums."""
+    scale = expected.abs().amax()
+    return ((out.double() - expected).abs() <= ROUNDING[dtype] * expected.abs() + 2e-6 * scale).all()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 21, 32])
+def test_it_is_the_product(num_rows, dtype, plain):
+    for N, K in [(1, 32), (15, 64), (16, 96), (33, 768), (130, 1056)]:
+        # Unlike in size and sign from input to input, so that no two of them can be taken for each other.
+        x = (torch.randn(num_rows, K) * torch.linspace(0.1, 2, K)).to(dtype)
+        weight = (torch.randn(N, K) + torch.linspace(-1, 1, N)[:, None]).to(dtype)
+        out = torch.ops.zoo.row_linear(x, weight, plain)
+        assert out.dtype == dtype and out.shape == (num_rows, N)
+        assert close(out, x.double() @ weight.double().T, dtype)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_bf16_is_summed_in_fp32(plain):
+    # 257 ones: bf16 has no 257, a sum in bf16 stays at 256.
+    x = torch.cat([torch.ones(257), -torch.ones(127)]).bfloat16()[None]
+    assert torch.ops.zoo.row_linear(x, torch.ones(1, 384).bfloat16(), plain) == 130
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_what_it_is_alone(dtype):
+    x, weight = torch.randn(13, 96).to(dtype), torch.randn(40, 96).to(dtype)
+    together = torch.ops.zoo.row_linear(x, weight)
+    for row, alone in zip(together, x):
+        assert torch.equal(row, torch.ops.zoo.row_linear(alone[None], weight)[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_no_number_stays_in_its_row(bad):
+    x, weight = torch.ones(3, 64), torch.ones(20, 64)
+    x[1, 40] = bad
+    finite = torch.ops.zoo.row_linear(x, weight).isfinite()
+    assert finite[[0, 2]].all() and not finite[1].any()
+
+
+def test_shapes_and_bias():
+    x, weight, bias = torch.randn(2, 5, 64), torch.randn(24, 64), torch.randn(24)
+    torch.testing.assert_close(row_linear(x, weight, bias), F.linear(x, weight, bias))
+    across = torch.randn(64, 3).T  # whose rows do not lie side by side
+    torch.testing.assert_close(row_linear(across, weight), F.linear(across, weight))
+    torch.library.opcheck(torch.ops.zoo.row_linear, (x, weight))
+
+
+def test_what_fits():
+    x, weight = torch.randn(32, 64), torch.randn(24, 64)
+    assert fits(x, weight) and fits(x.bfloat16(), weight.bfloat16())
+    assert not fits(torch.randn(33, 64), weight)
+    assert not fits(torch.randn(1, 48), torch.randn(24, 48))
+    assert not fits(x.half(), weight.half()) and not fits(x.bfloat16(), weight)
+    assert not fits(x.to("meta"), weight.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "x, weight, said",
+    [
+        (torch.ones(1, 48), torch.ones(4, 48), "48 inputs are no multiple of 32"),
+        (torch.ones(1, 64), torch.ones(4, 32), "x has 64 inputs, not 32"),
+        (torch.ones(1, 32), torch.ones(4, 32).bfloat16(), "do not fit"),
+        (torch.ones(1, 32), torch.ones(32, 4).T, "do not fit"),
+    ],
+)
+def test_wrong_arguments_are_told(x, weight, said):
+    with pytest.raises(RuntimeError, match=said):
+        torch.ops.zoo.row_linear(x, weight)
+
+
+def test_without_a_compiler_nothing_fits(monkeypatch):
+    monkeypatch.setattr(page, "load_row_linear", lambda: "no C++ compiler")
+    assert not fits(torch.randn(1, 64), torch.randn(24, 64))
