@@ -103,7 +103,9 @@ def test_which_products_take_which_formula(monkeypatch):
         F.linear(torch.randn(1, 1, 48), torch.randn(4, 48))
         assert F.linear(torch.randn(2, 48), torch.randn(4, 48)).shape == (2, 4)
         torch.einsum("...i,oi->...o", torch.randn(1, 3, 64), torch.randn(4, 64))
-        torch._weight_int8pack_mm(torch.randn(1, 64).bfloat16(), *quantize_int8(torch.randn(48, 64).bfloat16()))
+        torch._weight_int8pack_mm(
+            torch.randn(1, 64).bfloat16(), *quantize_int8(torch.randn(48, 64).bfloat16())
+        )
     assert taken == ["row_linear", "row_times_matrix", "row_linear", "row_times_int8"]
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.utils import row_linear as page
-from models.utils.row_linear import fits, load_row_linear, row_linear
+from models.utils.row_linear import linear_fits, load_row_linear, row_linear
 
 pytestmark = pytest.mark.skipif(load_row_linear() is not None, reason=str(load_row_linear()))
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of a result, half of its last bit
@@ -63,11 +63,11 @@ def test_shapes_and_bias():
 
 def test_what_fits():
     x, weight = torch.randn(32, 64), torch.randn(24, 64)
-    assert fits(x, weight) and fits(x.bfloat16(), weight.bfloat16())
-    assert not fits(torch.randn(33, 64), weight)
-    assert not fits(torch.randn(1, 48), torch.randn(24, 48))
-    assert not fits(x.half(), weight.half()) and not fits(x.bfloat16(), weight)
-    assert not fits(x.to("meta"), weight.to("meta"))
+    assert linear_fits(x, weight) and linear_fits(x.bfloat16(), weight.bfloat16())
+    assert not linear_fits(torch.randn(33, 64), weight)
+    assert not linear_fits(torch.randn(1, 48), torch.randn(24, 48))
+    assert not linear_fits(x.half(), weight.half()) and not linear_fits(x.bfloat16(), weight)
+    assert not linear_fits(x.to("meta"), weight.to("meta"))
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_wrong_arguments_are_told(x, weight, said):
 
 def test_without_a_compiler_nothing_fits(monkeypatch):
     monkeypatch.setattr(page, "load_row_linear", lambda: "no C++ compiler")
-    assert not fits(torch.randn(1, 64), torch.randn(24, 64))
+    assert not linear_fits(torch.randn(1, 64), torch.randn(24, 64))

@@ -11,7 +11,7 @@ rotations, additions) each take their time to start, and each write a result tha
 
 Both are mended, and the model files stay as they are. torch.export traces the step to a graph of tensor
 operations, in which FewRows puts other formulas for products and attention: row_linear.py's for fp32 and
-bf16, tiled_linear.py's for quantized layers. Inductor, the compiler behind torch.compile, makes loops of what
+bf16, tiled_linear.py's for quantized layers, row_attention.py's for attention. Inductor, the compiler behind torch.compile, makes loops of what
 is between them, several operations in each, and translates them with the C++ compiler. Shapes are fixed
 (tokens, and slots of the cache), so nothing is decided at run time. What comes out is kept in CACHE_FOLDER;
 the next start loads it instead of compiling.
@@ -37,12 +37,13 @@ from torch.overrides import TorchFunctionMode
 
 from models.utils.files import one_line
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
-from models.utils.row_linear import fits, load_row_linear, row_linear
+from models.utils.row_attention import attention_fits, load_row_attention, row_attention
+from models.utils.row_linear import linear_fits, load_row_linear, row_linear
 from models.utils.tiled_linear import into_huge_pages, tile_layers
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256
-MAX_QUERIES = 8  # per head, up to which attention is written as multiply and sum
+MAX_QUERIES = 8  # per head, of which attention takes another formula
 
 
 # Few rows ---------------------------------------------------------------------------------------------------
@@ -75,6 +76,8 @@ def attend(q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enabl
 
     q (B, H, T, d), k and v (B, K, S, d), mask (B, 1, T, S); the H / K heads of a group read one k and v.
     """
+    if attention_fits(q, k, mask):
+        return row_attention(q, k, v, mask, scale)
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
     q = q.reshape(B, K, H // K, T, 1, d).float() * (d**-0.5 if scale is None else scale)
@@ -93,7 +96,7 @@ class FewRows(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.einsum and args[0] == "...i,oi->...o":  # transformer_lm's own Linear
             function, args = F.linear, args[1:]
-        if function is F.linear and fits(*args[:2]):
+        if function is F.linear and linear_fits(*args[:2]):
             return row_linear(*args, **kwargs)
         if function is F.linear and args[0].numel() == args[0].shape[-1]:
             return row_times_matrix(*args, **kwargs)
@@ -138,9 +141,9 @@ def arrange(model, report):
         reason = tile_layers(model)
         if reason:
             report(f"quantized layers with torch's own kernels: {reason}")
-    reason = load_row_linear()
+    reason = load_row_linear() or load_row_attention()
     if reason:
-        report(f"products of a few rows as the compiler makes them: {reason}")
+        report(f"products and attention of a few rows as the compiler makes them: {reason}")
     # What lay_out did for products that read columns; a step reads rows.
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
@@ -290,6 +293,7 @@ def fingerprint(model, cache, width):
         torch.backends.cpu.get_cpu_capability(),
         torch.get_num_threads(),
         load_row_linear(),
+        load_row_attention(),
         tuple(cache[0].k.shape),
         width,
         model.config,

@@ -48,7 +48,7 @@ INPUTS = 32  # a row of the weight has a multiple of these
 MAX_ROWS = 32  # more of them are faster in F.linear
 
 
-def fits(x: Tensor, weight: Tensor) -> bool:
+def linear_fits(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear(x, weight) is a product for the kernel, and the kernel is there."""
     K = weight.shape[1]
     few = x.numel() <= MAX_ROWS * K and K % INPUTS == 0
@@ -57,7 +57,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; x (..., K), weight (N, K), which fits() has seen."""
+    """F.linear; x (..., K), weight (N, K), which linear_fits() has seen."""
     out = torch.ops.zoo.row_linear(x, weight)
     return out if bias is None else out + bias
 

@@ -1,0 +1,166 @@
+// Attention of a few queries over a cache. row_attention.py builds this page and explains it.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+// Where the linker knows how to choose on loading, a function is compiled once for each generation of CPUs.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define EVERY_CPU
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int LANES = 16;       // numbers that are handled side by side
+constexpr int MAX_QUERIES = 8;  // of a head
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+INLINE void load(Floats& vector, const float* at) { std::memcpy(&vector, at, sizeof vector); }
+INLINE void load(Floats& vector, const at::BFloat16* at) {
+  Halves halves;  // a bf16 is the upper half of the fp32 of the same value
+  std::memcpy(&halves, at, sizeof halves);
+  vector = reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+}
+
+// Halves are added to halves.
+INLINE float sum(const Floats& vector) {
+  struct { Eight low, high; } eights;
+  struct { Four low, high; } fours;
+  std::memcpy(&eights, &vector, sizeof eights);
+  const Eight eight = eights.low + eights.high;
+  std::memcpy(&fours, &eight, sizeof fours);
+  const Four four = fours.low + fours.high;
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// e^x for x <= 0, in place: 2^n e^r, with n whole and r at most ln(2) / 2 in size, where six terms are enough.
+INLINE void exponential(Floats& x) {
+  x = x > -87.0f ? x : Floats{} - 87.0f;  // e^-87 is about the last that fp32 has in full, and nothing beside 1
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  const Floats whole = __builtin_convertvector(n, Floats);
+  const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, the first exact
+  const Floats series =
+      1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
+  x = reinterpret_cast<Floats>(reinterpret_cast<Ints>(series) + (n << 23));  // the exponent of an fp32 grows by n
+}
+
+// One head of some queries: out[m] = sum over s of p[m][s] v[s], with p[m] = softmax of q[m] . k[s] over s.
+template <typename T, int ROWS>
+EVERY_CPU void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, int64_t num_slots,
+                    int64_t d, float* p, T* out) {
+  const int64_t width = (num_slots + LANES - 1) / LANES * LANES;  // of a row of p
+  float totals[ROWS];
+
+  for (int64_t s = 0; s < num_slots; s++) {
+    Floats sums[ROWS] = {}, keys, query;
+    for (int64_t i = 0; i < d; i += LANES) {
+      load(keys, k + s * d + i);
+      for (int m = 0; m < ROWS; m++) {
+        load(query, q + m * d + i);
+        sums[m] += keys * query;
+      }
+    }
+    for (int m = 0; m < ROWS; m++) p[m * width + s] = sum(sums[m]);
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int64_t s = 0; s < width; s++) if (s >= num_slots || !mask[m * S + s]) p[m * width + s] = NOTHING;
+
+  for (int m = 0; m < ROWS; m++) {
+    float* row = p + m * width;
+    const float largest = *std::max_element(row, row + width);
+    Floats total = {}, x;
+    for (int64_t s = 0; s < width; s += LANES) {
+      load(x, row + s);
+      x -= largest;
+      exponential(x);
+      total += x;
+      std::memcpy(row + s, &x, sizeof x);
+    }
+    totals[m] = sum(total);
+  }
+
+  for (int64_t i = 0; i < d; i += LANES) {
+    Floats sums[ROWS] = {}, values;
+    for (int64_t s = 0; s < num_slots; s++) {
+      load(values, v + s * d + i);
+      for (int m = 0; m < ROWS; m++) sums[m] += p[m * width + s] * values;
+    }
+    for (int m = 0; m < ROWS; m++)
+      for (int lane = 0; lane < LANES; lane++) out[m * d + i + lane] = sums[m][lane] / totals[m];
+  }
+}
+
+// The number of queries is a constant of the loops, so that all sums stay in registers.
+template <typename T, int ROWS = MAX_QUERIES>
+void some_queries(int64_t rows, const float* q, const T* k, const T* v, const bool* mask, int64_t S,
+                  int64_t num_slots, int64_t d, float* p, T* out) {
+  if constexpr (ROWS > 1)
+    if (rows < ROWS) return some_queries<T, ROWS - 1>(rows, q, k, v, mask, S, num_slots, d, p, out);
+  head<T, ROWS>(q, k, v, mask, S, num_slots, d, p, out);
+}
+
+template <typename T>
+void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, float scale,
+            at::Tensor& out) {
+  const int64_t H = q.size(1), num_queries = q.size(2), d = q.size(3), S = k.size(2), group = H / k.size(1);
+  const T* queries = q.const_data_ptr<T>();
+  const T* keys = k.const_data_ptr<T>();
+  const T* values = v.const_data_ptr<T>();
+  const bool* allowed = mask.const_data_ptr<bool>();
+  T* outputs = out.mutable_data_ptr<T>();
+
+  at::parallel_for(0, q.size(0) * H, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scaled(num_queries * d), probs(num_queries * (S + LANES));
+    for (int64_t n = begin; n < end; n++) {
+      const bool* rows = allowed + n / H * num_queries * S;
+      // Slots behind the last one that any query may see were not written yet, and need not be read.
+      int64_t num_slots = 0;
+      for (int64_t m = 0; m < num_queries; m++)
+        for (int64_t s = S; s > num_slots; s--)
+          if (rows[m * S + s - 1]) num_slots = s;
+      for (int64_t i = 0; i < num_queries * d; i++) scaled[i] = scale * queries[n * num_queries * d + i];
+      const int64_t pair = n / group * S * d;  // heads of a group read one k and v
+      some_queries<T>(num_queries, scaled.data(), keys + pair, values + pair, rows, S, num_slots, d,
+                      probs.data(), outputs + n * num_queries * d);
+    }
+  });
+}
+
+// q (B, H, T, d), k and v (B, K, S, d), all fp32 or all bf16, mask (B, 1, T, S) -> (B, H, T, d)
+at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
+                         double scale) {
+  TORCH_CHECK(q.size(2) <= MAX_QUERIES, q.size(2), " queries of a head are more than ", MAX_QUERIES);
+  TORCH_CHECK(q.size(3) % LANES == 0, "heads of ", q.size(3), " are no multiple of ", LANES);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == q.size(3) &&
+                  q.size(1) % k.size(1) == 0 && q.scalar_type() == k.scalar_type() &&
+                  q.scalar_type() == v.scalar_type(),
+              "q, k and v do not fit");
+  TORCH_CHECK(mask.sizes() == at::IntArrayRef({q.size(0), 1, q.size(2), k.size(2)}), "the mask does not fit");
+  const at::Tensor queries = q.contiguous();
+  at::Tensor out = at::empty_like(queries);
+  auto* const in_dtype = q.scalar_type() == at::kFloat ? attend<float> : attend<at::BFloat16>;
+  in_dtype(queries, k.contiguous(), v.contiguous(), mask.contiguous(), scale, out);
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(zoo, library) {
+  library.def("row_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_attention", row_attention); }
