@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.utils.errors import UserError
-from models.utils.sampling import GREEDY, pick, token_at, token_probs, uniform
+from models.utils.sampling import GREEDY, most_probable, pick, token_at, token_probs, uniform
 from runs_ar.generate import check_prompts, prefill
 
 
@@ -106,7 +106,7 @@ def rounds(verify, drafter, texts, sampling, generators, num_draft_tokens):
 
         # Accept. In order, up to the first draft that fails.
         if sampling.greedy:
-            choices = logits.argmax(dim=-1)
+            choices = most_probable(logits)
             accepted = drafts == choices[:, :-1]
         else:
             target_probs = token_probs(logits, sampling)
@@ -215,7 +215,7 @@ class ModelDrafter:
         for step in range(num_tokens):
             logits = self.logits(tokens, positions.clamp(max=self.num_slots - 1))
             if sampling.greedy:
-                drafts[:, step] = logits.argmax(dim=-1)
+                drafts[:, step] = most_probable(logits)
             else:
                 probs[:, step] = token_probs(logits, sampling)
                 drafts[:, step] = token_at(probs[:, step], u[:, step])

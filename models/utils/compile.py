@@ -1,4 +1,4 @@
-"""Decoding at the speed of memory: one step of a model compiled, with products written for a single row.
+"""Decoding at the speed of memory: one step of a model compiled, with products for a few rows.
 
     model = compile_decoding(load_model(folder, dtype=torch.bfloat16))
     for tokens in generate(model, prompts, ...):      as before, two to four times as fast
@@ -10,11 +10,11 @@ row it reads a third of what the memory could deliver. And the small operations 
 rotations, additions) each take their time to start, and each write a result that the next one reads again.
 
 Both are mended, and the model files stay as they are. torch.export traces the step to a graph of tensor
-operations, in which FewRows puts other formulas for products and attention: row_linear.py's for fp32 and
-bf16, tiled_linear.py's for quantized layers, row_attention.py's for attention. Inductor, the compiler behind torch.compile, makes loops of what
-is between them, several operations in each, and translates them with the C++ compiler. Shapes are fixed
-(tokens, and slots of the cache), so nothing is decided at run time. What comes out is kept in CACHE_FOLDER;
-the next start loads it instead of compiling.
+operations, in which FewRows puts other formulas for products and attention: those of row_linear.py for fp32
+and bf16, of tiled_linear.py for quantized layers, of row_attention.py. Inductor, the compiler behind
+torch.compile, makes loops of what is between them, several operations in each, and translates them with the
+C++ compiler. Shapes are fixed (tokens, and slots of the cache), so nothing is decided at run time. What comes
+out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
 
 Everything but a step (prefill, batches of a size not seen before, training) runs as it is written.
 Proof: tests/test_compile.py, against the model itself.
@@ -72,7 +72,7 @@ def row_times_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def attend(q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """scaled_dot_product_attention for a few queries per head, its products also as multiply and sum.
+    """scaled_dot_product_attention for a few queries per head: row_attention, or else multiply and sum again.
 
     q (B, H, T, d), k and v (B, K, S, d), mask (B, 1, T, S); the H / K heads of a group read one k and v.
     """
@@ -196,11 +196,13 @@ class CompiledDecoder:
         # Behind the model's context there are no positions, and so no place for pads.
         if step is None or pads and positions.max() + pads >= self.model.config.max_seq_len:
             return self.model(tokens, positions, cache)
+        slots = [tensor for layer in cache for tensor in layer]
+        if not pads:
+            return step(tokens, positions, slots)
         # Pads stand behind the last token, which does not see them, in slots that are written again.
         last = positions[:, -1:] + torch.arange(1, pads + 1, device=positions.device)
         padded, places = F.pad(tokens, (0, pads)), torch.cat([positions, last], dim=1)
-        logits = step(padded, places, [tensor for layer in cache for tensor in layer])
-        return logits[:, : tokens.shape[1]]
+        return step(padded, places, slots)[:, : tokens.shape[1]]
 
     def compiled(self, cache, width):
         """The step, from the disk or compiled now; None, and a line that says why, where that fails."""

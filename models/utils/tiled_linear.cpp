@@ -35,7 +35,7 @@ constexpr int VECTORS = 2;   // they share each activation that is loaded
 constexpr int INPUTS = 32;   // activations that share a scale
 constexpr int MAX_ROWS = 8;  // rows of x that share each weight that is loaded
 constexpr int HEADER = 4 * LANES;  // bytes of scales before the codes, in int4 with their zeros
-constexpr int AHEAD = 2560;  // bytes. Unless int4 is asked for early, a core reads and multiplies by turns.
+constexpr int AHEAD = 8192;  // bytes: how far in front of the sums codes are asked for
 
 // INPUTS activations of a row: each is scale * code.
 struct Block {
@@ -115,10 +115,11 @@ EVERY_CPU void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t
 }
 
 #if HAS_VECTOR_LOOP
-template <int BITS>
+template <int BITS, int ROWS>
 VNNI inline __m512i load(const uint8_t* at) {
-  // In 8 bits loads follow each other so fast that a core looks ahead by itself, and asking too costs time.
-  if constexpr (BITS == 4) _mm_prefetch(at + AHEAD, _MM_HINT_T0);
+  // Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With a
+  // row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs time.
+  if constexpr (BITS == 4 || ROWS > 2) _mm_prefetch(at + AHEAD, _MM_HINT_T1);
   return _mm512_loadu_si512(at);
 }
 
@@ -133,7 +134,7 @@ VNNI void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, i
 
   for (int64_t group = 0; group < num_groups; group++) {
     for (int v = 0; v < VECTORS; v++) {
-      const __m512i header = load<BITS>(tile + 64 * v);
+      const __m512i header = load<BITS, ROWS>(tile + 64 * v);
       // In int4 two bf16; such a number is the upper half of the fp32 of the same value.
       scale[v] = _mm512_castsi512_ps(BITS == 8 ? header : _mm512_slli_epi32(header, 16));
       zero[v] = _mm512_castsi512_ps(_mm512_and_si512(header, high_bits));
@@ -146,9 +147,9 @@ VNNI void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, i
 #pragma GCC unroll 4
       for (int k = 0; k < INPUTS / 4; k += 2, tile += LANES * BITS) {
         for (int v = 0; v < VECTORS; v++) {
-          first[v] = load<BITS>(tile + 64 * v);
+          first[v] = load<BITS, ROWS>(tile + 64 * v);
           if constexpr (BITS == 8) {
-            second[v] = load<BITS>(tile + 64 * (VECTORS + v));
+            second[v] = load<BITS, ROWS>(tile + 64 * (VECTORS + v));
           } else {
             second[v] = _mm512_and_si512(_mm512_srli_epi16(first[v], 4), low_half);
             first[v] = _mm512_and_si512(first[v], low_half);
