@@ -60,6 +60,16 @@ def test_what_is_not_written_is_not_read():
     assert close(row_attention(q, k, v, mask), right)
 
 
+@pytest.mark.parametrize("slot", [0, 17, 18, 19])
+def test_what_is_no_number_spoils_those_that_see_it(slot):
+    q, k, v, mask = inputs(1, 2, 2, 3, 20, 32)
+    q[:, 0, 1] = torch.nan
+    k[:, 1, slot] = torch.nan
+    finite = row_attention(q, k, v, mask).isfinite().all(dim=-1)[0]
+    assert finite[0].tolist() == [True, False, True]
+    assert torch.equal(finite[1], ~mask[0, 0, :, slot])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_query_is_what_it_is_alone(dtype):
     q, k, v, mask = inputs(3, 4, 2, 5, 40, 32, dtype)

@@ -25,7 +25,7 @@ def test_it_is_the_product(num_rows, dtype, plain):
         # Unlike in size and sign from input to input, so that no two of them can be taken for each other.
         x = (torch.randn(num_rows, K) * torch.linspace(0.1, 2, K)).to(dtype)
         weight = (torch.randn(N, K) + torch.linspace(-1, 1, N)[:, None]).to(dtype)
-        out = torch.ops.zoo.row_linear(x, weight, plain)
+        out = torch.ops.zoo.row_linear(x, weight, None, plain)
         assert out.dtype == dtype and out.shape == (num_rows, N)
         assert close(out, x.double() @ weight.double().T, dtype)
 
@@ -34,7 +34,7 @@ def test_it_is_the_product(num_rows, dtype, plain):
 def test_bf16_is_summed_in_fp32(plain):
     # 257 ones: bf16 has no 257, a sum in bf16 stays at 256.
     x = torch.cat([torch.ones(257), -torch.ones(127)]).bfloat16()[None]
-    assert torch.ops.zoo.row_linear(x, torch.ones(1, 384).bfloat16(), plain) == 130
+    assert torch.ops.zoo.row_linear(x, torch.ones(1, 384).bfloat16(), None, plain) == 130
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,6 +56,10 @@ def test_what_is_no_number_stays_in_its_row(bad):
 def test_shapes_and_bias():
     x, weight, bias = torch.randn(2, 5, 64), torch.randn(24, 64), torch.randn(24)
     torch.testing.assert_close(row_linear(x, weight, bias), F.linear(x, weight, bias))
+    # The bias is added before the sum is rounded to bf16: 256 + 1 + 1 are 258, and 256 + 1 is 256.
+    one = torch.ones(1, dtype=torch.bfloat16)
+    halves = torch.cat([torch.full((256,), 1.0), torch.ones(1), torch.zeros(31)]).bfloat16()
+    assert row_linear(halves[None], torch.ones(1, 288).bfloat16(), one) == 258
     across = torch.randn(64, 3).T  # whose rows do not lie side by side
     torch.testing.assert_close(row_linear(across, weight), F.linear(across, weight))
     torch.library.opcheck(torch.ops.zoo.row_linear, (x, weight))
@@ -67,6 +71,7 @@ def test_what_fits():
     assert not linear_fits(torch.randn(33, 64), weight)
     assert not linear_fits(torch.randn(1, 48), torch.randn(24, 48))
     assert not linear_fits(x.half(), weight.half()) and not linear_fits(x.bfloat16(), weight)
+    assert not linear_fits(x, torch.randn(64, 24).T)
     assert not linear_fits(x.to("meta"), weight.to("meta"))
 
 

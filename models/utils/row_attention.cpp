@@ -6,13 +6,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 // Where the linker knows how to choose on loading, a function is compiled once for each generation of CPUs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define EVERY_CPU
 #endif
@@ -28,16 +29,16 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t BFloats __attribute__((vector_size(2 * LANES)));
 
 INLINE void load(Floats& vector, const float* at) { std::memcpy(&vector, at, sizeof vector); }
 INLINE void load(Floats& vector, const at::BFloat16* at) {
-  Halves halves;  // a bf16 is the upper half of the fp32 of the same value
-  std::memcpy(&halves, at, sizeof halves);
-  vector = reinterpret_cast<Floats>(__builtin_convertvector(halves, Ints) << 16);
+  BFloats bits;  // a bf16 is the upper half of the fp32 of the same value
+  std::memcpy(&bits, at, sizeof bits);
+  vector = reinterpret_cast<Floats>(__builtin_convertvector(bits, Ints) << 16);
 }
 
-// Halves are added to halves.
+// 16 numbers become 8, 4, 2 and 1: the upper half is added to the lower.
 INLINE float sum(const Floats& vector) {
   struct { Eight low, high; } eights;
   struct { Four low, high; } fours;
@@ -48,10 +49,11 @@ INLINE float sum(const Floats& vector) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x for x <= 0, in place: 2^n e^r, with n whole and r at most ln(2) / 2 in size, where six terms are enough.
+// e^x for x <= 0, in place: 2^n e^r, with n whole and r at most ln(2) / 2 in size, where the terms up to r^6 / 6!
+// are enough. Below e^-87, the smallest number with all digits, it stays that: nothing beside the largest, 1.
 INLINE void exponential(Floats& x) {
-  x = x > -87.0f ? x : Floats{} - 87.0f;  // e^-87 is about the last that fp32 has in full, and nothing beside 1
-  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // cut off, so the nearest to x / ln(2)
   const Floats whole = __builtin_convertvector(n, Floats);
   const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, the first exact
   const Floats series =
@@ -75,10 +77,9 @@ EVERY_CPU void head(const float* q, const T* k, const T* v, const bool* mask, in
         sums[m] += keys * query;
       }
     }
-    for (int m = 0; m < ROWS; m++) p[m * width + s] = sum(sums[m]);
+    for (int m = 0; m < ROWS; m++) p[m * width + s] = mask[m * S + s] ? sum(sums[m]) : NOTHING;
   }
-  for (int m = 0; m < ROWS; m++)
-    for (int64_t s = 0; s < width; s++) if (s >= num_slots || !mask[m * S + s]) p[m * width + s] = NOTHING;
+  for (int m = 0; m < ROWS; m++) std::fill(p + m * width + num_slots, p + (m + 1) * width, NOTHING);
 
   for (int m = 0; m < ROWS; m++) {
     float* row = p + m * width;
@@ -105,7 +106,7 @@ EVERY_CPU void head(const float* q, const T* k, const T* v, const bool* mask, in
   }
 }
 
-// The number of queries is a constant of the loops, so that all sums stay in registers.
+// The number of queries is a constant of the loops, so that the sums stay in registers, where there are enough.
 template <typename T, int ROWS = MAX_QUERIES>
 void some_queries(int64_t rows, const float* q, const T* k, const T* v, const bool* mask, int64_t S,
                   int64_t num_slots, int64_t d, float* p, T* out) {
@@ -144,6 +145,7 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
 // q (B, H, T, d), k and v (B, K, S, d), all fp32 or all bf16, mask (B, 1, T, S) -> (B, H, T, d)
 at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
                          double scale) {
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(2) && k.size(1), "q, k and v do not fit");
   TORCH_CHECK(q.size(2) <= MAX_QUERIES, q.size(2), " queries of a head are more than ", MAX_QUERIES);
   TORCH_CHECK(q.size(3) % LANES == 0, "heads of ", q.size(3), " are no multiple of ", LANES);
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == q.size(3) &&

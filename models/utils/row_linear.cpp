@@ -3,10 +3,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -19,8 +22,8 @@
 #endif
 
 // Where the linker knows how to choose on loading, a plain loop is compiled once for each generation of CPUs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define EVERY_CPU
 #endif
@@ -30,7 +33,7 @@ namespace {
 constexpr int LANES = 16;     // sums in fp32 that grow side by side
 constexpr int INPUTS = 32;    // a row of the weight has a multiple of these
 constexpr int OUTPUTS = 16;   // rows of the weight that stay in the core's cache for all rows of x
-constexpr int MAX_ROWS = 8;   // rows of x that share each weight that is loaded
+constexpr int SHARED = 8;     // rows of x that share each weight that is loaded
 constexpr int AHEAD = 16384;  // bytes: how far in front of the sums a weight is asked for
 
 // LANES numbers, in as many registers as the CPU takes for them.
@@ -42,9 +45,9 @@ inline __attribute__((always_inline)) void load(Vector& vector, const void* at) 
   std::memcpy(&vector, at, sizeof vector);
 }
 
-// Asks for a weight that comes later. It shall wait in the second cache (2); the first holds the rows of x, and
-// few requests at a time can be on their way to it. With a row or two, loads follow each other so fast that a
-// core looks ahead by itself, and asking too costs time.
+// Asks for a weight that comes later, to be put into the second cache (2): the first holds the rows of x, and a
+// core can wait for few requests to the first at a time. With a row or two, loads follow each other so fast
+// that a core looks ahead by itself, and asking too costs time.
 template <int ROWS>
 inline __attribute__((always_inline)) void ask_ahead(const void* at) {
   if constexpr (ROWS > 2) __builtin_prefetch(static_cast<const char*>(at) + AHEAD, 0, 2);
@@ -65,7 +68,8 @@ EVERY_CPU void plain_loop(const T* w, const float* x, int64_t K, int num_outputs
           sums[m] += weights * first;
         }
       } else {
-        // A bf16 is the upper half of the fp32 of the same value, and here a lane holds two of them.
+        // A bf16 is the upper half of the fp32 of the same value. Here a lane holds two of them; what is
+        // below the upper one is cut off.
         Words pairs;
         load(pairs, w + k);
         const Floats even = reinterpret_cast<Floats>(pairs << 16);
@@ -87,8 +91,7 @@ EVERY_CPU void plain_loop(const T* w, const float* x, int64_t K, int num_outputs
   }
 }
 
-// x as the plain loop reads it: in fp32, and beside bf16 the even and the odd of 32 inputs apart.
-void spread(const float* x, float* to, int64_t count) { std::copy_n(x, count, to); }
+// bf16 inputs as the plain loop reads them: in fp32, of each 32 first the even ones, then the odd ones.
 void spread(const at::BFloat16* x, float* to, int64_t count) {
   for (int64_t k = 0; k < count; k += 2 * LANES)
     for (int i = 0; i < LANES; i++) {
@@ -98,7 +101,8 @@ void spread(const at::BFloat16* x, float* to, int64_t count) {
 }
 
 #if HAS_DOT_LOOP
-// The same with an instruction that takes pairs of bf16 as they are: each lane gains two products at once.
+// The same with an instruction that takes pairs of bf16 as they are: each lane gains two products at once
+// (and takes numbers below 1e-38 for 0).
 template <int ROWS>
 DOT void dot_loop(const at::BFloat16* w, const at::BFloat16* x, int64_t K, int num_outputs,
                   float (*out)[OUTPUTS]) {
@@ -120,8 +124,8 @@ void dot_loop(const at::BFloat16*, const at::BFloat16*, int64_t, int, float (*)[
 bool has_dot_loop() { return false; }
 #endif
 
-// The number of rows is a constant of the loops, so that all sums stay in registers.
-template <typename T, int ROWS = MAX_ROWS>
+// The number of rows is a constant of the loops, so that the sums stay in registers, where there are enough.
+template <typename T, int ROWS = SHARED>
 void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K, int num_outputs,
                float (*out)[OUTPUTS]) {
   if constexpr (ROWS > 1)
@@ -131,42 +135,54 @@ void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K
 }
 
 template <typename T>
-void multiply(const at::Tensor& x, const at::Tensor& weight, at::Tensor& out, bool plain) {
+void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out, bool plain) {
   const int64_t num_rows = x.size(0), K = x.size(1), num_outputs = weight.size(0);
   const T* inputs = x.const_data_ptr<T>();
   const T* weights = weight.const_data_ptr<T>();
+  const float* biases = bias.const_data_ptr<float>();
   T* outputs = out.mutable_data_ptr<T>();
-  std::vector<float> plain_inputs(plain ? num_rows * K : 0);
-  if (plain) spread(inputs, plain_inputs.data(), num_rows * K);
+  const float* plain_inputs = nullptr;
+  std::vector<float> spread_inputs;
+  if constexpr (sizeof(T) == 4) {
+    plain_inputs = inputs;
+  } else if (plain) {
+    spread_inputs.resize(num_rows * K);
+    spread(inputs, spread_inputs.data(), num_rows * K);
+    plain_inputs = spread_inputs.data();
+  }
 
   // Each core gets outputs that follow each other, and so reads one piece of memory from its start to its end.
   at::parallel_for(0, num_outputs, OUTPUTS, [&](int64_t begin, int64_t end) {
-    float sums[MAX_ROWS][OUTPUTS];
+    float sums[SHARED][OUTPUTS];
     for (int64_t n = begin; n < end; n += OUTPUTS) {
       const int count = std::min<int64_t>(OUTPUTS, end - n);
-      for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
-        const int rows = std::min<int64_t>(MAX_ROWS, num_rows - row);
-        const float* plain_rows = plain ? &plain_inputs[row * K] : nullptr;
+      for (int64_t row = 0; row < num_rows; row += SHARED) {
+        const int rows = std::min<int64_t>(SHARED, num_rows - row);
+        const float* plain_rows = plain_inputs ? plain_inputs + row * K : nullptr;
         some_rows<T>(rows, weights + n * K, inputs + row * K, plain_rows, K, count, sums);
         for (int m = 0; m < rows; m++)
-          std::copy_n(sums[m], count, outputs + (row + m) * num_outputs + n);
+          for (int i = 0; i < count; i++) outputs[(row + m) * num_outputs + n + i] = sums[m][i] + biases[n + i];
       }
     }
   });
 }
 
-// x (..., K), weight (N, K), both fp32 or both bf16 -> (..., N)
-at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, bool plain) {
+// x (..., K), weight (N, K), bias (N), all fp32 or all bf16 -> (..., N)
+at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      bool plain) {
   const int64_t K = weight.size(1);
   TORCH_CHECK(x.size(-1) == K, "x has ", x.size(-1), " inputs, not ", K);
   TORCH_CHECK(K % INPUTS == 0, K, " inputs are no multiple of ", INPUTS);
   TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.is_contiguous(), "x and weight do not fit");
   const at::Tensor rows = x.reshape({-1, K}).contiguous();
   at::Tensor out = at::empty({rows.size(0), weight.size(0)}, x.options());
+  const auto in_fp32 = x.options().dtype(at::kFloat);
+  const at::Tensor biases = bias ? bias->to(at::kFloat).contiguous() : at::zeros({weight.size(0)}, in_fp32);
+  TORCH_CHECK(biases.numel() == weight.size(0), "the bias does not fit");
   if (x.scalar_type() == at::kFloat)
-    multiply<float>(rows, weight, out, true);
+    multiply<float>(rows, weight, biases, out, true);
   else
-    multiply<at::BFloat16>(rows, weight, out, plain || !has_dot_loop());
+    multiply<at::BFloat16>(rows, weight, biases, out, plain || !has_dot_loop());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   return out.view(shape);
@@ -175,7 +191,7 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, bool plain)
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(zoo, library) {
-  library.def("row_linear(Tensor x, Tensor weight, bool plain=False) -> Tensor");
+  library.def("row_linear(Tensor x, Tensor weight, Tensor? bias=None, bool plain=False) -> Tensor");
   library.def("has_dot_loop() -> bool", has_dot_loop);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_linear", row_linear); }

@@ -1,11 +1,11 @@
 """A few rows times a matrix in fp32 or bf16, at the speed of memory: what F.linear is not made for.
 
-    out = row_linear(x, weight)      F.linear for up to 32 rows on the CPU; the weight stays where it is
+    out = row_linear(x, weight)      F.linear for up to 32 rows on the CPU, to run a model, not to train it
 
 A matrix product for many rows cuts x and the weight into blocks that fit into the core's caches, and copies
 them into an order in which every number that is loaded is used many times. With a few rows there is nothing
 to gain from that, since each weight is used once per row and that is all; the copies remain. row_linear.cpp
-does the least that can be done instead:
+reads the weight where it lies, and does no more than must be done:
 
     for each output n:                         a row of the weight
         sums = 0                               for each row of x, 16 sums side by side
@@ -15,14 +15,17 @@ does the least that can be done instead:
             for each row m: sums[m] += weights * x[m, k ...]
         out[m, n] = the sum of the 16
 
-Three things make it fast, and each was found by measuring. The weight is read in the order in which it lies:
-two or four outputs at a time would use each x twice or four times, and read a third slower, because memory
+(for 16 outputs, then for the next rows of x, 8 at a time, which find those weights in the core's cache.)
+
+Three things make it fast, and each was found by measuring. The weight is read from its start to its end: two
+or four outputs at a time would load each x for all of them once, but read a third slower, because memory
 likes one long read best. Rows of x share what is loaded, so that five are as fast as one: speculative
 sampling lives on that. And where there is much to compute between two loads, a core no longer sees far enough
-ahead to keep the memory busy; it is asked for 16 KB in advance, to be put into the second cache.
+ahead to keep the memory busy; so weights are asked for 16 KB in advance.
 
-One matrix of 2048 x 768, hundreds of them in turn, in huge pages (tiled_linear.py), 2 cores with AVX-512 and
-its bf16 products, all in one run, in which torch's sum over fp32 reads 28 GB/s:
+The table is for one matrix of 2048 x 768, hundreds of them in turn, in huge pages (tiled_linear.py), 2 cores
+with AVX-512 and its bf16 products (which F.linear uses too), all in one run, in which torch's sum over fp32
+reads 28 GB/s:
 
     rows of x                       1      2      5      8     16     32
     fp32  milliseconds            .20    .22    .23    .31    .59   1.14
@@ -31,7 +34,7 @@ its bf16 products, all in one run, in which torch's sum over fp32 reads 28 GB/s:
           F.linear                .21    .20    .23    .25    .31    .41
           without bf16 products   .10    .10    .17    .27    .55   1.08
 
-Products are summed in fp32, which bf16 is widened to, or by an instruction that takes two bf16 as they are.
+Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that takes pairs of bf16 as they are.
 Proof: tests/test_row_linear.py.
 """
 
@@ -45,7 +48,7 @@ from models.utils.cpp_library import load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 INPUTS = 32  # a row of the weight has a multiple of these
-MAX_ROWS = 32  # more of them are faster in F.linear
+MAX_ROWS = 32  # of x; more of them are faster in F.linear
 
 
 def linear_fits(x: Tensor, weight: Tensor) -> bool:
@@ -53,13 +56,13 @@ def linear_fits(x: Tensor, weight: Tensor) -> bool:
     K = weight.shape[1]
     few = x.numel() <= MAX_ROWS * K and K % INPUTS == 0
     known = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    return few and known and weight.device.type == "cpu" and load_row_linear() is None
+    lies_well = weight.device.type == "cpu" and weight.is_contiguous()
+    return few and known and lies_well and load_row_linear() is None
 
 
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear; x (..., K), weight (N, K), which linear_fits() has seen."""
-    out = torch.ops.zoo.row_linear(x, weight)
-    return out if bias is None else out + bias
+    return torch.ops.zoo.row_linear(x, weight, bias)
 
 
 @lru_cache
@@ -71,6 +74,6 @@ def load_row_linear():
     return reason
 
 
-def shape_of(x, weight, plain=False):
+def shape_of(x, weight, bias=None, plain=False):
     """What torch.compile needs to know of the kernel."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])
