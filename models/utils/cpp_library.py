@@ -1,6 +1,7 @@
 """The C++ pages of this project, each compiled when it is first needed, then kept.
 
-    reason = load_library(Path("models/utils/row_linear.cpp"))    None: torch.ops.zoo.row_linear is there
+    reason = load_library(Path("models/utils/row_linear.cpp"), shape_of)
+    torch.ops.zoo.row_linear                                                   is there, if reason is None
 
 torch.utils.cpp_extension would do the same and asks for ninja and a minute; a page that sees only ATen's
 tensors is one call of the compiler and ten seconds. Proof: tests/test_tiled_linear.py.
@@ -27,12 +28,16 @@ class BuildError(Exception):
 
 
 @lru_cache
-def load_library(source: Path):
-    """Make the operators of a C++ page known to torch; None, or a line that says why they are not."""
+def load_library(source: Path, shape_of):
+    """Make the operator of a C++ page, which has its name, known to torch; None, or a line that says why not.
+
+    shape_of takes the operator's arguments and gives an empty result: what tracing needs to know of it.
+    """
     try:
         torch.ops.load_library(build(source))
     except (BuildError, OSError) as error:
         return str(error).partition("\n")[0]
+    torch.library.register_fake(f"zoo::{source.stem}", shape_of)
     return None
 
 

@@ -28,7 +28,6 @@ Proof: tests/test_row_attention.py.
 """
 
 import math
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -59,15 +58,10 @@ def row_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | 
     return torch.ops.zoo.row_attention(q, k, v, mask, scale)
 
 
-@lru_cache
 def load_row_attention():
     """Make torch.ops.zoo.row_attention known, built on first use; None, or why it cannot be used."""
-    reason = load_library(SOURCE)
-    if reason is None:
-        torch.library.register_fake("zoo::row_attention", shape_of)
-    return reason
+    return load_library(SOURCE, shape_of)
 
 
 def shape_of(q, k, v, mask, scale):
-    """What torch.compile needs to know of the kernel."""
     return q.new_empty(q.shape)

@@ -38,7 +38,6 @@ Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that ta
 Proof: tests/test_row_linear.py.
 """
 
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -65,15 +64,10 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.zoo.row_linear(x, weight, bias)
 
 
-@lru_cache
 def load_row_linear():
     """Make torch.ops.zoo.row_linear known, built on first use; None, or why it cannot be used."""
-    reason = load_library(SOURCE)
-    if reason is None:
-        torch.library.register_fake("zoo::row_linear", shape_of)
-    return reason
+    return load_library(SOURCE, shape_of)
 
 
 def shape_of(x, weight, bias=None, plain=False):
-    """What torch.compile needs to know of the kernel."""
     return x.new_empty(*x.shape[:-1], weight.shape[0])

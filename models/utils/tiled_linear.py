@@ -216,15 +216,10 @@ def into_huge_pages(model):
 # The library ------------------------------------------------------------------------------------------------
 
 
-@lru_cache
 def load_kernel():
     """Make torch.ops.zoo.tiled_linear known, built on first use; None, or why it cannot be used."""
-    reason = load_library(SOURCE)
-    if reason is None:
-        torch.library.register_fake("zoo::tiled_linear", shape_of)
-    return reason
+    return load_library(SOURCE, shape_of)
 
 
 def shape_of(x, tiles, num_outputs, bits, plain=False):
-    """What torch.compile needs to know of the kernel."""
     return x.new_empty(*x.shape[:-1], num_outputs)
