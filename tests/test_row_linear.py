@@ -89,6 +89,11 @@ def test_wrong_arguments_are_told(x, weight, said):
         torch.ops.zoo.row_linear(x, weight)
 
 
+def test_a_bias_of_another_size_is_told():
+    with pytest.raises(RuntimeError, match="the bias does not fit"):
+        torch.ops.zoo.row_linear(torch.ones(1, 32), torch.ones(4, 32), torch.ones(3))
+
+
 def test_without_a_compiler_nothing_fits(monkeypatch):
     monkeypatch.setattr(page, "load_row_linear", lambda: "no C++ compiler")
     assert not linear_fits(torch.randn(1, 64), torch.randn(24, 64))

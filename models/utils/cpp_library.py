@@ -3,8 +3,8 @@
     reason = load_library(Path("models/utils/row_linear.cpp"), shape_of)
     torch.ops.zoo.row_linear                                                   is there, if reason is None
 
-torch.utils.cpp_extension would do the same and asks for ninja and a minute; a page that sees only ATen's
-tensors is one call of the compiler and ten seconds. Proof: tests/test_tiled_linear.py.
+torch.utils.cpp_extension does the same and asks for ninja, and for Python's headers; a page that sees only
+ATen's tensors is one call of the compiler. Proof: tests/test_tiled_linear.py.
 """
 
 import hashlib

@@ -49,16 +49,16 @@ INLINE float sum(const Floats& vector) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x for x <= 0, in place: 2^n e^r, with n whole and r at most ln(2) / 2 in size, where the terms up to r^6 / 6!
-// are enough. Below e^-87, the smallest number with all digits, it stays that: nothing beside the largest, 1.
+// e^x for x <= 0, in place: 2^n e^r, with n whole and r at most ln(2) / 2 in size, where the terms up to
+// r^6 / 6! are enough. Below e^-87, the smallest number with all digits, it stays that: nothing beside 1.
 INLINE void exponential(Floats& x) {
   x = x < -87.0f ? Floats{} - 87.0f : x;
-  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // cut off, so the nearest to x / ln(2)
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // cut off: x / ln(2), rounded
   const Floats whole = __builtin_convertvector(n, Floats);
   const Floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // ln(2) in two parts, the first exact
   const Floats series =
       1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
-  x = reinterpret_cast<Floats>(reinterpret_cast<Ints>(series) + (n << 23));  // the exponent of an fp32 grows by n
+  x = reinterpret_cast<Floats>(reinterpret_cast<Ints>(series) + (n << 23));  // its exponent grows by n
 }
 
 // One head of some queries: out[m] = sum over s of p[m][s] v[s], with p[m] = softmax of q[m] . k[s] over s.
@@ -106,7 +106,7 @@ EVERY_CPU void head(const float* q, const T* k, const T* v, const bool* mask, in
   }
 }
 
-// The number of queries is a constant of the loops, so that the sums stay in registers, where there are enough.
+// The number of queries is a constant of the loops, so that sums stay in registers if there are enough.
 template <typename T, int ROWS = MAX_QUERIES>
 void some_queries(int64_t rows, const float* q, const T* k, const T* v, const bool* mask, int64_t S,
                   int64_t num_slots, int64_t d, float* p, T* out) {
@@ -116,8 +116,8 @@ void some_queries(int64_t rows, const float* q, const T* k, const T* v, const bo
 }
 
 template <typename T>
-void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask, float scale,
-            at::Tensor& out) {
+void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
+            float scale, at::Tensor& out) {
   const int64_t H = q.size(1), num_queries = q.size(2), d = q.size(3), S = k.size(2), group = H / k.size(1);
   const T* queries = q.const_data_ptr<T>();
   const T* keys = k.const_data_ptr<T>();
@@ -143,8 +143,8 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
 }
 
 // q (B, H, T, d), k and v (B, K, S, d), all fp32 or all bf16, mask (B, 1, T, S) -> (B, H, T, d)
-at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
-                         double scale) {
+at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const at::Tensor& mask, double scale) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(2) && k.size(1), "q, k and v do not fit");
   TORCH_CHECK(q.size(2) <= MAX_QUERIES, q.size(2), " queries of a head are more than ", MAX_QUERIES);
   TORCH_CHECK(q.size(3) % LANES == 0, "heads of ", q.size(3), " are no multiple of ", LANES);

@@ -1,9 +1,8 @@
-// A few rows times a matrix in fp32 or bf16, which is read once. row_linear.py builds this page and explains it.
+// A few rows times a matrix in fp32 or bf16, read once. row_linear.py builds this page and explains it.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -45,9 +44,9 @@ inline __attribute__((always_inline)) void load(Vector& vector, const void* at) 
   std::memcpy(&vector, at, sizeof vector);
 }
 
-// Asks for a weight that comes later, to be put into the second cache (2): the first holds the rows of x, and a
-// core can wait for few requests to the first at a time. With a row or two, loads follow each other so fast
-// that a core looks ahead by itself, and asking too costs time.
+// Asks for a weight that comes later, to be put into the second cache (2): the first holds the rows of x, and
+// a core can wait for few requests to it at a time. With a row or two, loads follow each other so fast that a
+// core looks ahead by itself, and asking too costs time.
 template <int ROWS>
 inline __attribute__((always_inline)) void ask_ahead(const void* at) {
   if constexpr (ROWS > 2) __builtin_prefetch(static_cast<const char*>(at) + AHEAD, 0, 2);
@@ -135,11 +134,12 @@ void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K
 }
 
 template <typename T>
-void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out, bool plain) {
+void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out,
+              bool plain) {
   const int64_t num_rows = x.size(0), K = x.size(1), num_outputs = weight.size(0);
   const T* inputs = x.const_data_ptr<T>();
   const T* weights = weight.const_data_ptr<T>();
-  const float* biases = bias.const_data_ptr<float>();
+  const float* biases = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
   T* outputs = out.mutable_data_ptr<T>();
   const float* plain_inputs = nullptr;
   std::vector<float> spread_inputs;
@@ -161,7 +161,8 @@ void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& b
         const float* plain_rows = plain_inputs ? plain_inputs + row * K : nullptr;
         some_rows<T>(rows, weights + n * K, inputs + row * K, plain_rows, K, count, sums);
         for (int m = 0; m < rows; m++)
-          for (int i = 0; i < count; i++) outputs[(row + m) * num_outputs + n + i] = sums[m][i] + biases[n + i];
+          for (int i = 0; i < count; i++)
+            outputs[(row + m) * num_outputs + n + i] = sums[m][i] + (biases ? biases[n + i] : 0);
       }
     }
   });
@@ -176,9 +177,8 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::
   TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.is_contiguous(), "x and weight do not fit");
   const at::Tensor rows = x.reshape({-1, K}).contiguous();
   at::Tensor out = at::empty({rows.size(0), weight.size(0)}, x.options());
-  const auto in_fp32 = x.options().dtype(at::kFloat);
-  const at::Tensor biases = bias ? bias->to(at::kFloat).contiguous() : at::zeros({weight.size(0)}, in_fp32);
-  TORCH_CHECK(biases.numel() == weight.size(0), "the bias does not fit");
+  const at::Tensor biases = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "the bias does not fit");
   if (x.scalar_type() == at::kFloat)
     multiply<float>(rows, weight, biases, out, true);
   else

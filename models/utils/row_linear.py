@@ -15,7 +15,8 @@ reads the weight where it lies, and does no more than must be done:
             for each row m: sums[m] += weights * x[m, k ...]
         out[m, n] = the sum of the 16
 
-(for 16 outputs, then for the next rows of x, 8 at a time, which find those weights in the core's cache.)
+Up to 8 rows share a weight that is loaded; for the next 8 the weights of 16 outputs are still in the core's
+cache.
 
 Three things make it fast, and each was found by measuring. The weight is read from its start to its end: two
 or four outputs at a time would load each x for all of them once, but read a third slower, because memory

@@ -35,7 +35,7 @@ constexpr int VECTORS = 2;   // they share each activation that is loaded
 constexpr int INPUTS = 32;   // activations that share a scale
 constexpr int MAX_ROWS = 8;  // rows of x that share each weight that is loaded
 constexpr int HEADER = 4 * LANES;  // bytes of scales before the codes, in int4 with their zeros
-constexpr int AHEAD = 8192;  // bytes: how far in front of the sums codes are asked for
+constexpr int AHEAD = 8192;  // bytes: how far in front of the sums codes are asked for in 8 bits
 
 // INPUTS activations of a row: each is scale * code.
 struct Block {
@@ -117,9 +117,9 @@ EVERY_CPU void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t
 #if HAS_VECTOR_LOOP
 template <int BITS, int ROWS>
 VNNI inline __m512i load(const uint8_t* at) {
-  // Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With a
-  // row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs time.
-  // In 4 bits a core takes longer for a byte: from nearby, and into the first cache, was fastest.
+  // Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With
+  // a row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs
+  // time. In 4 bits a core takes longer for a byte: from nearby, and into the first cache, was fastest.
   if constexpr (BITS == 4) _mm_prefetch(at + AHEAD / 4, _MM_HINT_T0);
   if constexpr (BITS == 8 && ROWS > 2) _mm_prefetch(at + AHEAD, _MM_HINT_T1);
   return _mm512_loadu_si512(at);

@@ -40,15 +40,15 @@ every output, and no code needs a subtraction.
 The price is the rounding of x: an error of 0.5% of the output's norm, where an output in bf16 alone has 0.2%,
 8 bits a weight make 0.8% and 4 bits 7% (normally distributed numbers, groups of 32). The gain, for matrices
 of 8192 x 2048, int4 in groups of 32, in huge pages (below), 24 of them in turn, 2 cores with AVX-512, all in
-one run, in which torch's sum over fp32 reads 37 GB/s:
+one run, in which torch's sum over fp32 reads 33 GB/s (and this kernel up to 54):
 
     rows of x                1     2     4     5     8
-    int8  milliseconds     .48   .48   .48   .49   .53      torch's int8 kernel: .83 for one row
-          G weights/s       35    35    35    34    32      37 GB/s are 37 G weights in 8 bits each
-    int4  milliseconds     .30   .31   .32   .33   .48      torch's int4 kernel: .47 for one row
-          G weights/s       55    55    53    51    35      37 GB/s are 59 G weights in 5 bits each
+    int8  milliseconds     .31   .37   .43   .37   .53      torch's int8 kernel: .97 for one row
+          G weights/s       54    45    39    45    32
+    int4  milliseconds     .23   .24   .29   .33   .50      torch's int4 kernel: .51 for one row
+          G weights/s       74    71    59    51    34      5 bits each, with scale and zero
 
-Reading is the limit. Five rows cost little more than one, which is what speculative sampling lives on. And
+Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives on. And
 512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second copy of
 the weights.
 Proof: tests/test_tiled_linear.py.
