@@ -151,7 +151,7 @@ void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& b
     plain_inputs = spread_inputs.data();
   }
 
-  // Each core gets outputs that follow each other, and so reads one piece of memory from its start to its end.
+  // Each core gets outputs that follow each other, and so reads one piece of memory from start to end.
   at::parallel_for(0, num_outputs, OUTPUTS, [&](int64_t begin, int64_t end) {
     float sums[SHARED][OUTPUTS];
     for (int64_t n = begin; n < end; n += OUTPUTS) {

@@ -48,9 +48,9 @@ one run, in which torch's sum over fp32 reads 33 GB/s (and this kernel up to 54)
     int4  milliseconds     .23   .24   .29   .33   .50      torch's int4 kernel: .51 for one row
           G weights/s       74    71    59    51    34      5 bits each, with scale and zero
 
-Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives on. And
-512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second copy of
-the weights.
+Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives
+on. And 512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second
+copy of the weights.
 Proof: tests/test_tiled_linear.py.
 """
 
