@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from models.utils.errors import UserError
 from models.utils.files import converted_folder, one_line, read_json
+from models.utils.onednn import choose_products
 from models.utils.quantize import prepare, quantize_layers, stored_quantization, swap
 
 MODELS_FOLDER = Path(__file__).parent
@@ -160,8 +161,7 @@ def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
         quantize_layers(model, quantization, device, dtype, windows)
     model.to(device=device, dtype=dtype)
     prepare(model)
-    if hasattr(model, "new_cache"):
-        lay_out(model)
+    choose_products(model)
     return model.eval()
 
 
@@ -180,19 +180,6 @@ def fill(model, tensors):
         for name in names:
             module, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(module), attribute, parameter)
-
-
-@torch.no_grad()
-def lay_out(model):
-    """Store fp32 matrices on a CPU column by column; their values stay the same.
-
-    A decoded token is one row times each matrix, a product for which torch reads memory faster in this order:
-    GPT-2 small takes 32 ms a token instead of 39 (two cores, torch 2.13; in bf16 it is the other way round).
-    Models that answer in one pass never read a single row, and would be slower: ViT-B/16 by 11% on 8 images.
-    """
-    for parameter in model.parameters():
-        if parameter.dim() == 2 and parameter.dtype == torch.float32 and parameter.device.type == "cpu":
-            parameter.data = parameter.data.T.contiguous().T
 
 
 def weight_files(folder):

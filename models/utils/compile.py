@@ -144,7 +144,7 @@ def arrange(model, report):
     reason = load_row_linear() or load_row_attention()
     if reason:
         report(f"products and attention of a few rows as the compiler makes them: {reason}")
-    # What lay_out did for products that read columns; a step reads rows.
+    # Small matrices lie in columns (onednn.py); a step reads rows.
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     into_huge_pages(model)
