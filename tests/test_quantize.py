@@ -257,6 +257,27 @@ def test_kernels_multiply_by_the_dequantized_weights(N, K, num_rows, quantizatio
     assert ((out - expected).abs() <= 2**-7 * expected.abs() + 0.01 * expected.std()).all()
 
 
+@pytest.mark.parametrize("quantization", [INT8, INT4])
+def test_rows_that_lie_apart(quantization):
+    """As the first tokens of several texts do, which a pooler or a classifier reads."""
+    layer = quantized(linear(32, 64, torch.bfloat16), quantization)
+    x = torch.randn(4, 7, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(layer(x[:, 0]), layer(x[:, 0].contiguous()))
+
+
+@pytest.mark.parametrize("offset", [1, 8, 15])
+def test_codes_that_begin_anywhere_in_a_file(offset):
+    layer = quantized(linear(32, 64, torch.bfloat16), INT8)
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected, codes = layer(x), layer.weight
+    memory = torch.empty(codes.numel() + 32, dtype=torch.int8)
+    start = -memory.data_ptr() % 16 + offset
+    layer.weight = quantize.fixed(memory[start : start + codes.numel()].view(codes.shape).copy_(codes))
+    layer.prepare()
+    assert layer.weight.data_ptr() % 16 == 0, "torch's kernel would crash"
+    assert torch.equal(layer(x), expected)
+
+
 def test_bf16_uses_the_kernels_and_fp32_does_not(monkeypatch):
     int4, int8 = quantized(linear(32, 64, torch.bfloat16), INT4), quantized(linear(32, 64), INT8)
     assert int4.tiled and not quantized(linear(32, 64), INT4).tiled

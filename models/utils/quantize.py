@@ -253,7 +253,9 @@ class Int8Linear(nn.Module):
         return dequantize_int8(self.weight, self.scale)
 
     def prepare(self):
-        """Nothing to do: the kernel reads the codes as they are."""
+        """The kernel loads 16 codes at once, from addresses that 16 divides; in a file they begin anywhere."""
+        if has_kernel(self.scale) and self.weight.data_ptr() % 16:
+            self.weight = fixed(self.weight.clone())
 
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
@@ -303,7 +305,7 @@ class Int4Linear(nn.Module):
     def forward(self, x):
         if not self.tiled:
             return F.linear(x, self.dequantized(), self.bias)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_zero)
         return add_bias(out[:, : self.num_outputs].view(*x.shape[:-1], -1), self.bias)
 
