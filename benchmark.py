@@ -5,11 +5,13 @@
     python benchmark.py tinyllama-1.1b --weights bfloat16 int8 int4
     python benchmark.py gpt2 --subjects eager transformers --batches 8 32
     python benchmark.py llama-124m --subjects eager speculative --weights float32
+    python benchmark.py bert-base-uncased vit-b-16              16 texts of 128 tokens, 8 images
 
-Any name in configs/ that is a decoder's will do. Weights are random and the same for all; before anything is
-timed, each subject must say what fp32 says (in `transformers`, where it is installed). Then all take turns,
-each in a process of its own, so that a machine that warms up or is busy elsewhere slows all alike; ratios of
-medians are what counts, not single figures. The memory's bandwidth is measured in the same turns.
+Any name in configs/ will do but those of encoder-decoders. Weights are random and the same for all; before
+anything is timed, each subject must say what fp32 says (in `transformers`, where it is installed). Then all
+take turns, each in a process of its own, so that a machine that warms up or is busy elsewhere slows all of
+them; ratios of medians are what counts, not single figures. The memory's bandwidth is measured in the same
+turns.
 
 A decoded token reads every weight of the layers and of the head once: bytes of weights / bandwidth is the
 shortest time that it can take. Medians are printed; benchmark.json has every sample, benchmark.png (and .svg)
@@ -24,7 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import PEERS, WEIGHTS, ZOO, measure
+from benchmarks.measure import ONE_PASS, PEERS, WEIGHTS, ZOO, measure
 from benchmarks.picture import draw
 from benchmarks.report import make_report, table
 from benchmarks.turns import Process
@@ -33,7 +35,7 @@ from models.utils.errors import UserError, run_main
 from models.utils.files import one_line, write_atomically
 from models.utils.machine import choose_device
 
-DECODERS = ("gpt2", "gpt_neox", "llama", "transformer_lm")
+MODELS = ("gpt2", "gpt_neox", "llama", "transformer_lm", *ONE_PASS)
 QUICK = {
     "configs": ["llama-124m"],
     "weights": ["bfloat16", "int4"],
@@ -85,7 +87,8 @@ def parse_arguments(argv):
     add("--prompt-tokens", type=int, default=32, metavar="N", help="before decoding; default: %(default)s")
     add("--new-tokens", type=int, default=128, metavar="N", help="to decode; default: %(default)s")
     add("--prefill-tokens", type=int, default=512, metavar="N", help="of a long prompt; default: %(default)s")
-    add("--batches", type=int, nargs="+", default=[], metavar="B", help="prompts at once, ragged, as in 8 32")
+    batches = "prompts at once, ragged, as in 8 32; BERT has 16 texts if nothing is said, ViT 8 images"
+    add("--batches", type=int, nargs="+", default=[], metavar="B", help=batches)
     add("--num-draft-tokens", type=int, default=4, metavar="N", help="a round; default: %(default)s")
     add("--agreement", type=float, default=0.8, metavar="P", help="of drafter and target; default: 0.8")
     add("--rounds", type=int, default=5, metavar="N", help="turns of each subject; default: %(default)s")
@@ -116,9 +119,9 @@ def check_arguments(args):
         raise UserError(f"--agreement is {args.agreement}; give 0 to 1")
     for name in args.configs:
         model_name, config = load_config(name)
-        if model_name not in DECODERS:
-            raise UserError(f"{name} is a {model_name} model; give one of {', '.join(DECODERS)}")
-        if config.max_seq_len < args.prompt_tokens + args.new_tokens:
+        if model_name not in MODELS:
+            raise UserError(f"{name} is a {model_name} model; give one of {', '.join(MODELS)}")
+        if model_name not in ONE_PASS and config.max_seq_len < args.prompt_tokens + args.new_tokens:
             raise UserError(
                 f"{name}: --prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more "
                 f"than its context of {config.max_seq_len}; give less"

@@ -24,6 +24,8 @@ GGUF_KINDS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0
 ZOO = ("eager", "compiled", "speculative", "compiled+speculative")
 PEERS = ("transformers", "llama.cpp")
 LLAMA_CPP_KNOWS = ("llama", "gpt2", "gpt_neox")
+ONE_PASS = {"bert": ("texts", 16), "vision_transformer": ("images", 8)}  # encoders: of what, how many at once
+TEXT_TOKENS = 128  # of a text for an encoder
 PROGRAM_BYTES = 350_000_000  # of a process beside its weights
 CHECKED_TOKENS = 16
 # The threads of a library go on spinning for some milliseconds when their work is done.
@@ -66,7 +68,7 @@ def measure(config, args, threads, read_memory):
     plan = plan_subjects(config, args)
     check_room(config, plan, torch.device(args.device))
     tasks = plan_tasks(config, args)
-    (prompt,) = tasks["decode"].prompts
+    prompt = next(iter(tasks.values())).prompts[0]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, ExitStack() as stack:
         expected = write_weights(config, plan, Path(folder), args, prompt)
         subjects = []
@@ -87,12 +89,20 @@ def plan_subjects(config, args):
         for name in args.subjects:
             if name == "transformers" and weights not in DTYPES:
                 plan.add(("bfloat16", name))  # what int8 and int4 are compared with
-            elif name != "llama.cpp" or model_name in LLAMA_CPP_KNOWS:
+            elif name in known_by(model_name):
                 plan.add((weights, name))
     if not plan:
-        raise UserError(f"{config}: llama.cpp has no {model_name} models; give other --subjects")
+        known = ", ".join(known_by(model_name))
+        raise UserError(f"{config}: a {model_name} model is measured as {known}; give such --subjects")
     order = [*ZOO, *PEERS]
     return sorted(plan, key=lambda pair: (list(WEIGHTS).index(pair[0]), order.index(pair[1])))
+
+
+def known_by(model_name):
+    """The subjects that there are for a model."""
+    if model_name in ONE_PASS:
+        return ("eager", "transformers")
+    return [*ZOO, *PEERS] if model_name in LLAMA_CPP_KNOWS else [*ZOO, "transformers"]
 
 
 def check_room(config, plan, device):
@@ -117,12 +127,20 @@ def check_room(config, plan, device):
 
 
 def plan_tasks(config, args):
-    """{phase: Task}, with prompts of random tokens."""
-    _, config = load_config(config)
+    """{phase: Task}, with prompts of random tokens; one for an image is a number."""
+    model_name, config = load_config(config)
     dice = random.Random(0)
 
     def prompt(length):
         return [dice.randrange(config.vocab_size) for _ in range(length)]
+
+    if model_name in ONE_PASS:
+        kind, usual = ONE_PASS[model_name]
+        sizes = args.batches or [usual]
+        if kind == "images":
+            return {f"batch {size}": Task([[n] for n in range(size)], 1) for size in sizes}
+        length = min(TEXT_TOKENS, config.max_seq_len)
+        return {f"batch {size}": Task([prompt(length) for _ in range(size)], 1) for size in sizes}
 
     tasks = {
         "decode": Task([prompt(args.prompt_tokens)], args.new_tokens),
@@ -144,8 +162,11 @@ def write_weights(config, plan, folder, args, prompt):
     settings = {"config": config, "folder": str(folder), "threads": args.threads}
     with Process("writer", f"{config}, writing weights", **settings) as writer:
         sizes = writer.call("write", weights=weights, gguf_kinds=kinds, draft=drafting)["result"]
-        num_checked = min(CHECKED_TOKENS, args.new_tokens)
-        tokens = writer.call("reference", prompt=prompt, new_tokens=num_checked)["result"]
+        if load_config(config)[0] in ONE_PASS:
+            tokens = writer.call("one_pass_reference", prompt=prompt)["result"]
+        else:
+            num_checked = min(CHECKED_TOKENS, args.new_tokens)
+            tokens = writer.call("reference", prompt=prompt, new_tokens=num_checked)["result"]
     return Expected(tokens, np.load(folder / "reference.npy"), sizes)
 
 
@@ -161,7 +182,8 @@ def start(config, weights, name, folder, threads, args, tasks):
     if "speculative" in name:
         settings["draft"] = str(folder / "draft" / weights)
         settings |= {"num_draft_tokens": args.num_draft_tokens, "agreement": args.agreement}
-    return Process(name, f"{config}, {weights}, {name}", **settings)
+    worker = f"{name} encoder" if load_config(config)[0] in ONE_PASS else name
+    return Process(worker, f"{config}, {weights}, {name}", **settings)
 
 
 def load_and_check(subject, prompt, expected):
@@ -170,7 +192,9 @@ def load_and_check(subject, prompt, expected):
     loaded = subject.process.call("load")
     said = subject.process.call("run", prompts=[prompt], new_tokens=len(expected.tokens))["result"]
     logits = subject.process.call("logits", prompt=prompt)["result"]
+    kind, _ = ONE_PASS.get(load_config(subject.config)[0], ("tokens", 1))
     subject.figures = {
+        "answers": kind,
         **about["result"],
         "memory_before_loading": about["peak_memory"],
         "seconds_to_load": loaded["seconds"],

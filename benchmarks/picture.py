@@ -25,17 +25,28 @@ def draw(report, path, kind):
         entries = [entry for entry in report["subjects"] if entry["config"] == config]
         panel(axes, entries, names, report["bandwidth"]["median"])
         axes.set_title(config, loc="left", fontsize=11, fontweight="bold")
-        if place == 1:
-            axes.set_ylabel("tokens per second, one text")
+        if place == 1 or "decode" not in entries[0]["phases"]:
+            axes.set_ylabel(spoken_speed(entries[0]))
 
     handles = [Patch(color=COLORS[name], label=name) for name in names]
-    handles.append(Line2D([], [], color="#333333", linewidth=1.2, label="limit of the memory"))
+    if any(phase_of(entry) == "decode" for entry in report["subjects"]):
+        handles.append(Line2D([], [], color="#333333", linewidth=1.2, label="limit of the memory"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     machine, gigabytes = report["machine"], report["bandwidth"]["median"] / 1e9
     title = f"{machine['processor']}, {machine['threads']} threads, reading {gigabytes:.0f} GB/s"
     figure.suptitle(title, fontsize=9, color="#666666", x=0.01, ha="left")
     # The kind is said, since the name may end in .partial.
     figure.savefig(path, dpi=160, format=kind)
+
+
+def phase_of(entry):
+    """The phase that is drawn: a model that does not decode has batches alone."""
+    return "decode" if "decode" in entry["phases"] else next(iter(entry["phases"]))
+
+
+def spoken_speed(entry):
+    phase = phase_of(entry)
+    return "tokens per second, one text" if phase == "decode" else f"{entry['answers']} per second, {phase}"
 
 
 def panel(axes, entries, names, bandwidth):
@@ -46,15 +57,18 @@ def panel(axes, entries, names, bandwidth):
         rank = names.index(entry["subject"])
         # Groups stand at 0, 1, 2, ...; a subject has the same place in each.
         x = weights.index(entry["weights"]) + (rank - (len(names) - 1) / 2) * width
-        decode = entry["phases"]["decode"]
-        speed = 1 / decode["median"]
-        spread = [[speed - 1 / decode["high"]], [1 / decode["low"] - speed]]
+        times = entry["phases"][phase_of(entry)]
+        speed = 1 / times["median"]
+        spread = [[speed - 1 / times["high"]], [1 / times["low"] - speed]]
         axes.bar(x, speed, width * 0.9, color=COLORS[entry["subject"]])
         axes.errorbar(x, speed, spread, color="#555555", linewidth=0.8, capsize=1.5)
-        labels.append((x, f"{speed:.0f}", "white" if "compiled" in entry["subject"] else "#333333"))
-        limit = bandwidth / entry["bytes_per_token"]
-        axes.hlines(limit, x - width / 2, x + width / 2, color="#333333", linewidth=1.2)
-        highest = max(highest, speed, limit)
+        color = "white" if "compiled" in entry["subject"] else "#333333"
+        labels.append((x, f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}", color))
+        highest = max(highest, speed)
+        if phase_of(entry) == "decode":
+            limit = bandwidth / entry["bytes_per_token"]
+            axes.hlines(limit, x - width / 2, x + width / 2, color="#333333", linewidth=1.2)
+            highest = max(highest, limit)
 
     for x, text, color in labels:  # at the foot of a bar, where no line crosses them
         axes.text(x, highest / 100, text, ha="center", va="bottom", fontsize=7, color=color)

@@ -81,20 +81,27 @@ def table(report):
     """Lines for a terminal: a block for each model, one for its batches, and what the columns mean."""
     settings, bandwidth = report["settings"], report["bandwidth"]["median"]
     machine = report["machine"]
+    decoding = any("decode" in entry["phases"] for entry in report["subjects"])
+    asked = (
+        f"{settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones; prefill of "
+        f"{settings['prefill_tokens']}; "
+    )
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, reading {bandwidth / 1e9:.1f} GB/s; "
-        f"{settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones; prefill of "
-        f"{settings['prefill_tokens']}; medians of {settings['rounds']} rounds"
+        f"{asked * decoding}medians of {settings['rounds']} rounds"
     ]
     for config in dict.fromkeys(entry["config"] for entry in report["subjects"]):
         entries = [entry for entry in report["subjects"] if entry["config"] == config]
-        lines += ["", config, *aligned([HEADS, *(row(entry, entries, bandwidth) for entry in entries)])]
+        decoders = [row(entry, entries, bandwidth) for entry in entries if "decode" in entry["phases"]]
+        if decoders:
+            lines += ["", config, *aligned([HEADS, *decoders])]
         batches = [phase for phase in entries[0]["phases"] if phase.startswith("batch")]
         if batches:
             heads = ["weights", "subject"] + [head for phase in batches for head in (phase, "x trf")]
             rows = [batch_row(entry, entries, batches) for entry in entries if batches[0] in entry["phases"]]
-            lines += ["", f"{config}, ragged prompts, tokens/s of all rows", *aligned([heads, *rows])]
-    return [*lines, "", *LEGEND]
+            what = "ragged prompts, tokens/s of all rows" if decoders else f"{entries[0]['answers']} a second"
+            lines += ["", f"{config}, {what}", *aligned([heads, *rows])]
+    return [*lines, "", *(LEGEND if decoding else LEGEND[1:2])]
 
 
 LEGEND = """
@@ -135,7 +142,8 @@ def batch_row(entry, entries, batches):
     cells = [entry["weights"], entry["subject"]]
     for phase in batches:
         peer = peer_of(entry, entries, "transformers")
-        cells += [f"{1 / entry['phases'][phase]['median']:.0f}", ratio(entry, peer, phase)]
+        speed = 1 / entry["phases"][phase]["median"]
+        cells += [f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}", ratio(entry, peer, phase)]
     return cells
 
 

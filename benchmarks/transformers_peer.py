@@ -1,11 +1,14 @@
 """`transformers` as a subject: the same weights in its own layout, run by its `generate`."""
 
+import json
 import time
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
 
 from benchmarks.clock import synchronized
+from benchmarks.one_pass import OnePass
 from models.utils.errors import UserError
 from models.utils.machine import DTYPES, keep_freed_memory
 
@@ -21,12 +24,15 @@ class Transformers:
         return {"threads": torch.get_num_threads()}
 
     def load(self):
-        self.model, loaded = AutoModelForCausalLM.from_pretrained(
+        self.model, loaded = self.model_class().from_pretrained(
             self.folder, dtype=self.dtype, output_loading_info=True, local_files_only=True
         )
         if any(loaded.values()):
             raise UserError(f"the weights do not fit transformers: {loaded}")
         self.model.to(self.device).eval()
+
+    def model_class(self):
+        return transformers.AutoModelForCausalLM
 
     @torch.inference_mode()
     def logits(self, prompt):
@@ -51,6 +57,17 @@ class Transformers:
         )
         times = [when - started for when in clock.times[1:]]
         return {"tokens": output[:, longest:].tolist(), "times": times}
+
+
+class TransformersEncoder(OnePass, Transformers):
+    """A model that answers in one pass."""
+
+    def model_class(self):
+        (name,) = json.loads((Path(self.folder) / "config.json").read_text())["architectures"]
+        return getattr(transformers, name)
+
+    def answers(self, inputs):
+        return self.model(inputs)[0]
 
 
 class Clock:

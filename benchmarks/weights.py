@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.zoo import bytes_read_per_token
+from benchmarks.zoo import Encoder, bytes_read_per_token
 from convert_hf_checkpoint import convert
 from models import config_to_dict, create_model, load_config, load_model
 from models.utils.hf import to_hf_config, to_hf_state
@@ -83,6 +83,19 @@ class Writer:
                 tokens = torch.cat([tokens, logits[-1:].argmax(dim=-1, keepdim=True)], dim=1)
         np.save(self.folder / "reference.npy", logits.numpy())
         return tokens[0, len(prompt) :].tolist()
+
+    def one_pass_reference(self, prompt):
+        """The same of a model that answers in one pass: no tokens, and logits (1, V)."""
+        source = self.folder / "hf-float32"
+        if importlib.util.find_spec("transformers"):
+            from benchmarks.transformers_peer import TransformersEncoder
+
+            subject = TransformersEncoder(source, None, "cpu", "float32")
+        else:
+            subject = Encoder(convert(source, progress=False), None, "cpu", "float32")
+        subject.load()
+        np.save(self.folder / "reference.npy", [subject.logits(prompt)])
+        return []
 
 
 @torch.no_grad()

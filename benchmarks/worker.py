@@ -19,6 +19,8 @@ SUBJECTS = {
     "compiled+speculative": "zoo:CompiledSpeculative",
     "transformers": "transformers_peer:Transformers",
     "llama.cpp": "llama_cpp_peer:LlamaCpp",
+    "eager encoder": "zoo:Encoder",
+    "transformers encoder": "transformers_peer:TransformersEncoder",
     "memory": "bandwidth:Memory",
     "writer": "weights:Writer",
 }

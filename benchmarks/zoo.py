@@ -6,6 +6,7 @@ import time
 import torch
 
 from benchmarks.clock import synchronized
+from benchmarks.one_pass import OnePass
 from models import load_model
 from models.utils.compile import compile_decoding
 from models.utils.machine import DTYPES, keep_freed_memory
@@ -61,6 +62,13 @@ class Compiled(Eager):
         super().load()
         self.model = compile_decoding(self.model, report=self.said.append)
         return bytes_read_per_token(self.model)
+
+
+class Encoder(OnePass, Eager):
+    """A model that answers in one pass, called as a function."""
+
+    def answers(self, inputs):
+        return self.model(inputs)
 
 
 class Speculative(Eager):

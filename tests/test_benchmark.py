@@ -20,7 +20,7 @@ from benchmarks.checks import Expected, check, check_rows
 from benchmarks.picture import COLORS, draw
 from benchmarks.report import quartiles
 from benchmarks.turns import Process
-from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Speculative
+from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Encoder, Speculative
 from models import create_model, load_config
 from models.utils.errors import UserError
 from models.utils.sampling import GREEDY
@@ -116,6 +116,72 @@ def test_the_table_shows_medians_and_ratios(run):
     assert rows[1][2] == f"{1 / entries['int4', 'eager']['phases']['batch 3']['median']:.0f}"
     limit = entries["int4", "eager"]["bytes_per_token"] / report["bandwidth"]["median"] * 1e3
     assert cells[6] == f"{limit / times['int4', 'eager']:.0%}"
+
+
+@pytest.fixture(scope="module")
+def one_pass(tmp_path_factory):
+    """(report, printed lines, folder) of one run of both kinds of models that answer in one pass."""
+    folder = tmp_path_factory.mktemp("one_pass")
+    arguments = ["tiny-bert-python", "tiny-vit-digits", "--weights", "float32", "--rounds", "2"]
+    command = [sys.executable, "benchmark.py", *arguments, "--out", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "benchmark.json").read_text()), done.stdout.splitlines(), folder
+
+
+def test_encoders_are_measured_on_batches(one_pass):
+    report, lines, folder = one_pass
+    for config, answers, size in (("tiny-bert-python", "texts", 16), ("tiny-vit-digits", "images", 8)):
+        entries = [entry for entry in report["subjects"] if entry["config"] == config]
+        assert [entry["subject"] for entry in entries] == ["eager", "transformers"]
+        for entry in entries:
+            assert entry["answers"] == answers and entry["logits_error"] < 1e-4
+            assert list(entry["phases"]) == [f"batch {size}"]
+            assert len(entry["phases"][f"batch {size}"]["samples"]) == 2
+        ours, theirs = (entry["phases"][f"batch {size}"]["median"] for entry in entries)
+        place = lines.index(f"{config}, {answers} a second")
+        cells = lines[place + 2].split()
+        assert cells[:2] == ["float32", "eager"] and cells[3] == f"{theirs / ours:.2f}"
+        assert float(cells[2]) == pytest.approx(1 / ours, rel=0.01)
+    assert "new ones" not in lines[0] and not any(line.startswith("limit") for line in lines)
+    assert Image.open(folder / "benchmark.png").format == "PNG"
+
+
+def test_what_encoders_are_given():
+    args = benchmark.parse_arguments(["bert-base-uncased", "vit-b-16"])
+    (texts,) = measure.plan_tasks("bert-base-uncased", args).values()
+    assert len(texts.prompts) == 16 and {len(text) for text in texts.prompts} == {128}
+    assert measure.plan_tasks("vit-b-16", args) == {"batch 8": measure.Task([[n] for n in range(8)], 1)}
+    plan = measure.plan_subjects("vit-b-16", benchmark.parse_arguments(["vit-b-16", "--weights", "int8"]))
+    assert plan == [("bfloat16", "transformers"), ("int8", "eager")]
+    args = benchmark.parse_arguments(["vit-b-16", "--batches", "2", "5"])
+    assert list(measure.plan_tasks("vit-b-16", args)) == ["batch 2", "batch 5"]
+
+
+def test_an_encoder_answers_for_the_whole_batch(fresh_encoder):
+    """An image is drawn from its number; BERT's text is its tokens. The first input's logits are checked."""
+    encoder, model, prompts, inputs = fresh_encoder
+    assert torch.equal(encoder.inputs(prompts), inputs)
+    with torch.inference_mode():
+        logits = model(inputs)[0]
+    expected = logits[0] if logits.dim() == 2 else logits  # of the first token
+    assert encoder.logits(prompts[0]) == pytest.approx(expected.tolist(), abs=1e-5)
+    asked = []
+    encoder.answers = asked.append
+    result = encoder.run(prompts, 1)
+    assert result["tokens"] == [[], []] and len(result["times"]) == 1
+    assert len(asked) == 1 and torch.equal(asked[0], inputs)
+
+
+@pytest.fixture(params=["tiny-bert-python", "tiny-vit-digits"])
+def fresh_encoder(request):
+    encoder = Encoder("a folder", None, "cpu", "float32")
+    encoder.model = model = create_model(request.param).eval()
+    if request.param == "tiny-bert-python":
+        prompts = [[1, 2, 3], [4, 5, 6]]
+        return encoder, model, prompts, torch.tensor(prompts)
+    images = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (5, 7)]
+    return encoder, model, [[5], [7]], torch.stack(images)
 
 
 def test_the_picture_is_made(run):
@@ -343,7 +409,8 @@ def wait_until(condition, seconds=40):
     "arguments, message",
     [
         (["gpt-2"], "no config named 'gpt-2'; did you mean 'gpt2'"),
-        (["vit-b-16"], "vit-b-16 is a vision_transformer model; give one of gpt2"),
+        (["opus-mt"], "opus-mt is a transformer model; give one of gpt2, .*, vision_transformer"),
+        (["vit-b-16", "--subjects", "compiled"], "a vision_transformer model is measured as eager, transf"),
         (["--rounds", "0"], "--rounds is 0; give 1 or more"),
         (["--threads", "-1"], "--threads is -1"),
         (["--new-tokens", "1"], "--new-tokens is 1; give 2 or more"),
@@ -356,7 +423,7 @@ def wait_until(condition, seconds=40):
         (["--out", __file__], "--out .* cannot be written .*; give another"),
         (
             ["transformer-lm-15m", "--subjects", "llama.cpp", "--new-tokens", "9"],
-            "no transformer_lm models|nothing",
+            "a transformer_lm model is measured as eager, compiled, |nothing",
         ),
     ],
 )

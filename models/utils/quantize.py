@@ -253,7 +253,7 @@ class Int8Linear(nn.Module):
         return dequantize_int8(self.weight, self.scale)
 
     def prepare(self):
-        """The kernel loads 16 codes at once, from addresses that 16 divides; in a file they begin anywhere."""
+        """The kernel loads 16 codes at once, at a multiple of 16 bytes; in a file they begin anywhere."""
         if has_kernel(self.scale) and self.weight.data_ptr() % 16:
             self.weight = fixed(self.weight.clone())
 
