@@ -1,7 +1,8 @@
-"""What subjects do alike whose model answers in one pass: BERT on texts, a Vision Transformer on images.
+"""Measuring models that answer in one pass: BERT on texts of one length, a Vision Transformer on images.
 
-They are asked as decoders are, for one answer to each of some prompts. Arithmetic is the limit here and not
-memory: a weight that is read is used for every token, or every patch, of all prompts.
+zoo.py and transformers_peer.py each have a subject of this kind; this is what both do alike. They are asked
+as decoders are, for one answer to each of some prompts. Not memory is the limit for a batch but arithmetic: a
+weight that is read is used for every token, or every patch, of all prompts.
 """
 
 import torch
@@ -10,17 +11,17 @@ from benchmarks.clock import synchronized
 
 
 class OnePass:
-    """Logits and times of what `answers(inputs)` computes."""
+    """What a subject is asked for, by its `answers(inputs)`; it has a model, a device and a dtype."""
 
     @torch.inference_mode()
     def logits(self, prompt):
-        """Of the labels, or where every token has logits those of the first."""
+        """The logits (N,) of a prompt's labels; where each of its tokens has logits, those of the first."""
         logits = self.answers(self.inputs([prompt]))[0]
         return logits.reshape(-1, logits.shape[-1])[0].float().tolist()
 
     @torch.inference_mode()
     def run(self, prompts, new_tokens):
-        """As Eager.run in zoo.py; no tokens come out, and one time."""
+        """As Eager.run in zoo.py; no tokens come out, and one time, that of the model alone."""
         inputs = self.inputs(prompts)
         started = synchronized(self.device)
         self.answers(inputs)

@@ -56,6 +56,12 @@ def test_the_operator_is_called_where_nothing_is_recorded(monkeypatch):
         onednn.Linear(nn.Linear(96, 8))(X)
 
 
+def test_elsewhere_than_on_a_cpu_it_is_f_linear(monkeypatch):
+    monkeypatch.setattr(onednn.F, "linear", lambda *args: "asked")
+    with torch.no_grad():
+        assert onednn.Linear(nn.Linear(96, 8, device="meta"))(X.to("meta")) == "asked"
+
+
 def test_gradients_are_those_of_f_linear():
     linear = nn.Linear(96, 130)
     other = copy.deepcopy(linear)

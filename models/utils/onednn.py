@@ -1,20 +1,21 @@
-"""Products with fp32 matrices on a CPU: F.linear's sums, by whichever of torch's two libraries is faster.
+"""Linear layers in fp32 on a CPU: which of torch's two libraries multiplies, and how the matrix lies.
 
-On x86 torch gives products in bf16 to oneDNN, and in fp32 to MKL. Where this was measured, oneDNN is faster
-in fp32 too, for a single row as for many. Milliseconds for 768 x 3072, each of 24 matrices in turn, so that
-they are read from memory (two cores of an AMD EPYC with AVX-512, torch 2.13):
+On x86 F.linear gives a product in bf16 to oneDNN, and one in fp32 to MKL. On the processor where this was
+measured (two cores of an AMD EPYC with AVX-512, torch 2.13) oneDNN is faster in fp32 too, for one row as for
+many. Milliseconds per product, with 24 weights of 3072 x 768 in turn, so that each is read from memory:
 
     rows of x                  1      2      5      8     32    128    512
     F.linear                 .76   1.50   1.08    .98   1.57   4.76  13.50
     F.linear, by columns     .51    .83   1.03   1.05   1.62   4.80  13.31
     oneDNN                   .38    .46    .55    .62   1.11   3.22  11.46
 
-But oneDNN needs about 10 us to begin. So matrices of less than a megabyte stay with F.linear, stored column
-by column, the order that it reads faster for a single row.
+(MKL does need longer for two rows than for five.) A call of oneDNN takes about 10 us before it multiplies. In
+a small model, whose matrices stay in the processor's caches, that is more than it gains; so matrices of less
+than a megabyte stay with F.linear, and are stored column by column, which is faster for one row.
 
-The operator is the one that Inductor puts into what it compiles. It has no gradient: while autograd records,
-and while a compiler traces the layer, that layer is F.linear.
-Proof: tests/test_onednn.py, against F.linear; `python benchmark.py`.
+The operator is torch's own, but an internal one: Inductor calls it in what it compiles. It has no gradient,
+and while a compiler traces a layer, compile.py wants to see F.linear; in both cases the layer is F.linear.
+Proof: tests/test_onednn.py, against F.linear; `python benchmark.py bert-base-uncased vit-b-16`.
 """
 
 import torch
@@ -23,29 +24,29 @@ from torch import nn
 
 from models.utils.quantize import set_module
 
-SMALLEST = 2**18  # numbers in a matrix for oneDNN, a megabyte
+SMALLEST = 2**18  # numbers in a matrix for oneDNN: a megabyte
 
 
 class Linear(nn.Module):
-    """In the place of torch's Linear or transformer_lm's, with its parameters."""
+    """In the place of torch's Linear, or of transformer_lm's own, with the parameters of that one."""
 
     def __init__(self, linear):
         super().__init__()
         self.weight, self.bias = linear.weight, getattr(linear, "bias", None)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
             return F.linear(x, self.weight, self.bias)
+        # Nothing is done to the result: no activation, and so no arguments of one.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-@torch.no_grad()
 def choose_products(model):
-    """Give each fp32 matrix on the CPU, of a model that is loaded, the faster library or order in memory."""
+    """Give each fp32 matrix on the CPU, of a model that is loaded, its library and its order in memory."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return
     for name, module in list(model.named_modules()):
-        if type(module).__name__ != "Linear":
+        if type(module).__name__ != "Linear":  # torch's, or transformer_lm's own
             continue
         weight = module.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
