@@ -63,7 +63,7 @@ def panel(axes, entries, names, bandwidth):
         axes.bar(x, speed, width * 0.9, color=COLORS[entry["subject"]])
         axes.errorbar(x, speed, spread, color="#555555", linewidth=0.8, capsize=1.5)
         color = "white" if "compiled" in entry["subject"] else "#333333"
-        labels.append((x, f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}", color))
+        labels.append((x, f"{speed:.0f}" if speed >= 20 else f"{speed:.3g}", color))
         highest = max(highest, speed)
         if phase_of(entry) == "decode":
             limit = bandwidth / entry["bytes_per_token"]
