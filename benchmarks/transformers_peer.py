@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 from benchmarks.clock import synchronized
 from benchmarks.one_pass import OnePass
@@ -32,7 +33,7 @@ class Transformers:
         self.model.to(self.device).eval()
 
     def model_class(self):
-        return transformers.AutoModelForCausalLM
+        return AutoModelForCausalLM
 
     @torch.inference_mode()
     def logits(self, prompt):

@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import benchmark
-from benchmarks import measure
+from benchmarks import measure, weights
 from benchmarks.checks import Expected, check, check_rows
 from benchmarks.picture import COLORS, draw
 from benchmarks.report import quartiles
 from benchmarks.turns import Process
+from benchmarks.weights import Writer
 from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Encoder, Speculative
 from models import create_model, load_config
 from models.utils.errors import UserError
@@ -145,6 +146,18 @@ def test_encoders_are_measured_on_batches(one_pass):
         assert float(cells[2]) == pytest.approx(1 / ours, rel=0.01)
     assert "new ones" not in lines[0] and not any(line.startswith("limit") for line in lines)
     assert Image.open(folder / "benchmark.png").format == "PNG"
+
+
+def test_without_transformers_the_zoo_itself_is_the_reference(monkeypatch, tmp_path):
+    writer = Writer("tiny-vit-digits", tmp_path, None)
+    writer.write(["float32"], {}, draft=False)
+    assert writer.one_pass_reference([3]) == []
+    expected = np.load(tmp_path / "reference.npy")
+    monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "benchmarks.transformers_peer", None)  # an import would fail
+    assert writer.one_pass_reference([3]) == []
+    logits = np.load(tmp_path / "reference.npy")
+    assert logits.shape == (1, 10) and np.allclose(logits, expected, atol=1e-5)
 
 
 def test_what_encoders_are_given():
