@@ -136,11 +136,12 @@ def plan_tasks(config, args):
 
     if model_name in ONE_PASS:
         kind, usual = ONE_PASS[model_name]
+
+        def one_of(number):
+            return [number] if kind == "images" else prompt(min(TEXT_TOKENS, config.max_seq_len))
+
         sizes = args.batches or [usual]
-        if kind == "images":
-            return {f"batch {size}": Task([[n] for n in range(size)], 1) for size in sizes}
-        length = min(TEXT_TOKENS, config.max_seq_len)
-        return {f"batch {size}": Task([prompt(length) for _ in range(size)], 1) for size in sizes}
+        return {f"batch {size}": Task([one_of(n) for n in range(size)], 1) for size in sizes}
 
     tasks = {
         "decode": Task([prompt(args.prompt_tokens)], args.new_tokens),

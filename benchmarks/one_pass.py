@@ -1,8 +1,8 @@
 """Measuring models that answer in one pass: BERT on texts of one length, a Vision Transformer on images.
 
 zoo.py and transformers_peer.py each have a subject of this kind; this is what both do alike. They are asked
-as decoders are, for one answer to each of some prompts. Not memory is the limit for a batch but arithmetic: a
-weight that is read is used for every token, or every patch, of all prompts.
+as decoders are, for one answer to each of some prompts. For a batch of them arithmetic is the limit, and not
+memory: a weight that is read is used for every token, or every patch, of all prompts.
 """
 
 import torch

@@ -86,9 +86,10 @@ def table(report):
         f"{settings['prompt_tokens']} tokens and {settings['new_tokens']} new ones; prefill of "
         f"{settings['prefill_tokens']}; "
     )
+    legend = LEGEND if decoding else [line for line in LEGEND if line.startswith("x trf")]
     lines = [
         f"{machine['processor']}, {machine['threads']} threads, reading {bandwidth / 1e9:.1f} GB/s; "
-        f"{asked * decoding}medians of {settings['rounds']} rounds"
+        f"{asked if decoding else ''}medians of {settings['rounds']} rounds"
     ]
     for config in dict.fromkeys(entry["config"] for entry in report["subjects"]):
         entries = [entry for entry in report["subjects"] if entry["config"] == config]
@@ -101,7 +102,7 @@ def table(report):
             rows = [batch_row(entry, entries, batches) for entry in entries if batches[0] in entry["phases"]]
             what = "ragged prompts, tokens/s of all rows" if decoders else f"{entries[0]['answers']} a second"
             lines += ["", f"{config}, {what}", *aligned([heads, *rows])]
-    return [*lines, "", *(LEGEND if decoding else LEGEND[1:2])]
+    return [*lines, "", *legend]
 
 
 LEGEND = """

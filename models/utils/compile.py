@@ -38,13 +38,12 @@ from torch.overrides import TorchFunctionMode
 
 from models.utils.files import one_line
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
-from models.utils.row_attention import attention_fits, load_row_attention, row_attention
+from models.utils.row_attention import MAX_QUERIES, attention_fits, load_row_attention, row_attention
 from models.utils.row_linear import linear_fits, load_row_linear, row_linear
 from models.utils.tiled_linear import into_huge_pages, tile_layers
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256
-MAX_QUERIES = 8  # per head, of which attention takes another formula
 
 
 # Few rows ---------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Linear(nn.Module):
     def forward(self, x):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
             return F.linear(x, self.weight, self.bias)
-        # Nothing is done to the result: no activation, and so no arguments of one.
+        # After the bias: what is done to the result ("none", no activation), with its two kinds of arguments.
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
