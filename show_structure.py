@@ -31,9 +31,9 @@ from models import (
 )
 from models.utils.errors import UserError, run_main
 from models.utils.files import read_json
-from models.utils.structure.capture import capture
-from models.utils.structure.facts import describe
-from models.utils.structure.table import table
+from structure.capture.capture import capture
+from structure.facts import describe
+from structure.table import table
 
 IMAGES = Path(__file__).parent / "structure_images"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -77,7 +77,7 @@ def show(subject, args):
 
 
 def write_page(subject, out=None):
-    from models.utils.structure import page
+    from structure.page import page
 
     path = out or IMAGES / f"{file_name(subject[1]['name'])}.html"
     with written(path):
@@ -86,7 +86,8 @@ def write_page(subject, out=None):
 
 
 def compare(first, second, out=None, html=False, dark=False):
-    from models.utils.structure import page, picture
+    from structure.page import page
+    from structure.picture import picture
 
     names = "-".join(file_name(info["name"]) for _, info in (first, second))
     path = out or IMAGES / f"{names}.{'html' if html else 'png'}"
@@ -114,7 +115,7 @@ def draw_all():
 
 def draw(subject, out=None, dark=False):
     # matplotlib takes a second to come up, which a table need not wait for.
-    from models.utils.structure import picture
+    from structure.picture import picture
 
     path = out or IMAGES / f"{file_name(subject[1]['name'])}.png"
     save(picture, picture.draw(*subject, dark=dark), path, dark)
@@ -184,7 +185,7 @@ def find(name):
         if where.is_file() and "model" in read_json(where):
             return *config_from_dict(read_json(where), where), where
     # The converter brings tokenizers along, which take their time to come up.
-    from convert_hf_checkpoint import open_source
+    from conversion.source import open_source
 
     source = open_source(folder)
     return *config_from_dict(source.config, source.where), source.where

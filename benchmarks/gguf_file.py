@@ -21,10 +21,10 @@ import gguf
 import numpy as np
 import torch
 
+from conversion.tensor_table import halves_to_pairs
 from models import config_to_dict
 from models.llama import rope_frequencies
 from models.utils.errors import UserError
-from models.utils.hf.layout import halves_to_pairs
 
 TYPES = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0", "Q4_0")}
 ARCHITECTURES = {"llama": "llama", "gpt2": "gpt2", "gpt_neox": "gptneox"}

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.zoo import Encoder, bytes_read_per_token
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
+from conversion.tables import to_hf_config, to_hf_state
 from models import config_to_dict, create_model, load_config, load_model
-from models.utils.hf import to_hf_config, to_hf_state
 from models.utils.machine import DTYPES
 from models.utils.quantize import quantization_of
 

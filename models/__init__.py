@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from models.utils.errors import UserError
 from models.utils.files import converted_folder, one_line, read_json
-from models.utils.onednn import choose_products
+from models.utils.kernels.onednn import choose_products
 from models.utils.quantize import prepare, quantize_layers, stored_quantization, swap
 
 MODELS_FOLDER = Path(__file__).parent

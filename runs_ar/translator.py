@@ -13,9 +13,10 @@ from pathlib import Path
 from models.utils.errors import UserError
 from models.utils.files import one_line
 from models.utils.machine import Stopwatch
-from models.utils.marian_tokenizer import LANGUAGE_CODE
 from models.utils.sampling import Sampling, seeded_generators
-from models.utils.tokenizer import Tokenizer, load_tokenizer
+from models.utils.tokenizer import load_tokenizer
+from models.utils.tokenizers.base import Tokenizer
+from models.utils.tokenizers.marian import LANGUAGE_CODE
 from runs_ar.attention_picture import cross_attention, draw
 from runs_ar.beam_search import Beams, beam_search
 from runs_ar.generate import TextStream

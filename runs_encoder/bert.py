@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.utils.errors import UserError
 from models.utils.files import decode_utf8, one_line, read_json
 from models.utils.tokenizer import load_tokenizer
-from models.utils.wordpiece import WordPieceTokenizer
+from models.utils.tokenizers.wordpiece import WordPieceTokenizer
 from runs_ar.generate import check_vocabulary
 from runs_ar.terminal import is_piped
 

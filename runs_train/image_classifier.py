@@ -26,9 +26,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from conversion.config_fields import label_fields
 from models import create_model, load_config
 from models.utils.errors import UserError, run_main
-from models.utils.hf.config import label_fields
 from models.utils.image_processor import FILE, image_processor
 from runs_train.image_data import Batches, prepare
 from runs_train.options import Parser, add_folder_options, add_machine_options, number, prepare_folder, whole

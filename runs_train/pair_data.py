@@ -44,7 +44,7 @@ class Pair(NamedTuple):
 class Corpus(NamedTuple):
     train: list  # of Pair
     held_out: list  # likewise
-    tokenizer: object  # models/utils/marian_tokenizer.py
+    tokenizer: object  # models/utils/tokenizers/marian.py
     facts: dict  # what data.json says: how much there is, and the hash of it
 
 

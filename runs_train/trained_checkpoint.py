@@ -12,9 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+from conversion.tables import to_hf_config, to_hf_state
 from models import config_to_dict
 from models.utils.files import remove, write_atomically
-from models.utils.hf import to_hf_config, to_hf_state
 
 
 def save_checkpoint(folder, model_name, model, files, token_ids):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 sys.path.insert(0, str(ROOT))  # for `python tests/copies.py`
 
-from models.utils.variants import GROUPS, VARIANTS  # noqa: E402
+from structure.variants import GROUPS, VARIANTS  # noqa: E402
 
 # ---------------------------------------------------------------------------- reading
 
@@ -95,7 +95,7 @@ def problems_of_name(texts, name, copies, reasons):
         listed = copies.count(file) + (file in reasons)
         if not listed:
             found.append(
-                f"{name} in {file} is neither in a group nor a variant; add it to models/utils/variants.py"
+                f"{name} in {file} is neither in a group nor a variant; add it to structure/variants.py"
             )
         if listed > 1:
             found.append(f"{name} in {file} is listed {listed} times")
@@ -128,7 +128,7 @@ def carry(file, name, folder=MODELS, groups=None):
     sources = read_models(folder)
     group = next((each for each in groups or GROUPS if each.name == name and file in each.files), None)
     if group is None:
-        raise CarryError(f"no group of {name} holds {file}; the groups stand in models/utils/variants.py")
+        raise CarryError(f"no group of {name} holds {file}; the groups stand in structure/variants.py")
     missing = [other for other in group.files if name not in definitions(sources.get(other, ""))]
     if missing:
         raise CarryError(f"{missing[0]} does not define {name}; write it there once, by hand, in its place")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert_hf_checkpoint import convert, reverse
+from conversion.convert import convert, reverse
 from models import build_model, config_from_dict, config_to_dict, load_model
 from tests.oracle import redraw
 

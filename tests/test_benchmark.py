@@ -22,10 +22,10 @@ from benchmarks.report import quartiles
 from benchmarks.turns import Process
 from benchmarks.weights import Writer
 from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Encoder, Speculative
+from conversion.checkpoint import find_checkpoint
 from models import create_model, load_config
 from models.utils.errors import UserError
 from models.utils.sampling import GREEDY
-from run import find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

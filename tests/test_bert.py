@@ -9,10 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
-from convert_hf_checkpoint import convert, inspect, reverse
+from conversion.convert import convert, inspect, reverse
+from conversion.tables import from_hf_config
 from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
-from models.utils.hf import from_hf_config
 from tests.model_proof import ModelProof, assert_close, tolerance
 
 BASE = {

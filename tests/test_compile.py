@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from models.utils import compile as page
 from models.utils.compile import attend, compile_decoding, row_times_int8, row_times_matrix
+from models.utils.kernels.row_linear import load_row_linear
+from models.utils.kernels.tiled_linear import TiledLinear, load_kernel, tile_layers
 from models.utils.quantize import Quantization, quantize_int8, quantize_layers
-from models.utils.row_linear import load_row_linear
-from models.utils.tiled_linear import TiledLinear, load_kernel, tile_layers
 from runs_ar.generate import generate
 from runs_ss.speculate import ModelDrafter, speculate
 from tests.test_speculate import disturbed, tiny

@@ -17,11 +17,11 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint
-from convert_hf_checkpoint import convert
+from conversion import hub, weight_files
+from conversion.convert import convert
+from conversion.tables import HF_TYPES
 from models import load_model
-from models.utils import checkpoint_files, hub
 from models.utils.errors import UserError, run_main
-from models.utils.hf import HF_TYPES
 from tests.published import META_PARAMS, config_of, meta_state, state_of, write, write_meta
 
 ROOT = Path(__file__).parents[1]
@@ -357,7 +357,7 @@ def test_disk_full(tmp_path, fails, monkeypatch):
         if len(written) == 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_files, "write_tensor", write_tensor)
+    monkeypatch.setattr(weight_files, "write_tensor", write_tensor)
     message = one_line(fails(tmp_path))
     assert "No space left on device" in message and "--out" in message
     assert len(written) == 5
@@ -370,7 +370,7 @@ def test_a_failed_conversion_leaves_the_old_one_whole(tmp_path, monkeypatch):
     def write_tensor(file, tensor, spec):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_files, "write_tensor", write_tensor)
+    monkeypatch.setattr(weight_files, "write_tensor", write_tensor)
     with pytest.raises(UserError, match="No space left"):
         convert(tmp_path, dtype=torch.bfloat16)
     after = load_model(tmp_path).state_dict()
@@ -403,8 +403,8 @@ def test_a_real_limit_on_what_can_be_written(tmp_path):
 def test_killed_and_run_again(tmp_path):
     write(tmp_path, "llama")
     prelude = """
-from models.utils import checkpoint_files
-write_tensor, count = checkpoint_files.write_tensor, []
+from conversion import weight_files
+write_tensor, count = weight_files.write_tensor, []
 def kill(file, tensor, spec):
     write_tensor(file, tensor, spec)
     count.append(spec)
@@ -412,7 +412,7 @@ def kill(file, tensor, spec):
         import os, signal
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoint_files.write_tensor = kill
+weight_files.write_tensor = kill
 """
     assert run_script([tmp_path], prelude).returncode == -signal.SIGKILL
     left = tmp_path / "converted.partial" / "model.safetensors"

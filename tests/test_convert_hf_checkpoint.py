@@ -12,14 +12,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
 
-from convert_hf_checkpoint import convert, inspect, reverse
+from conversion import weight_files
+from conversion.config_fields import INERT
+from conversion.convert import convert, inspect, reverse
+from conversion.meta import MetaOptions
+from conversion.tables import HF_TYPES, from_hf_config, to_hf_config, to_hf_state
+from conversion.tensor_table import TRANSFORMS
 from models import config_from_dict, config_names, config_to_dict, load_config, load_model
-from models.utils import checkpoint_files
 from models.utils.errors import UserError
-from models.utils.hf import HF_TYPES, from_hf_config, to_hf_config, to_hf_state
-from models.utils.hf.config import INERT
-from models.utils.hf.layout import TRANSFORMS
-from models.utils.meta_layout import MetaOptions
 from tests.published import (
     CONFIGS,
     FORMS,
@@ -183,7 +183,7 @@ def test_float16_is_refused_where_it_would_overflow(tmp_path):
 
 def test_large_output_is_sharded_with_an_index(tmp_path, monkeypatch):
     expected = stored(convert(write(tmp_path / "whole", "llama-3")))
-    monkeypatch.setattr(checkpoint_files, "MAX_SHARD_BYTES", 10_000)
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 10_000)
     folder = convert(write(tmp_path / "cut", "llama-3"))
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
     assert all(path.stat().st_size < 12_000 for path in folder.glob("*.safetensors"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models.utils.variants import GROUPS, VARIANTS, Group
+from structure.variants import GROUPS, VARIANTS, Group
 from tests.copies import (
     CarryError,
     carry,

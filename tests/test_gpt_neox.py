@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
+from conversion.tables import from_hf_config, to_hf_config
 from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
-from models.utils.hf import from_hf_config, to_hf_config
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close, tolerance
 
@@ -173,7 +173,7 @@ def test_fp16_bin_shards(oracle, tmp_path):
 
 def test_the_fused_weight_is_stored_per_head():
     """Rows of q, k, v of head 0, then of head 1: not three blocks, as in GPT-2."""
-    from models.utils.hf.layout import TRANSFORMS
+    from conversion.tensor_table import TRANSFORMS
 
     rows = ["q0", "q0", "k0", "k0", "v0", "v0", "q1", "q1", "k1", "k1", "v1", "v1"]
     numbers = torch.tensor([["qkv".index(row[0]) * 10 + int(row[1]) for row in rows]]).T

@@ -1,4 +1,4 @@
-"""Proof of models/utils/marian_tokenizer.py, against `transformers`' MarianTokenizer.
+"""Proof of models/utils/tokenizers/marian.py, against `transformers`' MarianTokenizer.
 
 Small tokenizers of the published layout are trained here on the spot: one as opus-mt has it (unigram, no byte
 fallback, language codes), and some that cut with BPE and fall back to bytes.

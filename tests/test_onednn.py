@@ -1,4 +1,4 @@
-"""models/utils/onednn.py gives what F.linear gives, and puts each matrix where it is multiplied faster."""
+"""onednn.py gives what F.linear gives, and puts each matrix where it is multiplied faster."""
 
 import copy
 
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conversion.checkpoint import find_checkpoint
 from models import create_model, load_model
-from models.utils import onednn
-from run import find_checkpoint
+from models.utils.kernels import onednn
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),

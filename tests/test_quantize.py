@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import conversion.convert
 import convert_hf_checkpoint
 import run
-from convert_hf_checkpoint import calibration_windows, convert, reverse
+from conversion import checkpoint
+from conversion.convert import calibration_windows, convert, reverse
 from models import build_model, config_from_dict, load_model
 from models.transformer_lm import Linear
 from models.utils import calibration, quantize
@@ -477,7 +479,7 @@ def test_from_disk_it_is_what_quantizing_on_loading_makes(quantization, tmp_path
 
 @pytest.mark.parametrize("name", ["tiny-gpt2-python", "tiny-llama-python-draft"])
 def test_calibrated_on_disk_it_is_what_calibrating_on_loading_makes(name, fresh, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_hf_checkpoint, "CALIBRATION_TOKENS", 2048)
+    monkeypatch.setattr(conversion.convert, "CALIBRATION_TOKENS", 2048)
     words = ["--quantize", "int4", "--calibrate", str(TEXT), "--out", str(tmp_path / "small")]
     monkeypatch.setattr("sys.argv", ["convert", str(TINY / name), *words])
     convert_hf_checkpoint.main()
@@ -547,7 +549,9 @@ def test_quantizing_on_loading_holds_one_matrix_at_a_time(fresh, monkeypatch):
 
 def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
     loaded = []
-    monkeypatch.setattr(run, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1])
+    monkeypatch.setattr(
+        checkpoint, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1]
+    )
     options = ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5", "--temperature", "0"]
     run.main(["--checkpoint", str(fresh / "llama"), "--quantize", "int4", "--group-size", "64", *options])
     output = capsys.readouterr()
@@ -561,7 +565,7 @@ def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
 
 def test_run_calibrates_target_and_draft_on_loading(fresh, capsys, monkeypatch):
     loaded = []
-    monkeypatch.setattr(run, "load_model", lambda *args: loaded.append(args) or load_model(*args))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *args: loaded.append(args) or load_model(*args))
     folder, options = str(fresh / "llama"), ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5"]
     words = ["--checkpoint", folder, "--draft", folder, "--quantize", "int4", "--calibrate", str(TEXT)]
     run.main([*words, *options])
@@ -587,7 +591,7 @@ def test_a_calibration_text_that_is_none(content, message, main, fresh, tmp_path
     path, out = tmp_path / "text", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded before the text was read"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("loaded before the text was read"))
     words = ["--quantize", "int4", "--calibrate", str(path)]
     with pytest.raises(UserError, match=message):
         if main == "run":

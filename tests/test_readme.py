@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from run import find_checkpoint
+from conversion.checkpoint import find_checkpoint
 from tests.copies import GROUPS, VARIANTS, table
 
 ROOT = Path(__file__).parent.parent

@@ -1,11 +1,11 @@
-"""The proof of models/utils/row_attention.py and its C++, against torch's own attention in fp64."""
+"""The proof of models/utils/kernels/row_attention.py and its C++, against torch's own attention in fp64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.utils import row_attention as page
-from models.utils.row_attention import attention_fits, load_row_attention, row_attention
+from models.utils.kernels import row_attention as page
+from models.utils.kernels.row_attention import attention_fits, load_row_attention, row_attention
 
 pytestmark = pytest.mark.skipif(load_row_attention() is not None, reason=str(load_row_attention()))
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of a result, half of its last bit

@@ -1,11 +1,11 @@
-"""The proof of models/utils/row_linear.py and its C++, against torch's own product in fp64."""
+"""The proof of models/utils/kernels/row_linear.py and its C++, against torch's own product in fp64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from models.utils import row_linear as page
-from models.utils.row_linear import linear_fits, load_row_linear, row_linear
+from models.utils.kernels import row_linear as page
+from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
 
 pytestmark = pytest.mark.skipif(load_row_linear() is not None, reason=str(load_row_linear()))
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of a result, half of its last bit

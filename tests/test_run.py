@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import run
+from conversion import checkpoint
 from models import load_model
 from models.utils import machine
 from models.utils.errors import UserError
@@ -53,7 +54,7 @@ def endless(tmp_path_factory):
     template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     options = {"generation": generation, "max_seq_len": 20_000}
     tiny_checkpoints.save_checkpoint(folder, "llama", chat=template, **options)
-    run.convert(folder)
+    checkpoint.convert(folder)
     return folder
 
 
@@ -175,7 +176,9 @@ def test_a_text_that_is_piped_in_is_the_prompt(gpt2, start, tmp_path, monkeypatc
 
 def test_other_dtypes(llama, start, monkeypatch):
     loaded = []
-    monkeypatch.setattr(run, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1])
+    monkeypatch.setattr(
+        checkpoint, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1]
+    )
     for dtype in ("bfloat16", "float16"):
         output = start(llama[1], "--dtype", dtype, "--max-new-tokens", 5)
         assert f"({dtype})" in output.err
@@ -273,10 +276,10 @@ def test_a_question_that_is_too_long_does_not_end_the_conversation(llama, start,
 
 
 def test_wrong_input_is_one_line(llama, gpt2, tmp_path, start, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the input is checked before this"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the input is checked before this"))
     start_of = {"llama": llama[1], "gpt2": gpt2[1]}
     for folder in start_of.values():
-        run.find_checkpoint(folder)
+        checkpoint.find_checkpoint(folder)
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "binary").write_bytes(b"PNG\0\1\2")
     (tmp_path / "latin").write_bytes("Größe".encode("latin-1"))
@@ -327,7 +330,7 @@ def test_wrong_checkpoints(llama, gpt2, tmp_path, start, monkeypatch):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    monkeypatch.setattr(run, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(checkpoint, "CHECKPOINTS", tmp_path)
     assert "there are: none yet" in message("checkpoints/gpt2")
     assert "python convert_hf_checkpoint.py openai-community/gpt2" in message("openai-community/gpt2")
     shutil.copytree(gpt2[1], tmp_path / "gpt2-large")
@@ -342,13 +345,13 @@ def test_wrong_checkpoints(llama, gpt2, tmp_path, start, monkeypatch):
 
 
 def test_what_does_not_fit_is_not_loaded(llama, start, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("loaded what does not fit"))
-    run.find_checkpoint(llama[1])
-    monkeypatch.setattr(run, "available_memory", lambda device: 100_000)
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("loaded what does not fit"))
+    checkpoint.find_checkpoint(llama[1])
+    monkeypatch.setattr(checkpoint, "available_memory", lambda device: 100_000)
     with pytest.raises(UserError, match=r"164 kB of weights .* do not fit into the 100 kB"):
         start(llama[1], "--max-new-tokens", 5)
     with pytest.raises(UserError, match="cache for 84 tokens do not fit"):
-        monkeypatch.setattr(run, "available_memory", lambda device: 170_000)
+        monkeypatch.setattr(checkpoint, "available_memory", lambda device: 170_000)
         start(llama[1], "--max-new-tokens", 80)
 
 
@@ -356,9 +359,9 @@ def test_the_memory_that_is_announced_is_the_memory_that_is_taken(llama, start, 
     class Args:
         dtype, device, quantization = "bfloat16", torch.device("cpu"), None
 
-    folder = run.find_checkpoint(llama[1])
+    folder = checkpoint.find_checkpoint(llama[1])
     model_name, config = run.config_from_dict(run.read_json(folder / "config.json"), folder)
-    run.check_memory(folder, model_name, config, 50, Args)
+    checkpoint.check_memory(folder, model_name, config, 50, Args)
     model = run.load_model(folder, "cpu", torch.bfloat16)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cache = sum(tensor.nbytes for layer in model.new_cache(1, 50) for tensor in layer)

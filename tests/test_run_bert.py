@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import run
+from conversion import checkpoint
 from models.utils.errors import UserError
 from runs_encoder import bert
 
@@ -315,12 +316,12 @@ def test_every_head_has_an_example(make, masked, sentences, result):
 
 
 def test_wrong_input_is_one_line(masked, sentences, make, start, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the input is checked before this"))
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the input is checked before this"))
     long = "[MASK] " * (MAX_SEQ_LEN - 1)
     binary = tmp_path / "binary"
     binary.write_bytes("Größe".encode("latin-1"))
     for folder in (masked[2], sentences[2]):
-        run.find_checkpoint(folder)
+        checkpoint.find_checkpoint(folder)
     for folder, texts, options, message in [
         (masked[2], ["no gap here"], [], r"'no gap here' has no \[MASK\]"),
         (masked[2], ["[mask]"], [], r"'\[mask\]' has no \[MASK\]"),

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import models
+from conversion.tables import to_hf_state
 from models import MODEL_NAMES, build_model, config_from_dict, config_to_dict, load_config
 from models.utils.errors import UserError
-from models.utils.hf import to_hf_state
-from models.utils.structure.capture import capture
-from models.utils.structure.facts import product_of, walk
-from models.utils.structure.sizes import Sizes, letters_of_numbers, letters_of_specs
-from models.utils.structure.source import page_of_class, shapes_in
-from models.utils.structure.trace import trace
+from structure.capture.capture import capture
+from structure.capture.sizes import Sizes, letters_of_numbers, letters_of_specs
+from structure.capture.source import page_of_class, shapes_in
+from structure.capture.trace import trace
+from structure.facts import product_of, walk
 
 PROJECT = Path(__file__).parents[1]
 # Every model, and what its config can change in the picture.

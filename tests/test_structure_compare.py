@@ -8,10 +8,10 @@ import pytest
 from matplotlib import rc_context
 
 from models import load_config
-from models.utils.structure import ink, layout, picture
-from models.utils.structure.capture import capture
-from models.utils.structure.compare import compare
-from models.utils.variants import VARIANTS
+from structure.capture.capture import capture
+from structure.compare import compare
+from structure.picture import ink, layout, picture
+from structure.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 

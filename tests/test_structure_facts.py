@@ -9,18 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, config_from_dict, config_to_dict, load_config
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
-from models.utils.structure.capture import capture
-from models.utils.structure.facts import (
-    DTYPES,
-    add,
-    describe,
-    evaluate,
-    product_of,
-    scaled,
-    totals,
-    walk,
-)
-from models.utils.structure.table import table
+from structure.capture.capture import capture
+from structure.facts import DTYPES, add, describe, evaluate, product_of, scaled, totals, walk
+from structure.table import table
 
 SUBJECTS = {
     "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from models import load_config
-from models.utils.structure import capture, facts, page
-from models.utils.structure.rows import arrange
+from structure import facts
+from structure.capture import capture
+from structure.page import page
+from structure.page.rows import arrange
 
 ROOT = Path(__file__).parent.parent
 MODELS = ["llama-3-8b", "gpt2", "bert-base-uncased", "opus-mt", "vit-b-16", "pythia-1b", "transformer-lm-15m"]

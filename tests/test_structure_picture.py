@@ -9,13 +9,13 @@ from matplotlib import rc_context
 from PIL import Image
 
 from models import build_model, load_config
-from models.utils.structure import ink, layout, legend, picture
-from models.utils.structure.blocks import Box, Edge, Shape
-from models.utils.structure.capture import capture
-from models.utils.structure.drawn import prepared
-from models.utils.structure.grid import Grid
-from models.utils.structure.words import count
 from show_structure import ZOO
+from structure.capture.blocks import Box, Edge, Shape
+from structure.capture.capture import capture
+from structure.drawn import prepared
+from structure.picture import ink, layout, legend, picture
+from structure.picture.grid import Grid
+from structure.picture.words import count
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "structure_images"

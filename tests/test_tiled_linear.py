@@ -1,4 +1,4 @@
-"""The proof of models/utils/tiled_linear.py and its C++: arithmetic, layout, and what happens without it."""
+"""The proof of tiled_linear.py and its C++: arithmetic, layout, and what happens without it."""
 
 import os
 import shutil
@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.utils import tiled_linear
-from models.utils.cpp_library import build
+from models.utils.kernels import tiled_linear
+from models.utils.kernels.cpp_library import build
+from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, load_kernel, tile_layers
 from models.utils.quantize import (
     Int4Linear,
     Int8Linear,
@@ -24,7 +25,6 @@ from models.utils.quantize import (
     quantize_int8,
     quantize_layers,
 )
-from models.utils.tiled_linear import TiledLinear, into_huge_pages, load_kernel, tile_layers
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,7 +12,7 @@ import transformers
 from safetensors import safe_open
 
 import run
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_model
 from models.utils.tokenizer import load_tokenizer
 from runs_train.masked_language_model import masked_accuracy, parse_options

@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_model
 from models.utils.sampling import Sampling, seeded_generators
 from models.utils.tokenizer import load_tokenizer

@@ -21,7 +21,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from models.utils.errors import UserError
-from models.utils.tokenizer import TiktokenTokenizer, load_tokenizer, read_ranks
+from models.utils.tokenizer import load_tokenizer
+from models.utils.tokenizers.tiktoken_ranks import TiktokenTokenizer, read_ranks
 
 MULTILINGUAL = """The quick brown fox isn't lazy; it's 12345 years old, they'll say.
 Größe, façade, naïve, œuvre. Привет, как дела? Γειά σου Κόσμε. שלום עולם مرحبا بالعالم नमस्ते दुनिया

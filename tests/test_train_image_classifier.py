@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import run
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_config, load_model
 from models.utils.errors import UserError
 from models.utils.files import read_json

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_model
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
+from conversion.tables import to_hf_state
 from models import create_model, load_model
 from models.utils.errors import UserError
-from models.utils.hf import to_hf_state
 from models.utils.tokenizer import load_tokenizer
 from runs_train import passage_data, text_data
 from runs_train.masked_language_model import EVALUATION_TOKENS, Run, main, masked_accuracy, start_near

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MarianMTModel, MarianTokenizer
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_model
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers import MarianConfig, MarianMTModel
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
+from conversion.tables import from_hf_config, from_names, to_hf_config, to_hf_state
 from models import build_model, config_from_dict, config_to_dict, create_model, load_config, load_model
 from models.transformer import alibi_slopes, sinusoids
 from models.utils.errors import UserError
 from models.utils.files import read_json
-from models.utils.hf import from_hf_config, from_names, to_hf_config, to_hf_state
 from tests.decoder_proof import LargestResults
 from tests.model_proof import ModelProof, assert_close
 

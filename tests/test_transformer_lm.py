@@ -17,12 +17,12 @@ from transformers import (
 )
 
 import convert_hf_checkpoint
-from convert_hf_checkpoint import convert, inspect, reverse
+from conversion.convert import convert, inspect, reverse
+from conversion.tables import from_hf_config, to_hf_config
 from models import build_model, create_model, load_config, load_model
 from models import llama as llama_page
 from models import transformer_lm as page
 from models.utils.errors import UserError, run_main
-from models.utils.hf import from_hf_config, to_hf_config
 from tests.decoder_proof import DecoderProof, assert_close, random_tokens
 
 BASE = {

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
-from convert_hf_checkpoint import convert, reverse
+from conversion.convert import convert, reverse
+from conversion.tables import from_hf_config, to_hf_config
 from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from models.utils.files import read_json
-from models.utils.hf import from_hf_config, to_hf_config
 from tests.model_proof import ModelProof, assert_close
 
 

@@ -1,4 +1,4 @@
-"""The proof of models/utils/wordpiece.py: the ids of `transformers`, from every kind of file."""
+"""The proof of models/utils/tokenizers/wordpiece.py: the ids of `transformers`, from every kind of file."""
 
 import json
 import unicodedata
@@ -11,7 +11,7 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
-from models.utils.wordpiece import WordPieceTokenizer
+from models.utils.tokenizers.wordpiece import WordPieceTokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "abcdefghijklmnoprstuvwyzABCDEHIJKLMNPRSTUäöüßéèçñÄÉİıåøœ"

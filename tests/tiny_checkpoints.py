@@ -7,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_model
 from models.utils.tokenizer import load_tokenizer
 from tests.oracle import redraw

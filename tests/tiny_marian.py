@@ -7,7 +7,7 @@ import sentencepiece
 import torch
 from transformers import MarianConfig, MarianMTModel
 
-from convert_hf_checkpoint import convert
+from conversion.convert import convert
 from models import load_model
 
 SOURCE_TEXT = """The quick brown fox isn't lazy; it's 12345 years old, they'll say. Where is the station?

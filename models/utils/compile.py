@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from models.utils.files import one_line
+from models.utils.kernels.row_attention import MAX_QUERIES, attention_fits, load_row_attention, row_attention
+from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
+from models.utils.kernels.tiled_linear import into_huge_pages, tile_layers
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
-from models.utils.row_attention import MAX_QUERIES, attention_fits, load_row_attention, row_attention
-from models.utils.row_linear import linear_fits, load_row_linear, row_linear
-from models.utils.tiled_linear import into_huge_pages, tile_layers
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256

@@ -1,0 +1,248 @@
+"""Writing a checkpoint in our form, and back in Hugging Face's, and showing how the two match.
+
+What happens: config.json says which model it is, and its fields become a flat config of ours. The model,
+built without memory, says which tensors it wants, in which shapes. A table (in conversion/tables/) says
+where they stand in the checkpoint. Every disagreement is listed before a byte is written (match.py). Then the
+tensors go over, one at a time, through the table's transforms.
+"""
+
+import json
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from conversion.config_fields import label_fields
+from conversion.hub import COMPANIONS
+from conversion.match import (
+    Move,
+    compare,
+    fold,
+    inverse,
+    match_tensors,
+    stop_if,
+    their_shape,
+    wanted_shapes,
+)
+from conversion.source import open_source
+from conversion.tables import LAYOUTS, to_hf_config
+from conversion.tensor_table import plan
+from conversion.weight_files import Spec, open_weights, write_weights
+from models import build_model, config_from_dict, config_to_dict, fill
+from models.utils.errors import UserError
+from models.utils.files import converted_folder, one_line, read_json, read_text, write_atomically
+from models.utils.quantize import (
+    calibrate,
+    parts_of,
+    plan_layers,
+    quantized_parts,
+    spoken,
+    stored_quantization,
+)
+from models.utils.tokenizer import load_tokenizer
+
+CALIBRATION_TOKENS = 16384  # at most, of which a window goes through the model at a time
+CALIBRATION_WINDOW = 512
+
+
+def convert(
+    folder,
+    out=None,
+    dtype=None,
+    allow=(),
+    meta=None,
+    progress=True,
+    model=None,
+    quantization=None,
+    calibration=None,
+):
+    """Write the converted form of the checkpoint in `folder` and return the folder that holds it.
+
+    out: where to write, if not into `folder`/converted. dtype: of the new weights, if not as stored.
+    allow: unknown fields of config.json to let pass. meta: what Meta's params.json does not say.
+    progress: whether to show a bar, on a terminal. model: which of ours, where more than one can be chosen.
+    quantization: of the linear layers, a Quantization of models/utils/quantize.py.
+    calibration: a file of text for int4, which the whole model reads first, see whole_model.
+    """
+    source = open_source(folder, allow, meta, model)
+    match = match_tensors(source)
+    stop_if(match.problems, folder)
+    model_name, config = config_from_dict(source.config, source.where)
+    windows = calibration_windows(calibration, folder, model_name, config)
+    ours, layers, products = config_to_dict(model_name, config), {}, {}
+    if quantization:
+        layers, notes = plan_layers(build_model(model_name, config), quantization)
+        ours["quantization"] = asdict(quantization)
+        print(f"{folder}: {spoken(quantization, notes)}", file=sys.stderr)
+    if windows:
+        products = calibrate(whole_model(source, match.moves), layers, windows)
+    with writing(out, Path(folder) / "converted") as new:
+        write_moves(new, source.weights, match.moves, dtype, progress, layers, products)
+        write_json(new / "config.json", ours)
+        write_json(new / "generation_config.json", source.generation)
+        write_json(new / "labels.json", source.labels)
+        for place in dict.fromkeys((Path(folder), source.folder)):
+            copy_companions(place, new)
+    return Path(out or Path(folder) / "converted")
+
+
+def whole_model(source, moves):
+    """The model with the weights of the checkpoint; those that come over as they are stay mapped."""
+    model, tensors = build_model(*config_from_dict(source.config, source.where)), {}
+    for move in moves:
+        ours = move.transform([source.weights.read(name) for name in move.reads])
+        # A matrix that lies the other way round is multiplied in another order, and rounds differently.
+        tensors |= {name: tensor.contiguous() for name, tensor in zip(move.writes, ours)}
+    fill(model, tensors)
+    return model
+
+
+def calibration_windows(path, folder, model_name, config):
+    """The beginning of the text of --calibrate as (1, T) token ids, window by window; none without a path."""
+    if path is None:
+        return ()
+    if model_name in ("transformer", "vision_transformer"):
+        raise UserError(f"--calibrate: a text is not what {folder} reads, a {model_name} model; leave it out")
+    tokens = torch.tensor(load_tokenizer(folder).encode(read_text(path, "--calibrate")))
+    if tokens.max() >= config.vocab_size:
+        raise UserError(f"{folder}: its tokenizer has more than the {config.vocab_size} tokens of the model")
+    return tokens[None, :CALIBRATION_TOKENS].split(min(CALIBRATION_WINDOW, config.max_seq_len), dim=1)
+
+
+def reverse(folder, out=None, dtype=None, progress=True):
+    """Write a converted checkpoint in Hugging Face's layout and return the folder that holds it."""
+    converted = converted_folder(folder)
+    config = read_json(converted / "config.json")
+    if stored := stored_quantization(config, converted / "config.json"):
+        raise UserError(
+            f"{converted}: is {stored}, and what rounding took is gone; convert the original again without "
+            "--quantize, then reverse that"
+        )
+    weights = open_weights(converted)
+    wanted = wanted_shapes(config, converted / "config.json")
+    stop_if(compare(wanted, weights.entries), converted)
+
+    layout = LAYOUTS[config["model"]]
+    moves = [
+        Move(
+            step.ours,
+            {layout.saved_name(step.theirs, config): their_shape(step, wanted, config)},
+            partial(inverse, step, config),
+        )
+        for step in plan(layout, config, wanted)
+    ]
+    beside = converted.parent if converted.name == "converted" else converted
+    with writing(out, beside / "reversed") as new:
+        write_moves(new, weights, moves, dtype, progress)
+        copy_companions(converted, new)
+        stored = next(iter(weights.entries.values())).dtype
+        write_json(new / "config.json", reversed_config(config, converted, dtype or stored))
+    return Path(out or beside / "reversed")
+
+
+def inspect(folder, allow=(), meta=None, model=None):
+    """Print their tensors beside those of ours that they become, layers folded, then all problems."""
+    source = open_source(folder, allow, meta, model)
+    match = match_tensors(source)
+    header = ("theirs", "shape", "ours", "shape", "transform", "{n}")
+    lines = [header]
+    for row in fold(match.rows):
+        lines += zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"{folder}: becomes models/{source.config['model']}.py with\n{json.dumps(source.config)}\n")
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    stop_if(match.problems, folder)
+
+
+@contextmanager
+def writing(out, default):
+    """A new folder that takes its place when the block succeeds, and of which nothing stays when it fails."""
+    target = Path(out or default).resolve()
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if target != default.resolve() and not empty:
+        raise UserError(f"--out {out}: is there and not empty; name a new folder, or remove this one")
+    try:
+        with write_atomically(target) as new:
+            new.mkdir()
+            yield new
+    except OSError as error:
+        raise UserError(
+            f"{out or default}: cannot be written ({one_line(error)}) and nothing was left there; free some "
+            "space or choose another place with --out"
+        ) from None
+
+
+def write_moves(folder, weights, moves, dtype, progress, layers=None, products=None):
+    """Carry out the moves, one after the other, into the weight files of `folder`.
+
+    layers: those that are quantized on the way; products: what calibrates them; models/utils/quantize.py.
+    """
+    layers, products = layers or {}, products or {}
+    files = list({entry.file: None for entry in weights.entries.values()})
+
+    def dtype_of(move):
+        return dtype or weights.entries[move.reads[0]].dtype
+
+    def order(move):
+        # Wide dtypes first keeps every tensor aligned; file by file, since some formats are read whole.
+        return -dtype_of(move).itemsize, files.index(weights.entries[move.reads[0]].file)
+
+    moves = sorted(moves, key=order)
+    specs = [
+        Spec(part, *shape_and_dtype)
+        for move in moves
+        for name, shape in move.writes.items()
+        for part, shape_and_dtype in parts_of(layers, name, shape, dtype_of(move)).items()
+    ]
+    total = sum(spec.num_bytes for spec in specs)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        write_weights(folder, specs, transformed(weights, moves, dtype_of, bar, layers, products))
+
+
+def transformed(weights, moves, dtype_of, bar, layers, products):
+    """The tensors to write, each made when the one before it is on disk."""
+    for move in moves:
+        for name, tensor in zip(move.writes, move.transform([weights.read(name) for name in move.reads])):
+            parts = quantized_parts(layers, name, cast(tensor, dtype_of(move), name), products)
+            for part in parts.values():
+                yield part
+                bar.update(part.nbytes)
+
+
+def cast(tensor, dtype, name):
+    new = tensor.to(dtype)
+    # float16 ends at 65504, where bfloat16 weights may go on.
+    if dtype == torch.float16 and tensor.dtype != dtype and (new.isinf() & tensor.isfinite()).any():
+        raise UserError(f"{name}: has values too large for float16; use --dtype bfloat16")
+    return new
+
+
+def write_json(path, content):
+    if content:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source, target):
+    """The tokenizer's files and whatever else running needs, where the checkpoint has them."""
+    for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def reversed_config(config, folder, dtype):
+    """config.json as transformers wants it: with the dtype, and with the special tokens' ids."""
+    path = folder / "generation_config.json"
+    kept = read_json(path) if path.is_file() else {}
+    ids = {name: kept[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
+    path = folder / "labels.json"
+    labels = label_fields(read_json(path)) if path.is_file() else {}
+    theirs = {**to_hf_config(config["model"], config), **labels, **ids}
+    return {**theirs, "dtype": str(dtype).removeprefix("torch.")}

@@ -1,0 +1,191 @@
+"""Llama at Hugging Face, and its relatives of the same architecture: Mistral and Qwen2."""
+
+from conversion.config_fields import DECODER, HFType, renamed, words
+from conversion.tensor_table import Layout, table
+from models.utils.errors import UserError
+
+# post_attention_layernorm is the norm before the feed-forward: its name says what comes before it.
+LAYOUT = Layout(
+    prefix="model.",
+    skipped={
+        "model.layers.{n}.self_attn.rotary_emb.inv_freq": "RoPE's frequencies, computed from rope_base",
+        "model.rotary_emb.inv_freq": "RoPE's frequencies, computed from rope_base",
+    },
+    tied=lambda config: {"lm_head.weight": "token_embed.weight"} if config["tied_head"] else {},
+    rows=table("""
+        token_embed.weight                   model.embed_tokens.weight
+        layers.{n}.attn_norm.weight          model.layers.{n}.input_layernorm.weight
+        layers.{n}.attn.q_proj.{p}           model.layers.{n}.self_attn.q_proj.{p}
+        layers.{n}.attn.k_proj.{p}           model.layers.{n}.self_attn.k_proj.{p}
+        layers.{n}.attn.v_proj.{p}           model.layers.{n}.self_attn.v_proj.{p}
+        layers.{n}.attn.o_proj.{p}           model.layers.{n}.self_attn.o_proj.{p}
+        layers.{n}.ffn_norm.weight           model.layers.{n}.post_attention_layernorm.weight
+        layers.{n}.ffn.gate_proj.{p}         model.layers.{n}.mlp.gate_proj.{p}
+        layers.{n}.ffn.up_proj.{p}           model.layers.{n}.mlp.up_proj.{p}
+        layers.{n}.ffn.down_proj.{p}         model.layers.{n}.mlp.down_proj.{p}
+        final_norm.weight                    model.norm.weight
+        lm_head.weight                       lm_head.weight
+    """),
+)
+
+
+def head_dim(theirs):
+    return theirs["head_dim"] or theirs["hidden_size"] // theirs["num_attention_heads"]
+
+
+def num_kv_heads(theirs):
+    return theirs["num_key_value_heads"] or theirs["num_attention_heads"]
+
+
+def rope_base(theirs):
+    return rope_parameters(theirs)["rope_theta"]
+
+
+def rope_scaling(theirs):
+    """Llama 3.1's scaling is the one that models/llama.py implements."""
+    parameters = rope_parameters(theirs)
+    where = f"config.json: {'rope_scaling' if theirs['rope_scaling'] else 'rope_parameters'}"
+    kind = parameters.pop("rope_type")
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{where} has rope_type {kind!r}; models/llama.py implements default and llama3")
+    names = list(ROPE_SCALING.values()) if kind == "llama3" else []
+    strange = set(parameters).symmetric_difference({"rope_theta", *names})
+    if strange:
+        wanted = ", ".join(names) or "nothing more"
+        raise UserError(f"{where} of rope_type {kind} has {wanted}; amiss here: {', '.join(sorted(strange))}")
+    return {ours: parameters[name] for ours, name in ROPE_SCALING.items()} if names else None
+
+
+ROPE_SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+}
+
+
+def rope_parameters(theirs):
+    """RoPE's fields: in the old form rope_theta and rope_scaling, in the new one all inside rope_parameters.
+
+    Where they compete, the same wins as in transformers: rope_scaling, and a rope_theta inside it.
+    """
+    inner = theirs["rope_scaling"] or theirs["rope_parameters"] or {}
+    parameters = {"rope_theta": theirs["rope_theta"], "rope_type": inner.get("type", "default"), **inner}
+    parameters.pop("type", None)
+    if parameters["rope_type"] == "llama3":
+        parameters.setdefault("original_max_position_embeddings", theirs["max_position_embeddings"])
+    if parameters.get("partial_rotary_factor") in (None, 1):
+        parameters.pop("partial_rotary_factor", None)
+    return parameters
+
+
+def without(fields, *names):
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+LLAMA_TYPE = HFType(
+    model="llama",
+    used={
+        "vocab_size": "vocab_size",
+        "max_seq_len": "max_position_embeddings",
+        "d_model": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "d_ff": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "rope_base": rope_base,
+        "rope_scaling": rope_scaling,
+        "qkv_bias": "attention_bias",
+        "o_bias": "attention_bias",
+        "ffn_bias": "mlp_bias",
+        "tied_head": "tie_word_embeddings",
+    },
+    defaults={
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "intermediate_size": 11008,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {},
+        "rope_parameters": {},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+    },
+    must_equal={**DECODER, "hidden_act": ("silu",), "pretraining_tp": (1,), "rope_interleaved": (False,)},
+    # attention_dropout acts in training alone, and models/llama.py has no dropout.
+    inert=words("attention_dropout is_llama_config"),
+    token_ids={"bos_token_id": 1, "eos_token_id": 2},
+)
+
+
+MISTRAL_TYPE = HFType(
+    model="llama",
+    used=without(LLAMA_TYPE.used, "qkv_bias", "o_bias", "ffn_bias"),
+    defaults={
+        **without(LLAMA_TYPE.defaults, "attention_bias", "mlp_bias"),
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
+    must_equal={**DECODER, "hidden_act": ("silu",), "sliding_window": (None,)},
+    # Without the field, the window is 4096 positions wide; Mistral 7B says null from version 0.2 on.
+    silence={"sliding_window": 4096},
+    inert={"attention_dropout"},
+    fixed={"qkv_bias": False, "o_bias": False, "ffn_bias": False},
+    token_ids={"bos_token_id": 1, "eos_token_id": 2},
+)
+
+QWEN2_TYPE = HFType(
+    model="llama",
+    used=MISTRAL_TYPE.used,
+    defaults={
+        **without(LLAMA_TYPE.defaults, "attention_bias", "mlp_bias"),
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "intermediate_size": 22016,
+    },
+    must_equal={
+        **DECODER,
+        "hidden_act": ("silu",),
+        "use_sliding_window": (False,),
+        "layer_types": ("full_attention", None),
+        "use_mrope": (False,),
+    },
+    # The two about windows are read where use_sliding_window is true, and nowhere else.
+    inert=words("attention_dropout sliding_window max_window_layers"),
+    fixed={"qkv_bias": True, "o_bias": False, "ffn_bias": False},
+)
+
+HF_TYPES = {"llama": LLAMA_TYPE, "mistral": MISTRAL_TYPE, "qwen2": QWEN2_TYPE}
+
+
+def to_hf_config(config):
+    """Biases decide the model_type: Qwen2 has them on q, k and v, Llama on all four projections or none."""
+    biases = {name: config[name] for name in ("qkv_bias", "o_bias", "ffn_bias")}
+    if biases == QWEN2_TYPE.fixed:
+        kind, hf_type = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}, QWEN2_TYPE
+    elif biases["qkv_bias"] == biases["o_bias"]:
+        kind, hf_type = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, LLAMA_TYPE
+    else:
+        raise UserError(f"no model_type of Hugging Face has the biases {biases}")
+    scaling = config["rope_scaling"]
+    if scaling:
+        scaling = {"rope_type": "llama3", **{theirs: scaling[ours] for ours, theirs in ROPE_SCALING.items()}}
+    return {
+        **kind,
+        **renamed(hf_type, config),
+        "num_key_value_heads": config["num_kv_heads"],
+        "head_dim": config["head_dim"],
+        "hidden_act": "silu",
+        "rope_theta": config["rope_base"],
+        "rope_scaling": scaling,
+    }

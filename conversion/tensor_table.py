@@ -1,0 +1,174 @@
+"""How Hugging Face names tensors: what the tables beside this page are made of, and how they are read.
+
+A table has a line per kind of tensor,
+
+    ours                        theirs                        transform
+
+where {n} is the layer's number, {p} is `weight` or `bias`, and {q,k,v} stands for three tensors of ours that
+theirs holds as one. A transform, defined below and named in the third column, says what changes on the way;
+without one the tensor stays as it is. Rows for biases that a config switches off fall away. The script
+convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
+
+Each model has a page of its own here (gpt2.py, llama.py, ...) with its table and its lists of config fields.
+The proof is tests/test_convert_hf_checkpoint.py.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+# Transforms -------------------------------------------------------------------------------------------------
+
+
+class Transform(NamedTuple):
+    forward: Callable  # (their tensor, our config) -> our tensors
+    inverse: Callable  # (our tensors, our config) -> their tensor
+
+
+def pairs_to_halves(weight, config):
+    """Reorder the rows of each head, so that RoPE may rotate halves where Meta's code rotates neighbours.
+
+    Meta turns rows 2i and 2i + 1 of a head by the i-th angle, we turn rows i and i + d/2 (d: head_dim). It is
+    the same rotation if row 2i moves to i and row 2i + 1 to i + d/2. Hugging Face's checkpoints are in our
+    order already, so that only Meta's own files need this (meta.py).
+    """
+    pairs = weight.unflatten(0, (-1, config["head_dim"] // 2, 2))
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def halves_to_pairs(weight, config):
+    halves = weight.unflatten(0, (-1, 2, config["head_dim"] // 2))
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def heads_to_blocks(qkv, config):
+    """q, k and v from rows that stand head by head: d of q of head 0, d of its k, d of its v, then head 1."""
+    heads = qkv.unflatten(0, (config["num_heads"], 3, -1))
+    return [heads[:, i].flatten(0, 1) for i in range(3)]
+
+
+def blocks_to_heads(blocks, config):
+    heads = [block.unflatten(0, (config["num_heads"], -1)) for block in blocks]
+    return torch.stack(heads, dim=1).flatten(0, 2)
+
+
+TRANSFORMS = {
+    "copy": Transform(lambda theirs, config: [theirs], lambda ours, config: ours[0]),
+    # GPT-2's Conv1D computes x @ weight where a Linear computes x @ weight.T.
+    "transpose": Transform(lambda theirs, config: [theirs.T], lambda ours, config: ours[0].T),
+    # One map computes q, k and v: one above the other in a Linear or a bias, side by side in a Conv1D.
+    "split": Transform(lambda theirs, config: theirs.chunk(3), lambda ours, config: torch.cat(ours)),
+    "transpose+split": Transform(
+        lambda theirs, config: theirs.T.chunk(3), lambda ours, config: torch.cat(ours).T
+    ),
+    # A convolution over squares that do not overlap is a linear map of each square's numbers in a row.
+    "squares_to_rows": Transform(
+        lambda theirs, config: [theirs.flatten(1)],
+        lambda ours, config: ours[0].unflatten(1, (-1, config["patch_size"], config["patch_size"])),
+    ),
+    "row_to_vector": Transform(lambda theirs, config: [theirs[0]], lambda ours, config: ours[0][None]),
+    "split_per_head": Transform(heads_to_blocks, blocks_to_heads),
+    "pairs_to_halves": Transform(
+        lambda theirs, config: [pairs_to_halves(theirs, config)],
+        lambda ours, config: halves_to_pairs(ours[0], config),
+    ),
+}
+
+
+# Tables of tensors ------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    ours: str
+    theirs: str
+    transform: str
+
+
+def table(text):
+    """The rows of a table written as text, in two or three columns."""
+    lines = [line.split() for line in text.strip().splitlines()]
+    return [Row(ours, theirs, transform[0] if transform else "copy") for ours, theirs, *transform in lines]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of one of our models stand in somebody's checkpoints."""
+
+    rows: list
+    prefix: str = ""  # left out where a checkpoint holds the model without its head
+    without_prefix: Callable = lambda config: False  # our config -> whether transformers leaves it out
+    old_endings: dict = field(default_factory=dict)  # how names ended in old files -> how they end today
+    skipped: dict = field(default_factory=dict)  # what a file may hold that is no parameter, and why
+    tied: Callable = lambda config: {}  # our config -> {tensor of ours: the one of ours that it shares}
+    copies: dict = field(default_factory=dict)  # their tensor -> the one of theirs that it repeats
+
+    def their_name(self, ours):
+        return next(row.theirs for row in self.rows if row.ours == ours)
+
+    def full_name(self, stored, known):
+        """The name in our table of a tensor that a file may store under an old one, or without the prefix."""
+        ending = next((old for old in self.old_endings if stored.endswith(old)), "")
+        name = stored.removesuffix(ending) + self.old_endings.get(ending, "")
+        return self.prefix + name if name not in known and self.prefix + name in known else name
+
+    def saved_name(self, theirs, config):
+        """The name in our table as transformers saves it."""
+        return theirs.removeprefix(self.prefix) if self.without_prefix(config) else theirs
+
+    def repeats(self, config):
+        """{their tensor: theirs that it repeats}: a file may hold both, and they must then be equal."""
+        tied = {self.their_name(ours): self.their_name(same) for ours, same in self.tied(config).items()}
+        return {**tied, **self.copies}
+
+    def skipped_names(self, num_layers):
+        return {
+            name.replace("{n}", str(n)): why for name, why in self.skipped.items() for n in range(num_layers)
+        }
+
+
+class Step(NamedTuple):
+    """One tensor of theirs and the one or three of ours that it becomes."""
+
+    ours: tuple
+    theirs: str
+    transform: Transform
+    row: Row
+
+
+def layer_count(config):
+    """What {n} runs up to: the layers of the model, or of the deeper of its two halves."""
+    return max(config[name] for name in config if re.fullmatch(r"num_(\w+_)?layers", name))
+
+
+def plan(layout, config, names):
+    """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
+    steps = []
+    for row in layout.rows:
+        for values in marks(row.ours, layer_count(config)):
+            ours = choices(fill(row.ours, values))
+            if all(name in names for name in ours):
+                steps.append(Step(ours, fill(row.theirs, values), TRANSFORMS[row.transform], row))
+    place = {name: i for i, name in enumerate(names)}
+    return sorted(steps, key=lambda step: place[step.ours[0]])
+
+
+def marks(template, num_layers):
+    """Everything that {n} and {p} of a template stand for, a dict per tensor."""
+    layers = range(num_layers) if "{n}" in template else [0]
+    parts = ["weight", "bias"] if "{p}" in template else [""]
+    return [{"{n}": str(n), "{p}": part} for n in layers for part in parts]
+
+
+def fill(template, values):
+    for mark, value in values.items():
+        template = template.replace(mark, value)
+    return template
+
+
+def choices(name):
+    """The three names behind one that says {q,k,v}; any other stands for itself."""
+    braces = re.search(r"\{(.*)\}", name)
+    return tuple(name.replace(braces[0], choice) for choice in braces[1].split(",")) if braces else (name,)

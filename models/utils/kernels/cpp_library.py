@@ -1,0 +1,77 @@
+"""The C++ pages of this project, each compiled when it is first needed, then kept.
+
+    reason = load_library(Path("models/utils/kernels/row_linear.cpp"), shape_of)
+    torch.ops.zoo.row_linear                                                   is there, if reason is None
+
+torch.utils.cpp_extension does the same and asks for ninja, and for Python's headers; a page that sees only
+ATen's tensors is one call of the compiler. Proof: tests/test_tiled_linear.py.
+"""
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+TORCH = Path(torch.__file__).parent
+# Vectors wider than a CPU's registers are passed in a way of which GCC warns (psabi); here they never are.
+FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]
+
+
+class BuildError(Exception):
+    """Why there is no library, in a line."""
+
+
+@lru_cache
+def load_library(source: Path, shape_of):
+    """Make the operator of a C++ page, which has its name, known to torch; None, or a line that says why not.
+
+    shape_of takes the operator's arguments and gives an empty result: what tracing needs to know of it.
+    """
+    try:
+        torch.ops.load_library(build(source))
+    except (BuildError, OSError) as error:
+        return str(error).partition("\n")[0]
+    torch.library.register_fake(f"zoo::{source.stem}", shape_of)
+    return None
+
+
+def build(source):
+    """The path of the library, compiled unless it is there for this source, torch and compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    command = [*compiler, *FLAGS, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
+    recipe = "\n".join([source.read_text(), torch.__version__, *command])
+    library = cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    print(f"compiling {source.name} (once, about ten seconds)", file=sys.stderr)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place, then renamed: neither Ctrl-C nor a second process leaves half a library there.
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            part = Path(folder) / library.name
+            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+            if done.returncode or not part.exists():
+                raise BuildError(f"{compiler[0]} could not compile {source.name}{first_error(done.stderr)}")
+            part.replace(library)
+    except FileNotFoundError:
+        raise BuildError(f"no C++ compiler ({compiler[0]} is not there; CXX names another)") from None
+    except OSError as error:
+        raise BuildError(f"{library.parent}: {error.strerror}; TORCH_EXTENSIONS_DIR names another") from None
+    return library
+
+
+def cache_folder():
+    """Where torch keeps what it compiles of its extensions."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+
+
+def first_error(output):
+    errors = [line for line in output.splitlines() if "error" in line]
+    return f": {errors[0].strip()}" if errors else ""

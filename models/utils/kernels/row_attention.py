@@ -1,0 +1,67 @@
+"""Attention of a few queries over a cache: what scaled_dot_product_attention is not made for.
+
+    out = row_attention(q, k, v, mask)      the same numbers for up to 8 queries a head, on the CPU
+
+With one query there is no matrix product in attention: each key is read from the cache for one dot product,
+each value for one sum. A cache also has more slots than are written, so that its shape, for which a step is
+compiled, does not grow with the text; the mask hides the rest from the result and not from a kernel that
+computes first and masks afterwards. row_attention.cpp looks for the last slot that the mask allows, then
+for each head, with 16 numbers side by side (every query sees one slot at least, itself):
+
+    scores = q . k              for the slots up to there; 16 sums a slot, which become 8, 4, 2 and 1
+    probs  = e^(scores - max)   e^x = 2^n e^r with a whole n: a series for e^r, and n goes into the exponent
+    out    = probs v / sum of probs
+
+Heads are what is shared out between the cores. Microseconds in fp32, then in bf16, for heads of 64, called
+again and again, 2 cores with AVX-512; "compiled" is the formula in compile.py that Inductor makes loops of,
+which for several bf16 queries come out badly:
+
+    heads  of k  queries  slots  written        here     compiled    torch's own
+       12    12        1    256      100     15,  15      50,  150      40,  170
+       12    12        5    256      100     25,  30     120,  310      70,   90
+       12    12        1   2048      200     22,  24     190,  760     180, 1350
+       32     4        1   2048     1800    280, 400     380, 3860     450, 3500
+       32     4        5   2048     1800    710, 840    1780, 64000   1210, 1510
+
+bf16 is widened to fp32 when it is loaded, and everything is summed in fp32. It runs models, and trains none.
+Proof: tests/test_row_attention.py.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.utils.kernels.cpp_library import load_library
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+LANES = 16  # a head has a multiple of these
+MAX_QUERIES = 8  # of a head
+
+
+def attention_fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether scaled_dot_product_attention of these is for the kernel, and the kernel is there."""
+    T, d = q.shape[2:]
+    few = 1 <= T <= MAX_QUERIES and d % LANES == 0
+    known = q.dtype == k.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    masked = mask is not None and mask.shape == (len(q), 1, T, k.shape[2])
+    return few and known and masked and q.device.type == "cpu" and load_row_attention() is None
+
+
+def row_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """scaled_dot_product_attention with enable_gqa, for what attention_fits() has seen.
+
+    q (B, H, T, d), k and v (B, K, S, d), mask (B, 1, T, S), where True is attended to -> (B, H, T, d)
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return torch.ops.zoo.row_attention(q, k, v, mask, scale)
+
+
+def load_row_attention():
+    """Make torch.ops.zoo.row_attention known, built on first use; None, or why it cannot be used."""
+    return load_library(SOURCE, shape_of)
+
+
+def shape_of(q, k, v, mask, scale):
+    return q.new_empty(q.shape)

@@ -1,0 +1,74 @@
+"""A few rows times a matrix in fp32 or bf16, at the speed of memory: what F.linear is not made for.
+
+    out = row_linear(x, weight)      F.linear for up to 32 rows on the CPU, to run a model, not to train it
+
+A matrix product for many rows cuts x and the weight into blocks that fit into the core's caches, and copies
+them into an order in which every number that is loaded is used many times. With a few rows there is nothing
+to gain from that, since each weight is used once per row and that is all; the copies remain. row_linear.cpp
+reads the weight where it lies, and does no more than must be done:
+
+    for each output n:                         a row of the weight
+        sums = 0                               for each row of x, 16 sums side by side
+        for k in steps of 16 or 32:
+            ask for the weights 16 KB ahead
+            load weights w[n, k ...]           once, for all rows of x
+            for each row m: sums[m] += weights * x[m, k ...]
+        out[m, n] = the sum of the 16
+
+Up to 8 rows share a weight that is loaded; for the next 8 the weights of 16 outputs are still in the core's
+cache.
+
+Three things make it fast, and each was found by measuring. The weight is read from its start to its end: two
+or four outputs at a time would load each x for all of them once, but read a third slower, because memory
+likes one long read best. Rows of x share what is loaded, so that five are as fast as one: speculative
+sampling lives on that. And where there is much to compute between two loads, a core no longer sees far enough
+ahead to keep the memory busy; so weights are asked for 16 KB in advance.
+
+The table is for one matrix of 2048 x 768, hundreds of them in turn, in huge pages (tiled_linear.py), 2 cores
+with AVX-512 and its bf16 products (which F.linear uses too), all in one run, in which torch's sum over fp32
+reads 28 GB/s:
+
+    rows of x                       1      2      5      8     16     32
+    fp32  milliseconds            .20    .22    .23    .31    .59   1.14
+          F.linear                .50    .86    .56    .61    .76   1.08
+    bf16  milliseconds            .10    .10    .11    .11    .17    .35      33 GB/s with one row
+          F.linear                .21    .20    .23    .25    .31    .41
+          without bf16 products   .10    .10    .17    .27    .55   1.08
+
+Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that takes pairs of bf16 as they are.
+Proof: tests/test_row_linear.py.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.utils.kernels.cpp_library import load_library
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+INPUTS = 32  # a row of the weight has a multiple of these
+MAX_ROWS = 32  # of x; more of them are faster in F.linear
+
+
+def linear_fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.linear(x, weight) is a product for the kernel, and the kernel is there."""
+    K = weight.shape[1]
+    few = x.numel() <= MAX_ROWS * K and K % INPUTS == 0
+    known = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
+    lies_well = weight.device.type == "cpu" and weight.is_contiguous()
+    return few and known and lies_well and load_row_linear() is None
+
+
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; x (..., K), weight (N, K), which linear_fits() has seen."""
+    return torch.ops.zoo.row_linear(x, weight, bias)
+
+
+def load_row_linear():
+    """Make torch.ops.zoo.row_linear known, built on first use; None, or why it cannot be used."""
+    return load_library(SOURCE, shape_of)
+
+
+def shape_of(x, weight, bias=None, plain=False):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

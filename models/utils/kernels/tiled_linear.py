@@ -1,0 +1,225 @@
+"""Why llama.cpp is fast, on one page: a few rows times a matrix in 8 or 4 bits, at the speed of memory.
+
+To make a token, every weight is read once and used once, and memory is slower than the core. So the fewest
+bytes win, provided that making numbers of them costs next to nothing. tiled_linear.cpp takes 64 weights in 8
+bits with one load and 128 in 4 bits with three instructions more. This is how they lie in memory for that.
+
+A vector has 16 lanes of 32 bits. The instruction vpdpbusd multiplies, in each lane, 4 unsigned bytes by 4
+signed ones and adds the products to the lane's sum: 64 multiplications at once. Let a lane be an output, a
+row of the weight, and its bytes be 4 inputs: then 16 sums grow side by side, none is ever added to another,
+and 4 activations serve all lanes. The unsigned bytes are codes of weights. In int8 they are there as they are
+needed, q + 128 each:
+
+    a tile: 32 outputs by all K inputs, in the order in which it is read                  128 + 32 K bytes
+
+    |  s  |  s  | ... |  s  |   scale of outputs 0 to 31, fp32                            128
+    |  0  |  1  | ... | 31  |   inputs 0 to 3 of each: 4 bytes                            128
+    |  0  |  1  | ... | 31  |   inputs 4 to 7                                             128
+      ...
+
+In int4 two codes share a byte, and each group of inputs has scales and zeros of its own:
+
+    a tile: 32 outputs by a group of g inputs                                             128 + 16 g bytes
+
+    | s z | s z | ... | s z |   scale and zero of outputs 0 to 31, bf16                   128
+    |  0  |  1  | ... | 31  |   inputs 0 to 7 of each: 4 bytes  | 0 4 | 1 5 | 2 6 | 3 7 |  128
+    |  0  |  1  | ... | 31  |   inputs 8 to 15                                            128
+      ...                       the left of two is the low half of its byte
+
+The signed bytes are activations, rounded to 8 bits too. 32 inputs of a row have a scale c:
+
+    x = c * i                    i in -127 .. 127, c = max |x| / 127
+    w = s * q                    int8, q in -127 .. 127, as in models/utils/quantize.py
+    w = s * (q - 8) + z          int4, q in 0 .. 15
+    sum of w x = c * (s * sum of (q - 8) i + z * sum of i)
+
+So integers are multiplied, and for 32 weights there are three operations in fp32, or one where s can wait
+for the end of the row. The integer sum begins at -8 * sum of i, in int8 at -128 * sum of i, the same for
+every output, and no code needs a subtraction.
+
+The price is the rounding of x: an error of 0.5% of the output's norm, where an output in bf16 alone has 0.2%,
+8 bits a weight make 0.8% and 4 bits 7% (normally distributed numbers, groups of 32). The gain, for matrices
+of 8192 x 2048, int4 in groups of 32, in huge pages (below), 24 of them in turn, 2 cores with AVX-512, all in
+one run, in which torch's sum over fp32 reads 33 GB/s (and this kernel up to 54):
+
+    rows of x                1     2     4     5     8
+    int8  milliseconds     .31   .37   .43   .37   .53      torch's int8 kernel: .97 for one row
+          G weights/s       54    45    39    45    32
+    int4  milliseconds     .23   .24   .29   .33   .50      torch's int4 kernel: .51 for one row
+          G weights/s       74    71    59    51    34      5 bits each, with scale and zero
+
+Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives
+on. And 512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second
+copy of the weights.
+Proof: tests/test_tiled_linear.py.
+"""
+
+import ctypes
+import math
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.utils.kernels.cpp_library import load_library
+from models.utils.quantize import (
+    Int4Linear,
+    Int8Linear,
+    add_bias,
+    fixed,
+    has_kernel,
+    pack,
+    set_module,
+    unpack,
+)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+LANES = 32  # outputs of a tile
+INPUTS = 32  # that share a scale of x
+HUGE_PAGE = 2**21
+
+
+# The layer --------------------------------------------------------------------------------------------------
+
+
+class TiledLinear(nn.Module):
+    """In the place of an Int8Linear or Int4Linear; rows in fp32 or bf16, as many as you like, on the CPU."""
+
+    def __init__(self, tiles, num_outputs, bits, bias):
+        super().__init__()
+        self.weight, self.num_outputs, self.bits, self.bias = fixed(tiles), num_outputs, bits, bias
+
+    def forward(self, x):
+        out = torch.ops.zoo.tiled_linear(x, self.weight, self.num_outputs, self.bits)
+        return add_bias(out, self.bias)
+
+
+def tiles_of_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """(N, K) codes and (N,), as quantize_int8 gives them -> (N / 32, 1, 128 + 32 K) bytes.
+
+    Outputs are filled up to a multiple of 32. A row is one group; its scale becomes fp32 and keeps its value.
+    """
+    more = -len(codes) % LANES
+    # With its sign's bit turned over, q in two's complement is q + 128 without a sign.
+    unsigned = F.pad(codes.view(torch.uint8) ^ 128, (0, 0, 0, more))
+    fours = unsigned.view(-1, LANES, codes.shape[1] // 4, 4).transpose(1, 2)
+    scale = F.pad(scale.float(), (0, more)).view(-1, LANES).view(torch.uint8)
+    return torch.cat([scale, fours.flatten(1)], dim=-1)[:, None]
+
+
+def tiles_of_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
+    """(N, K / 2) codes and (K / g, N, 2), as quantize_int4 gives them -> (N / 32, K / g, 128 + 16 g) bytes.
+
+    Scales and zeros become bf16, whatever they were: the steps between 16 levels are so coarse that it adds
+    less than a thousandth to their error.
+    """
+    num_groups, more = len(scale_zero), -len(packed) % LANES
+    codes = F.pad(unpack(packed), (0, 0, 0, more)).view(
+        -1, LANES, num_groups, packed.shape[1] // num_groups // 4, 2, 4
+    )
+    low, high = codes.unbind(-2)  # inputs 0 to 3 and 4 to 7 of every 8
+    codes = (low | high << 4).permute(0, 2, 3, 1, 4).flatten(2)
+    scale_zero = F.pad(scale_zero.bfloat16(), (0, 0, 0, more)).unflatten(1, (-1, LANES)).transpose(0, 1)
+    return torch.cat([scale_zero.contiguous().view(torch.uint8).flatten(2), codes], dim=-1)
+
+
+@torch.no_grad()
+def tile_layers(model):
+    """Give this kernel the quantized layers of a model on the CPU; None, or a line that says why it cannot.
+
+    An int8 layer whose width is no multiple of 32 stays as it is.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if fits(layer)}
+    devices = {layer.weight.device.type for layer in layers.values()} - {"cpu"}
+    if devices:
+        return f"the kernel of quantized layers needs a model on the CPU, this one is on {devices.pop()}"
+    reason = load_kernel() if layers else None
+    if reason is not None:
+        return reason
+    if any(has_kernel(scales_of(layer)) for layer in layers.values()) and not torch.ops.zoo.has_vector_loop():
+        return "this CPU has no AVX-512 VNNI instructions, and without them torch's own kernels are faster"
+    for name in list(layers):
+        set_module(model, name, tiled(layers.pop(name)))  # whose codes are let go before the next one's turn
+    return None
+
+
+def fits(layer):
+    in_int8 = isinstance(layer, Int8Linear) and layer.weight.shape[1] % INPUTS == 0
+    return in_int8 or isinstance(layer, Int4Linear)
+
+
+def scales_of(layer):
+    return layer.scale if isinstance(layer, Int8Linear) else layer.scale_zero
+
+
+def tiled(layer):
+    """The TiledLinear of an Int8Linear or Int4Linear."""
+    if isinstance(layer, Int8Linear):
+        return TiledLinear(tiles_of_int8(layer.weight, layer.scale), len(layer.weight), 8, layer.bias)
+    scale_zero = layer.scale_zero[:, : layer.num_outputs]
+    return TiledLinear(tiles_of_int4(plain_codes(layer), scale_zero), layer.num_outputs, 4, layer.bias)
+
+
+def plain_codes(layer):
+    """The codes of an Int4Linear as they are stored, (N, K / 2), also from the order of torch's kernel.
+
+    That order is torch's secret and differs from CPU to CPU, but 64 rows are always packed alike. So pack the
+    number of each place in them, 4 bits at a time, and read where it went.
+    """
+    if not layer.tiled:
+        return layer.weight
+    K = 2 * layer.weight.shape[1]
+    codes = []
+    for rows in layer.weight.split(64 * max(1, len(layer.weight) // 64)):  # all whole 64s, then the rest
+        height = min(64, len(rows))
+        there = unpack(rows).view(-1, height * K)
+        codes.append(there[:, places(height, K)].view(-1, K))
+    return pack(torch.cat(codes)[: layer.num_outputs])
+
+
+@lru_cache
+def places(height, K):
+    """(height * K,) where torch puts the code of each place when it packs so many rows."""
+    number = torch.arange(height * K).view(height, K)
+    came_from = torch.zeros_like(number)
+    for bits in range(0, math.ceil(math.log2(number.numel())), 4):
+        digit = torch.ops.aten._convert_weight_to_int4pack_for_cpu((number >> bits & 15).int(), 2)
+        came_from += unpack(digit).long() << bits
+    return came_from.flatten().argsort()
+
+
+@torch.no_grad()
+def into_huge_pages(model):
+    """Put the parameters of a model on the CPU side by side into pages of 2 MB instead of 4 KB.
+
+    A core remembers where some thousand pages lie; a matrix in pages of 4 KB has more, and prefetching stops
+    at the end of each. The system gives large pages to whom asks before touching the memory.
+    """
+    parameters = list(model.parameters())
+    size = sum(-(-p.nbytes // 64) * 64 for p in parameters)
+    memory = torch.empty(size + 2 * HUGE_PAGE, dtype=torch.uint8)
+    at = -memory.data_ptr() % HUGE_PAGE
+    if sys.platform == "linux":
+        advise = ctypes.CDLL(None).madvise
+        advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        # Advice that is not taken, by a kernel without such pages, changes nothing.
+        advise(memory.data_ptr() + at, size // HUGE_PAGE * HUGE_PAGE + HUGE_PAGE, 14)  # MADV_HUGEPAGE
+    for parameter in parameters:
+        place = memory[at : at + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+        parameter.data = place.copy_(parameter)
+        at += -(-parameter.nbytes // 64) * 64
+
+
+# The library ------------------------------------------------------------------------------------------------
+
+
+def load_kernel():
+    """Make torch.ops.zoo.tiled_linear known, built on first use; None, or why it cannot be used."""
+    return load_library(SOURCE, shape_of)
+
+
+def shape_of(x, tiles, num_outputs, bits, plain=False):
+    return x.new_empty(*x.shape[:-1], num_outputs)

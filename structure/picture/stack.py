@@ -1,0 +1,158 @@
+"""What the residual stream runs through: the spine, and the branches that leave it and come back."""
+
+from dataclasses import dataclass
+
+from structure.drawn import is_junction, is_region, is_stack, side_key, side_name, side_names
+from structure.picture.grid import Grid
+from structure.picture.words import labelled, one_line, shape_width, stacked
+
+PADDING = 12.0  # between a frame and what is in it
+LANE_GAP = 24.0
+RAIL = 12.0  # between the lines that run up beside a lane
+RADIUS = 10.0  # of a junction
+CHANNEL = 34.0  # between two models
+PORT = 62.0  # the least width of what stands below a frame and enters its side
+
+
+@dataclass
+class Branch:
+    """Boxes beside the spine: they read it, or an input, and one place of the spine reads them.
+
+    kind: "lane": beside the spine; "port": below a frame, whose side it enters; "wing": a model of its own.
+    start, end: places on the spine, -1 for what comes in.
+    """
+
+    boxes: list
+    edges: list
+    kind: str
+    start: int
+    end: int
+
+    def __contains__(self, id):
+        return any(box.id == id for box in self.boxes)
+
+    def width(self):
+        if self.kind == "wing":
+            return sum(extent(self.boxes[0]))
+        width = Grid(self.boxes, self.edges).width(least_width)
+        return max(width, PORT) if self.kind == "port" else width
+
+
+class Stack:
+    """What is in a box, sorted: the spine from the bottom to the top, branches, and their lanes."""
+
+    def __init__(self, box):
+        self.box = box
+        self.of = {child.id: child for child in box.children}
+        self.spine = self.find_spine()
+        self.place = {id: n for n, id in enumerate(self.spine)} | {"in": -1, "out": len(self.spine)}
+        joined = {id for edge in box.edges for id in (edge.source, edge.target)}
+        self.idle = [child for child in box.children if child.id not in joined]
+        self.branches = [self.branch(part) for part in self.parts(joined)]
+        self.lanes = self.find_lanes()
+        closed = [extent(self.of[id])[0] for id in self.spine if not is_stack(self.of[id])]
+        self.half = max(closed, default=RADIUS)
+
+    def find_spine(self):
+        stream = {id for edge in self.box.edges if edge.residual for id in (edge.source, edge.target)}
+        spine = [child.id for child in self.box.children if child.id in stream]
+        row = {id: n for n, id in enumerate(spine)}
+        for _ in spine:  # the order in which they are read, which is not always that of the children
+            for edge in self.box.edges:
+                if edge.residual and edge.source in row and edge.target in row:
+                    row[edge.target] = max(row[edge.target], row[edge.source] + 1)
+        return sorted(spine, key=lambda id: row[id])
+
+    def parts(self, joined):
+        """Groups of boxes that are joined to each other and not through the spine."""
+        parts = []
+        for child in self.box.children:
+            if child.id in self.spine or child.id not in joined:
+                continue
+            near = {e.source for e in self.box.edges if e.target == child.id}
+            near |= {e.target for e in self.box.edges if e.source == child.id}
+            touching = [part for part in parts if near & {box.id for box in part}]
+            parts = [part for part in parts if part not in touching] + [sum(touching, []) + [child]]
+        return parts
+
+    def branch(self, boxes):
+        ids = {box.id for box in boxes}
+        edges = [e for e in self.box.edges if e.source in ids and e.target in ids]
+        start = max(
+            [self.place[e.source] for e in self.box.edges if e.target in ids and e.source in self.place],
+            default=-1,
+        )
+        ends = [e.target for e in self.box.edges if e.source in ids and e.target not in ids]
+        end = min((self.place[id] for id in ends), default=len(self.spine))
+        reader = self.of.get(self.spine[end]) if end < len(self.spine) else None
+        kind = "wing" if any(map(is_stack, boxes)) else "port" if reader and is_stack(reader) else "lane"
+        return Branch(boxes, edges, kind, start, end)
+
+    def find_lanes(self):
+        """Branches beside the same stretch of the spine stand side by side, others one above the other."""
+        lanes = []
+        for branch in sorted(self.of_kind("lane"), key=lambda branch: branch.end):
+            free = [
+                lane
+                for lane in lanes
+                if all(not (branch.start < other.end and other.start < branch.end) for other in lane)
+            ]
+            if free:
+                free[0].append(branch)
+            else:
+                lanes.append([branch])
+        return lanes
+
+    def of_kind(self, kind):
+        return [branch for branch in self.branches if branch.kind == kind]
+
+    def branch_of(self, id):
+        return next((branch for branch in self.branches if id in branch), None)
+
+    def rails(self, lane):
+        """What comes from outside into the frames of a lane, as side_key; it runs up beside the lane."""
+        frames = {box.id for branch in lane for box in branch.boxes if box.children}
+        sides = [
+            e for e in self.box.edges if e.target in frames and side_name(e) in side_names(self.of[e.target])
+        ]
+        return list(dict.fromkeys(map(side_key, sides)))
+
+    def lane_width(self, lane):
+        return max(max(branch.width() for branch in lane), self.label_width(lane))
+
+    def label_width(self, lane):
+        inside = [
+            e for e in self.box.edges for branch in lane if e.source in branch and labelled(e, self.box.edges)
+        ]
+        return max((shape_width(edge.shape) for edge in inside), default=0.0)
+
+    def extent(self):
+        """Of all but the wings' rails: to the left, and to the right."""
+        frames = [extent(self.of[id]) for id in self.spine if is_stack(self.of[id])]
+        lanes = sum(LANE_GAP + self.lane_width(lane) + RAIL * len(self.rails(lane)) for lane in self.lanes)
+        ports = sum(LANE_GAP + branch.width() for branch in self.of_kind("port"))
+        idle = LANE_GAP + max(map(stacked, self.idle)) if self.idle else 0.0
+        left = max([self.half] + [frame[0] for frame in frames])
+        right = max([self.half + max(lanes + ports, idle)] + [frame[1] for frame in frames])
+        wings = sum(CHANNEL + branch.width() for branch in self.of_kind("wing"))
+        return left, right + wings
+
+
+# ---------------------------------------------------------------------------- room
+
+
+def extent(box):
+    """The least room to the left and to the right of the box's axis."""
+    if is_stack(box):
+        left, right = Stack(box).extent()
+        padding = 0 if is_region(box) else PADDING
+        return left + padding, right + padding
+    if box.children:
+        width = max(Grid(box.children, box.edges).width(least_width) + 2 * PADDING, one_line(box) + 20)
+    else:
+        width = 2 * RADIUS if is_junction(box) else stacked(box)
+    return width / 2, width / 2
+
+
+def least_width(box):
+    return sum(extent(box))
