@@ -18,7 +18,6 @@ shortest time that it can take. Medians are printed; benchmark.json has every sa
 the bars. What this page is made of stands in benchmarks/.
 """
 
-import argparse
 import importlib.util
 import json
 import signal
@@ -31,6 +30,7 @@ from benchmarks.picture import draw
 from benchmarks.report import make_report, table
 from benchmarks.turns import Process
 from models import load_config
+from models.utils.command_line import Parser
 from models.utils.errors import UserError, run_main
 from models.utils.files import one_line, write_atomically
 from models.utils.machine import choose_device
@@ -70,15 +70,8 @@ def main(argv=None):
     print(f"\nwrote benchmark.json, benchmark.png and benchmark.svg into {args.out}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see: python benchmark.py --help")
-
-
 def parse_arguments(argv):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("python benchmark.py", __doc__)
     add = parser.add_argument
     add("configs", nargs="*", default=["llama-124m", "gpt2"], help="names in configs/")
     add("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS), help="int8 and int4 go with bf16")

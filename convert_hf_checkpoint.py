@@ -6,22 +6,18 @@
 How the tensors go over stands in conversion/convert.py, where Hugging Face keeps them in conversion/tables/.
 """
 
-import argparse
-
-import torch
-
 from conversion.convert import convert, inspect, reverse
 from conversion.hub import fetch
 from conversion.meta import MetaOptions
 from conversion.tables import PAGES
+from models.utils.command_line import DTYPES, Parser, positive
 from models.utils.errors import UserError, run_main
+from models.utils.machine import dtype_named
 from models.utils.quantize import (
     GROUP_SIZES,
     KINDS,
     quantization_of,
 )
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 EXAMPLES = """
 examples:
@@ -40,7 +36,7 @@ The result is checkpoints/NAME/converted/ with config.json, model.safetensors an
 
 def main():
     args = parse_arguments()
-    dtype = DTYPES.get(args.dtype)
+    dtype = dtype_named(args.dtype)
     quantization = quantization_of(args.quantize, args.group_size, args.calibrate)
     if quantization and (args.reverse or args.inspect):
         raise UserError(
@@ -73,11 +69,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description="Turn a published checkpoint into one that this project reads, and back.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python convert_hf_checkpoint.py", __doc__, epilog=EXAMPLES)
     add = parser.add_argument
     sizes = ", ".join(map(str, sorted(GROUP_SIZES)))
     add(
@@ -119,19 +111,6 @@ def parse_arguments():
         )
     add("--rope-original-seq-len", type=positive(int), metavar="N", default=8192, help="default: %(default)s")
     return parser.parse_args()
-
-
-def positive(kind):
-    """An argparse type: a finite int or float above 0."""
-
-    def parse(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@
 The text goes to standard output, everything else (memory, speed, errors) to standard error.
 """
 
-import argparse
 import random
 import sys
 
 from conversion.checkpoint import CHECKPOINTS, open_checkpoint, open_draft
+from models.utils.command_line import Parser
 from models.utils.errors import UserError, run_main
 from models.utils.machine import (
     DTYPES,
@@ -70,15 +70,8 @@ def main(argv=None):
 # Options ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see: python run.py --help")
-
-
 def parse(argv):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("python run.py", __doc__)
     add = parser.add_argument
     add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="FOLDER", help="converted first if need be")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best of cuda, mps, cpu")

@@ -13,7 +13,6 @@ Nothing is drawn by hand: the model stands on torch's meta device, where weights
 memory, and torch.export records what it does. A new file in models/ has its diagram without another line.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -29,6 +28,7 @@ from models import (
     load_config,
     nearest,
 )
+from models.utils.command_line import CHECKPOINTS, Parser
 from models.utils.errors import UserError, run_main
 from models.utils.files import read_json
 from structure.capture.capture import capture
@@ -36,7 +36,6 @@ from structure.facts import describe
 from structure.table import table
 
 IMAGES = Path(__file__).parent / "structure_images"
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 # What --all draws: each architecture once.
 ZOO = (
     "transformer-base",
@@ -225,15 +224,8 @@ def what_there_is():
 # Options ----------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see: python show_structure.py --help")
-
-
 def parse(argv):
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("python show_structure.py", __doc__)
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="in configs/, a JSON file, or a checkpoint's folder")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value in its config")

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from benchmarks.checks import Expected, check, check_rows
 from benchmarks.turns import Process
 from models import build_model, load_config
+from models.utils.command_line import DTYPES
 from models.utils.errors import UserError
-from models.utils.machine import DTYPES, available_memory, spoken_bytes
+from models.utils.machine import available_memory, spoken_bytes
 
 WEIGHTS = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.7}  # bytes of one, about
 GGUF_KINDS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}

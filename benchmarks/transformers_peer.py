@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.clock import synchronized
 from benchmarks.one_pass import OnePass
 from models.utils.errors import UserError
-from models.utils.machine import DTYPES, keep_freed_memory
+from models.utils.machine import dtype_named, keep_freed_memory
 
 
 class Transformers:
@@ -19,7 +19,7 @@ class Transformers:
         keep_freed_memory()
         if threads:
             torch.set_num_threads(threads)
-        self.folder, self.device, self.dtype = folder, torch.device(device), DTYPES[dtype]
+        self.folder, self.device, self.dtype = folder, torch.device(device), dtype_named(dtype)
 
     def about(self):
         return {"threads": torch.get_num_threads()}

@@ -17,7 +17,8 @@ from benchmarks.zoo import Encoder, bytes_read_per_token
 from conversion.convert import convert
 from conversion.tables import to_hf_config, to_hf_state
 from models import config_to_dict, create_model, load_config, load_model
-from models.utils.machine import DTYPES
+from models.utils.command_line import DTYPES
+from models.utils.machine import dtype_named
 from models.utils.quantize import quantization_of
 
 
@@ -44,14 +45,14 @@ class Writer:
         model_name, _ = load_config(self.config)
         model = redrawn(create_model(self.config, **overrides))
         for dtype in dict.fromkeys(["float32", *(name for name in weights if name in DTYPES)]):
-            write_hf(model_name, model, folder / f"hf-{dtype}", DTYPES[dtype])
+            write_hf(model_name, model, folder / f"hf-{dtype}", dtype_named(dtype))
         for kind in weights:
             quantization = None if kind in DTYPES else quantization_of(kind, None)
-            dtype = DTYPES.get(kind, torch.bfloat16)
+            dtype = dtype_named(kind if kind in DTYPES else "bfloat16")
             source = folder / "hf-float32"
             convert(source, folder / kind, dtype, progress=False, model=model_name, quantization=quantization)
         num_weights = bytes_read_per_token(model) // 4
-        sizes = {f"transformers {name}": num_weights * dtype.itemsize for name, dtype in DTYPES.items()}
+        sizes = {f"transformers {name}": num_weights * dtype_named(name).itemsize for name in DTYPES}
         for kind, gguf_kind in gguf_kinds.items():
             from benchmarks.gguf_file import matrix_bytes_read, write_gguf
 

@@ -9,7 +9,7 @@ from benchmarks.clock import synchronized
 from benchmarks.one_pass import OnePass
 from models import load_model
 from models.utils.compile import compile_decoding
-from models.utils.machine import DTYPES, keep_freed_memory
+from models.utils.machine import dtype_named, keep_freed_memory
 from runs_ar.generate import generate, prefill
 from runs_ss.speculate import ModelDrafter, speculate
 
@@ -21,7 +21,7 @@ class Eager:
         keep_freed_memory()
         if threads:
             torch.set_num_threads(threads)
-        self.folder, self.device, self.dtype = folder, torch.device(device), DTYPES[dtype]
+        self.folder, self.device, self.dtype = folder, torch.device(device), dtype_named(dtype)
         self.said = []
 
     def about(self):

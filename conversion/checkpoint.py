@@ -12,13 +12,12 @@ import torch
 from conversion.convert import calibration_windows, convert
 from conversion.weight_files import open_weights
 from models import build_model, config_from_dict, load_model
+from models.utils.command_line import CHECKPOINTS
 from models.utils.compile import compile_decoding
 from models.utils.errors import UserError
 from models.utils.files import converted_folder, read_json
 from models.utils.machine import DTYPES, available_memory, spoken_bytes
 from models.utils.quantize import spoken, stored_quantization, swap
-
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
 
 class Checkpoint(NamedTuple):

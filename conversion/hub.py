@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
+from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError
 from models.utils.files import one_line
-
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 
 # Beside config.json and the weights: the tokenizer, how to generate, how an image becomes numbers, how a
 # conversation is written.

@@ -9,6 +9,7 @@ Every models/NAME.py has a `Config` and a `Model`; every config file begins with
 import dataclasses
 import difflib
 import importlib
+import inspect
 import types
 import typing
 from pathlib import Path
@@ -110,6 +111,32 @@ def nearest(name, names):
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
+# Kinds ------------------------------------------------------------------------------------------------------
+
+DECODER, ENCODER_DECODER, ONE_PASS = "decoder", "encoder-decoder", "one-pass model"
+
+
+def model_class(model_name):
+    return importlib.import_module(f"models.{model_name}").Model
+
+
+def kind_of(model_name):
+    """What can be done with a model, read off what its class offers (no list is kept).
+
+    DECODER writes text: new_cache(batch_size, num_slots). ENCODER_DECODER writes it from a source: encode and
+    decode. ONE_PASS answers in a single call; inputs_of says whether it reads tokens or images.
+    """
+    model = model_class(model_name)
+    if hasattr(model, "encode") and hasattr(model, "decode"):
+        return ENCODER_DECODER
+    return DECODER if hasattr(model, "new_cache") else ONE_PASS
+
+
+def inputs_of(model_name):
+    """The names of what a model's forward is given: ["tokens", "positions", "cache"], ["images"], ..."""
+    return list(inspect.signature(model_class(model_name).forward).parameters)[1:]
+
+
 # Models -----------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +157,7 @@ def create_model(name, **overrides):
 def build_model(model_name, config, device="meta"):
     """The model without meaningful weights; on the meta device without any memory, whatever its size."""
     with torch.device(device):
-        return importlib.import_module(f"models.{model_name}").Model(config)
+        return model_class(model_name)(config)
 
 
 def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):

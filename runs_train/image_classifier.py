@@ -31,7 +31,14 @@ from models import create_model, load_config
 from models.utils.errors import UserError, run_main
 from models.utils.image_processor import FILE, image_processor
 from runs_train.image_data import Batches, prepare
-from runs_train.options import Parser, add_folder_options, add_machine_options, number, prepare_folder, whole
+from runs_train.options import (
+    TrainingParser,
+    add_folder_options,
+    add_machine_options,
+    number,
+    prepare_folder,
+    whole,
+)
 from runs_train.trained_checkpoint import draw_losses, picture, save_checkpoint, time_row, write_readme
 from runs_train.training_run import TrainingRun, autocast, learning_rate, make_forward, make_optimizer
 
@@ -182,7 +189,7 @@ def readme_rows(run, measured):
 
 
 def parse_options(argv):
-    parser = Parser("image_classifier", __doc__)
+    parser = TrainingParser("image_classifier", __doc__)
     add_data_options(parser.add_argument_group("what [default]").add_argument)
     add_training_options(parser.add_argument_group("how [default]").add_argument)
     add_machine_options(parser.add_argument_group("on this machine [default]").add_argument)

@@ -27,7 +27,14 @@ from models import create_model, load_config
 from models.utils.errors import run_main
 from models.utils.tokenizer import load_tokenizer
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
-from runs_train.options import Parser, add_folder_options, add_machine_options, number, prepare_folder, whole
+from runs_train.options import (
+    TrainingParser,
+    add_folder_options,
+    add_machine_options,
+    number,
+    prepare_folder,
+    whole,
+)
 from runs_train.text_data import Windows, prepare
 from runs_train.trained_checkpoint import draw_losses, picture, save_checkpoint, time_row, write_readme
 from runs_train.training_run import (
@@ -188,7 +195,7 @@ def readme_rows(run, measured):
 
 
 def parse_options(argv):
-    parser = Parser("language_model", __doc__)
+    parser = TrainingParser("language_model", __doc__)
     add_data_options(parser.add_argument_group("what [default]").add_argument)
     add_training_options(parser.add_argument_group("how [default]").add_argument)
     add_machine_options(parser.add_argument_group("on this machine [default]").add_argument)

@@ -32,7 +32,14 @@ import torch.nn.functional as F
 from models import create_model, load_config
 from models.utils.errors import UserError, run_main
 from models.utils.tokenizer import load_tokenizer
-from runs_train.options import Parser, add_folder_options, add_machine_options, number, prepare_folder, whole
+from runs_train.options import (
+    TrainingParser,
+    add_folder_options,
+    add_machine_options,
+    number,
+    prepare_folder,
+    whole,
+)
 from runs_train.passage_data import (
     PAD,
     SPECIAL_TOKENS,
@@ -253,7 +260,7 @@ def readme_rows(run, measured):
 
 
 def parse_options(argv):
-    parser = Parser("masked_language_model", __doc__)
+    parser = TrainingParser("masked_language_model", __doc__)
     add_data_options(parser.add_argument_group("what [default]").add_argument)
     add_training_options(parser.add_argument_group("how [default]").add_argument)
     add_machine_options(parser.add_argument_group("on this machine [default]").add_argument)

@@ -7,26 +7,17 @@ import argparse
 import math
 from pathlib import Path
 
+from models.utils.command_line import CHECKPOINTS, Parser
 from models.utils.errors import UserError
 from models.utils.files import remove
 from models.utils.machine import choose_device
 
-CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 
-
-class Parser(argparse.ArgumentParser):
+class TrainingParser(Parser):
     """Of `python -m runs_train.PAGE`; --help begins with the page's own text."""
 
     def __init__(self, page, text):
-        super().__init__(
-            prog=f"python -m runs_train.{page}",
-            description=text,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message):
-        raise UserError(f"{message}; see: {self.prog} --help")
+        super().__init__(f"python -m runs_train.{page}", text)
 
     def parse_args(self, argv=None):
         options = super().parse_args(argv)

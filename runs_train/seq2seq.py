@@ -32,7 +32,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from models import create_model, load_config
 from models.utils.errors import UserError, run_main
 from runs_train.exact_match import exact_matches, share
-from runs_train.options import Parser, add_folder_options, add_machine_options, number, prepare_folder, whole
+from runs_train.options import (
+    TrainingParser,
+    add_folder_options,
+    add_machine_options,
+    number,
+    prepare_folder,
+    whole,
+)
 from runs_train.pair_data import Batches, prepare
 from runs_train.trained_checkpoint import draw_losses, picture, save_checkpoint, time_row, write_readme
 from runs_train.training_run import TrainingRun, autocast, make_forward, make_optimizer
@@ -206,7 +213,7 @@ def readme_notes(run, matches):
 
 
 def parse_options(argv):
-    parser = Parser("seq2seq", __doc__)
+    parser = TrainingParser("seq2seq", __doc__)
     add_data_options(parser.add_argument_group("what [default]").add_argument)
     add_training_options(parser.add_argument_group("how [default]").add_argument)
     add_machine_options(parser.add_argument_group("on this machine [default]").add_argument)

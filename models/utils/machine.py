@@ -9,7 +9,10 @@ import torch
 
 from models.utils.errors import UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+def dtype_named(name):
+    """The torch.dtype of that name; None for None."""
+    return name and getattr(torch, name)
 
 
 def choose_device(name=None):
