@@ -253,7 +253,7 @@ def test_the_compiler_takes_it_without_a_break():
 
 REPORT = """
 import sys, torch
-from models.utils.tiled_linear import tile_layers
+from models.utils.kernels.tiled_linear import tile_layers
 from models.utils.quantize import Int4Linear, Quantization, quantize_layers
 model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
 quantize_layers(model, Quantization("int4", 32))
