@@ -14,7 +14,6 @@ from models.utils.errors import UserError
 from models.utils.files import one_line
 from models.utils.machine import Stopwatch
 from models.utils.sampling import Sampling, seeded_generators
-from models.utils.tokenizer import load_tokenizer
 from models.utils.tokenizers.base import Tokenizer
 from models.utils.tokenizers.marian import LANGUAGE_CODE
 from runs_ar.attention_picture import cross_attention, draw
@@ -58,21 +57,21 @@ class Translator:
         return {}
 
 
-def run_transformer(args, folder, config, load, make_translator=Translator):
-    """Translate. `load()` is slow: what can be wrong with the input is found out before."""
+def run_transformer(args, checkpoint, make_translator=Translator):
+    """Translate. checkpoint.load() is slow: what can be wrong with the input is found out before."""
     texts = texts_to_translate(args)
-    tokenizer = load_tokenizer(folder)
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
     sources = [tokenizer.encode(text) for text in texts]
     for text, source in zip(texts, sources):
         check_language(tokenizer, text)
         check_source(config, source)
 
-    options = generation_options(args, folder, tokenizer)
+    options = generation_options(args, checkpoint)
     max_new_tokens = args.max_new_tokens if "--max-new-tokens" in args.given else None
-    rules, beams = generation_rules(folder, config, options["eos_ids"], max_new_tokens)
+    rules, beams = generation_rules(checkpoint.folder, config, options["eos_ids"], max_new_tokens)
     beams = choose_beams(args, beams)
     TextStream(tokenizer, stop_strings=args.stop)  # checks the stop strings
-    translator = make_translator(load(), tokenizer, rules, beams, options["sampling"])
+    translator = make_translator(checkpoint.load(), tokenizer, rules, beams, options["sampling"])
 
     watch = Stopwatch()
     for number, (text, source) in enumerate(zip(texts, sources)):

@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.utils.errors import UserError
 from models.utils.files import decode_utf8, one_line, read_json
-from models.utils.tokenizer import load_tokenizer
 from models.utils.tokenizers.wordpiece import WordPieceTokenizer
 from runs_ar.generate import check_vocabulary
 from runs_ar.terminal import is_piped
@@ -42,11 +41,11 @@ DEFAULT_TEXTS = {
 }
 
 
-def run_bert(args, folder, config, load):
-    """`load()` returns the model and is slow: what can be wrong with the input is found out before."""
+def run_bert(args, checkpoint):
+    """checkpoint.load() is slow: what can be wrong with the input is found out before."""
     check_options(args.given)
+    folder, config, tokenizer = checkpoint.folder, checkpoint.config, checkpoint.tokenizer
     texts = texts_of(args, config.head)
-    tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, WordPieceTokenizer):
         raise UserError(f"{folder}: this tokenizer does not cut words as BERT does (WordPiece); use its own")
     answer = {
@@ -61,7 +60,7 @@ def run_bert(args, folder, config, load):
     for text, (ids, _) in zip(texts, inputs):
         check_length(config, text, ids)
 
-    results = answer.results(texts, inputs, outputs(load(), inputs))
+    results = answer.results(texts, inputs, outputs(checkpoint.load(), inputs))
     if args.json:
         print(json.dumps(results))
     else:

@@ -24,16 +24,17 @@ NUM_GUESSES = 5
 MOST_PATCHES = 10_000  # every patch attends to every other
 
 
-def run_vit(args, folder, config, load):
-    """`load()` returns the model and is slow: what can be wrong with the input is found out before."""
+def run_vit(args, checkpoint):
+    """checkpoint.load() is slow: what can be wrong with the input is found out before."""
     check_options(args)
+    folder, config = checkpoint.folder, checkpoint.config
     processor = load_image_processor(folder, config.num_channels)
     labels = read_json(folder / "labels.json") if config.num_labels else None
     inputs = [processor(open_image(path, config.num_channels)) for path in args.images]
     for path, image in zip(args.images, inputs):
         check_size(path, image, config)
 
-    model = load()
+    model = checkpoint.load()
     start, results = time.perf_counter(), []
     for path, image in zip(args.images, inputs):
         results.append(result(path, look(model, image), labels))

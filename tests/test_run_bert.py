@@ -12,6 +12,7 @@ import transformers
 import run
 from conversion import checkpoint
 from models.utils.errors import UserError
+from models.utils.tokenizer import load_tokenizer
 from runs_encoder import bert
 
 MAX_SEQ_LEN = 40
@@ -130,7 +131,7 @@ def test_what_looks_like_another_special_token_is_text(masked, result):
     _, tokenizer, folder = masked
     pieces = ["[", "sep", "]"]
     assert result(folder, ["[SEP] [MASK]"])[0]["masks"]
-    ((ids, segments),) = bert.FillMask(folder, bert.load_tokenizer(folder)).encode(["[SEP] [MASK]"])
+    ((ids, segments),) = bert.FillMask(folder, load_tokenizer(folder)).encode(["[SEP] [MASK]"])
     plain = tokenizer(" ".join(pieces), add_special_tokens=False)["input_ids"]
     assert ids == [tokenizer.cls_token_id, *plain, tokenizer.mask_token_id, tokenizer.sep_token_id]
     assert segments == [0] * len(ids)
@@ -316,7 +317,7 @@ def test_every_head_has_an_example(make, masked, sentences, result):
 
 
 def test_wrong_input_is_one_line(masked, sentences, make, start, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the input is checked before this"))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("checked too late"))
     long = "[MASK] " * (MAX_SEQ_LEN - 1)
     binary = tmp_path / "binary"
     binary.write_bytes("Größe".encode("latin-1"))
