@@ -20,7 +20,7 @@ from conversion.weight_files import open_weights
 from models import build_model, config_from_dict, inputs_of, kind_of
 from models.utils.errors import UserError, report
 from models.utils.files import NotConverted, read_converted
-from models.utils.machine import available_memory, choose_device, spoken_bytes
+from models.utils.machine import available_memory, choose_device, choose_dtype, spoken_bytes
 from models.utils.quantize import Quantization, parts_of, plan_layers, spoken, stored_quantization
 from models.utils.tokenizer import load_tokenizer
 from models.utils.weights import load_weights
@@ -35,7 +35,7 @@ class Checkpoint:
     config: object
     stored: Quantization | None  # how its weights are stored
     device: torch.device
-    dtype: torch.dtype | None  # None: the checkpoint's own
+    dtype: torch.dtype  # of the weights that are no codes
     quantization: Quantization | None  # of the linear layers, while loading
     widths: tuple  # how many tokens a compiled step reads per row; none: nothing is compiled
     windows: tuple  # of the text that calibrates int4
@@ -57,8 +57,7 @@ class Checkpoint:
     @cached_property
     def model(self):
         """Without weights, on the meta device, until `load` gives it some."""
-        model = build_model(self.model_name, self.config, stored=self.stored)
-        return model.to(self.dtype or self.stored_dtype())
+        return build_model(self.model_name, self.config, stored=self.stored).to(self.dtype)
 
     def load(self, num_slots=0):
         """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
@@ -73,16 +72,10 @@ class Checkpoint:
             model.new_cache(1, num_slots)  # compiles, before anybody's clock starts
         return model
 
-    def stored_dtype(self):
-        """The dtype of the weights that are no codes."""
-        dtypes = (entry.dtype for entry in open_weights(self.folder).entries.values())
-        return next((d for d in dtypes if isinstance(d, torch.dtype) and d.is_floating_point), None)
-
     def weight_bytes(self):
         """(bytes of the weights in memory, how they are held: "bfloat16, linear layers in int4 ...")."""
         parameters = dict(self.model.named_parameters())
-        dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)
-        held, plan = str(dtype).removeprefix("torch."), {}
+        held, plan = str(self.dtype).removeprefix("torch."), {}
         if self.quantization:
             plan, notes = plan_layers(self.model, self.quantization)
             held += f", {spoken(self.quantization, notes)}"
@@ -101,7 +94,7 @@ class Checkpoint:
             needs += f" and {spoken_bytes(cache)} of cache for {num_slots} tokens"
         report(f"{self.folder}: {needs}, on {self.device}")
         available = available_memory(self.device)
-        if available is not None and weights + cache > available:
+        if weights + cache > available:
             raise UserError(
                 f"{self.folder}: {needs} do not fit into the {spoken_bytes(available)} that {self.device} "
                 "has free; try --dtype bfloat16, fewer --max-new-tokens, or a smaller checkpoint"
@@ -111,7 +104,8 @@ class Checkpoint:
 def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(), calibration=None):
     """The Checkpoint called `name`, which is converted first if that was not done yet.
 
-    dtype: of the weights, if not as stored. quantization: of the linear layers, while loading.
+    dtype: of the weights; None: as stored, or fp32 on a CPU that is slow at that. quantization: of the linear
+    layers, while loading.
     calibration: the path of a text for int4. widths: how many tokens per row are fed at once behind what is
     cached; where they are given, such steps are compiled.
     """
@@ -123,7 +117,23 @@ def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(),
         raise UserError(f"{folder}: is {stored} already; run it without --quantize")
     device = device if isinstance(device, torch.device) else choose_device(device)
     windows = calibration_windows(calibration, folder, model_name, config)
+    dtype = dtype or fast_dtype(folder, device, keep=stored or quantization)
     return Checkpoint(folder, model_name, config, stored, device, dtype, quantization, widths, windows)
+
+
+def fast_dtype(folder, device, keep=False):
+    """What the weights are stored in, or fp32 on a CPU that is slow at that; `keep`: never fp32."""
+    entries = open_weights(folder).entries.values()
+    # The codes of quantized layers are whole numbers.
+    floats = [entry for entry in entries if entry.dtype.is_floating_point]
+    stored = floats[0].dtype if floats else torch.float32
+    if keep:
+        return stored
+    fp32_bytes = sum(4 * torch.Size(entry.shape).numel() for entry in floats)
+    dtype, why = choose_dtype(stored, device, fp32_bytes, available_memory(device))
+    if why:
+        report(why)
+    return dtype
 
 
 def read_or_convert(folder):
