@@ -59,6 +59,11 @@ class Checkpoint:
         """Without weights, on the meta device, until `load` gives it some."""
         return build_model(self.model_name, self.config, stored=self.stored).to(self.dtype)
 
+    def example(self, name):
+        """The path of an example that came with the checkpoint, example.txt or example.png; None without."""
+        places = (self.folder / name, self.folder.parent / name)
+        return next((path for path in places if path.is_file()), None)
+
     def load(self, num_slots=0):
         """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
         self.check_memory(num_slots)

@@ -86,7 +86,7 @@ class Plain:
 
 
 def continue_text(args, checkpoint, options, way):
-    prompt, tokenizer = prompt_text(args), checkpoint.tokenizer
+    prompt, tokenizer = prompt_text(args, checkpoint) or DEFAULT_PROMPT, checkpoint.tokenizer
     prompt_ids = tokenizer.encode(prompt)
     check_prompts(checkpoint.config, [prompt_ids])
     tell_of_marks(tokenizer, prompt)
@@ -142,9 +142,12 @@ def finish_reason(stream, tokens, options):
     return "max_new_tokens" if len(tokens) == options["max_new_tokens"] else "context full"
 
 
-def prompt_text(args):
-    """--prompt, or else what is piped in, or else a default."""
-    return given_text(args) or DEFAULT_PROMPT
+def prompt_text(args, checkpoint):
+    """--prompt, or else what is piped in, or else the example of the checkpoint; None where it has none."""
+    if text := given_text(args):
+        return text
+    example = checkpoint.example("example.txt")
+    return example and example.read_text(encoding="utf-8")
 
 
 def given_text(args):

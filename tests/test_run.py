@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import run
 from conversion import checkpoint, find
@@ -347,6 +348,16 @@ def test_wrong_checkpoints(llama, gpt2, tmp_path, start, monkeypatch):
     assert "no tokenizer" in message(tmp_path / "gpt2-large")
     (tmp_path / "nothing").mkdir()
     assert "config.json" in message(tmp_path / "nothing")
+
+
+def test_nan_is_no_score(llama, tmp_path, start):
+    folder = shutil.copytree(checkpoint.find_checkpoint(llama[1]), tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["final_norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    for words in (["--score", __file__], ["--score", __file__, "--json"], ["--prompt", "def"]):
+        with pytest.raises(UserError, match="NaN"):
+            start(folder, *words)
 
 
 def test_what_does_not_fit_is_not_loaded(llama, start, monkeypatch):

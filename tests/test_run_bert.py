@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import run
 from conversion import checkpoint
@@ -302,7 +303,8 @@ def test_lines_that_are_piped_in_are_texts(masked, result, tmp_path, monkeypatch
     piped.write_text(f"{WITH_MASKS[0]}\n\n  {WITH_MASKS[1]}\r\n", encoding="utf-8")
     with open(piped) as file:
         monkeypatch.setattr(sys, "stdin", file)
-        assert [one["text"] for one in result(masked[2], [])] == WITH_MASKS[:2]
+        # A result for each line, also for the empty one.
+        assert [one["text"] for one in result(masked[2], [])] == [WITH_MASKS[0], "", WITH_MASKS[1]]
         assert [one["text"] for one in result(masked[2], WITH_MASKS[2:])] == WITH_MASKS[2:]
 
 
@@ -311,6 +313,16 @@ def test_every_head_has_an_example(make, masked, sentences, result):
     assert len(result(sentences[2], [])["texts"]) == 3
     for name in "SequenceClassification", "TokenClassification", "NextSentencePrediction":
         assert result(make(f"BertFor{name}")[2], [])
+
+
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_nan_is_no_answer(masked, tmp_path, start, words):
+    folder = shutil.copytree(checkpoint.find_checkpoint(masked[2]), tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["token_embed.weight"][5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match="NaN"):
+        start(folder, WITH_MASKS[:1], *words)
 
 
 # What is wrong is said in one line, before anything is loaded -----------------------------------------------
