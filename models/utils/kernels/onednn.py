@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.utils.quantize import set_module
-
 SMALLEST = 2**18  # numbers in a matrix for oneDNN: a megabyte
 
 
@@ -41,8 +39,11 @@ class Linear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def choose_products(model):
-    """Give each fp32 matrix on the CPU, of a model that is loaded, its library and its order in memory."""
+def choose_products(model, by_columns=True):
+    """Give each fp32 matrix on the CPU, of a model that is loaded, its library and its order in memory.
+
+    by_columns: whether those that stay with F.linear may be stored column by column.
+    """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return
     for name, module in list(model.named_modules()):
@@ -52,6 +53,6 @@ def choose_products(model):
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             continue
         if weight.numel() >= SMALLEST:
-            set_module(model, name, Linear(module))
-        else:
+            model.set_submodule(name, Linear(module))
+        elif by_columns:
             weight.data = weight.data.T.contiguous().T
