@@ -27,7 +27,7 @@ class Eager:
         self.said = []
 
     def about(self):
-        return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        return {"threads": torch.get_num_threads(), "torch_runs_as": torch.backends.cpu.get_cpu_capability()}
 
     def load(self):
         """How many bytes a decoded token reads."""

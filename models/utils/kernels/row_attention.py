@@ -25,6 +25,7 @@ which for several bf16 queries come out badly:
        32     4        5   2048     1800    710, 840    1780, 64000   1210, 1510
 
 bf16 is widened to fp32 when it is loaded, and everything is summed in fp32. It runs models, and trains none.
+Shapes: B batch, H query heads, K heads of keys and values, T queries, S slots, d features of a head.
 Proof: tests/test_row_attention.py.
 """
 

@@ -36,6 +36,7 @@ reads 28 GB/s:
           without bf16 products   .10    .10    .17    .27    .55   1.08
 
 Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that takes pairs of bf16 as they are.
+Shapes: N outputs and K inputs of a matrix; n, k and m number outputs, inputs and rows of x.
 Proof: tests/test_row_linear.py.
 """
 
