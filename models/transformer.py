@@ -161,14 +161,14 @@ class Model(nn.Module):
         mask: Tensor,  # (B, 1, T, S): True = attend
         positions: Tensor,  # (B, T)
     ) -> tuple[Tensor, "Alibi | Rope | None"]:
-        """What self-attention is told beyond the paper. The paper's model has the mask as it came, and None."""
+        """What self-attention is told beyond the paper, in whose model it is this mask, and None."""
         config, S, relative = self.config, mask.shape[-1], None
         if config.window is not None:
             mask = window_mask(mask, positions, config.window)
         if config.positions == "alibi":
             relative = alibi(positions, S, config.num_heads, self.token_embed.weight.dtype)
         if config.positions == "rope":
-            relative = rope(positions, S, config.d_model // config.num_heads)
+            relative = rotations(positions, S, config.d_model // config.num_heads)
         return mask, relative
 
     def new_cache(self, memory: "Memory", num_slots: int) -> "Cache":
@@ -416,7 +416,7 @@ class Rope(NamedTuple):
     of_k: tuple[Tensor, Tensor]  # each (S, w)
 
 
-def rope(positions: Tensor, num_slots: int, head_dim: int) -> Rope:
+def rotations(positions: Tensor, num_slots: int, head_dim: int) -> Rope:
     """The angles are those of the sinusoids, here of a head's width (Su et al. 2021, section 3.2.2)."""
     q_sin, q_cos = sinusoids(positions[:, None], head_dim)  # each (B, 1, T, w)
     k_sin, k_cos = sinusoids(torch.arange(num_slots, device=positions.device), head_dim)  # each (S, w)
