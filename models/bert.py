@@ -149,7 +149,7 @@ class Model(nn.Module):
 class Layer(nn.Module):
     """Sublayer, add, norm: post-LN (Vaswani et al. 2017, section 3.1).
 
-    Differs from gpt2: the norm stands behind the sum, and there is no cache to pass on.
+    Differs from gpt2: the norm stands after the sum, and there is no cache to pass on.
     """
 
     def __init__(self, config: Config):

@@ -54,7 +54,7 @@ class Config:
 
 
 class Model(nn.Module):
-    """Differs from transformer: a decoder alone, with learned positions and a norm behind the last layer."""
+    """Differs from transformer: a decoder alone, with learned positions and a norm after the last layer."""
 
     def __init__(self, config: Config):
         super().__init__()

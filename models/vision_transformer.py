@@ -57,7 +57,7 @@ class Config:
 
 
 class Model(nn.Module):
-    """Differs from bert: embeds patches behind a class token, and stretches the table of positions."""
+    """Differs from bert: embeds patches after a class token, and stretches the table of positions."""
 
     def __init__(self, config: Config):
         super().__init__()
