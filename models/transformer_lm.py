@@ -7,7 +7,6 @@ New against gpt2:
 - no dropout, no biases: all this as in Llama
 - torch.nn lends its bookkeeping alone (Module, Parameter, random numbers); each part is of use on its own
 Papers: Vaswani et al. 2017 (section 3.2), Touvron et al. 2023 (Llama, section 2.2); the parts name theirs.
-A cache is filled and read as in gpt2.
 
     tokens (B, T)
       x = token_embed(tokens)
@@ -19,8 +18,7 @@ A cache is filled and read as in gpt2.
     logits (B, T, V) = lm_head(hidden)
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots).
-Proof: tests/test_transformer_lm.py, part by part against torch's own, and against `transformers`.
-Picture: python show_structure.py transformer-lm-15m
+Proof: tests/test_transformer_lm.py. Picture: python show_structure.py transformer-lm-15m
 """
 
 import math
@@ -73,8 +71,13 @@ class Model(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.token_embed.weight
 
-    def forward(self, tokens, positions=None, cache=None) -> Tensor:
-        """Logits for the token that follows each token; arguments as for hidden, below."""
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
     def hidden(
@@ -95,7 +98,6 @@ class Model(nn.Module):
         S = T if positions is None else cache[0].k.shape[2]
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
-
         mask = causal_mask(positions, S)  # (B, 1, T, S)
         rotation = None
         if self.config.rope_base is not None:
@@ -241,8 +243,7 @@ class Linear(nn.Module):
         return torch.einsum("...i,oi->...o", x, self.weight)  # (...): o outputs where i inputs were
 
     def init_weights(self):
-        """A variance between 1 / d_in, for signals, and 1 / d_out, for gradients (Glorot and Bengio, eq. 12).
-        A normal distribution now and then draws a weight far out; this one is cut at three std."""
+        """A variance between 1 / d_in, for signals, and 1 / d_out, for gradients (Glorot and Bengio, eq. 12)."""
         d_out, d_in = self.weight.shape
         std = math.sqrt(2 / (d_in + d_out))
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
@@ -286,7 +287,6 @@ def softmax(x: Tensor) -> Tensor:
 
     A factor exp(-max) above and below changes nothing, except that no exp overflows. exp(-inf) is 0: what is
     masked gets nothing. Where all is masked there is no answer, and this one is NaN, like torch's.
-
     >>> softmax(torch.tensor([0.0, math.log(3), -math.inf]))
     tensor([0.2500, 0.7500, 0.0000])
     """

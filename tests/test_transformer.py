@@ -306,6 +306,13 @@ def test_a_prefill_does_not_depend_on_the_size_of_the_cache(model):
     assert (1, 13, 60) in results.fresh_shapes, "the recorder saw the pass"
 
 
+def test_positions_need_a_cache_with_slots(model):
+    source, target = texts(PAD, 101, 1, 9)
+    cache = model.new_cache(model.encode(source), 0)
+    with pytest.raises(ValueError, match="positions are slots of a cache; this one has none"):
+        model.decode(target, positions_of(1, 0, target.shape[1]), cache)
+
+
 def test_a_step_does_not_project_the_memory_again(model):
     source, target = texts(PAD, 101, 1, 20)
     cache = model.new_cache(model.encode(source), 20)
