@@ -122,7 +122,7 @@ class Model(nn.Module):
             must have a token, or its softmax is NaN. What comes out at a padded place means nothing.
         """
         T = tokens.shape[1]
-        if T > self.config.max_seq_len:
+        if self.config.max_seq_len < T:
             raise ValueError(f"{T} tokens are more than the {self.config.max_seq_len} of the position table")
         segments = torch.zeros_like(tokens) if segments is None else segments
         # No token attends to padding.

@@ -89,7 +89,7 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
-        if T > self.config.max_seq_len:
+        if self.config.max_seq_len < T:
             raise ValueError(f"{T} tokens are more than the {self.config.max_seq_len} of the position table")
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")

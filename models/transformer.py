@@ -1,10 +1,11 @@
 """The Transformer of 2017: an encoder reads the source, a decoder writes the target, attention joins the two.
 
-The reading order begins here. New against the networks before it, which read one token after the other:
+New against the networks before it, which read one token after the other:
 - attention alone carries what one token knows to another, for all tokens at once
 - it has several heads, each of which attends in a way of its own
 - sinusoids are added to the embeddings, since attention itself sees no order
-Paper: Vaswani et al. 2017, "Attention Is All You Need". opus-mt checkpoints (Marian) load into this page.
+Paper: Vaswani et al. 2017, "Attention Is All You Need". Here the reading order begins. opus-mt checkpoints
+(Marian) load into this page.
 
     source (B, T), padded on the right
       x = token_embed(source) * sqrt(D) + sinusoids(positions)

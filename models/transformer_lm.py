@@ -243,7 +243,7 @@ class Linear(nn.Module):
         return torch.einsum("...i,oi->...o", x, self.weight)  # (...): o outputs where i inputs were
 
     def init_weights(self):
-        """A variance between 1 / d_in, for signals, and 1 / d_out, for gradients (Glorot and Bengio, eq. 12)."""
+        """A variance between 1 / d_in, for signals, and 1 / d_out, for gradients (Glorot, eq. 12)."""
         d_out, d_in = self.weight.shape
         std = math.sqrt(2 / (d_in + d_out))
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
