@@ -159,12 +159,12 @@ class Mixer(nn.Module):
             moved = keep[:, t, :, None] * state + k[:, t, :, None] * v[:, t, None, :]  # (B, N, D)
             is_token = (positions[:, t] >= 0)[:, None, None]  # (B, 1, 1)
             state = torch.where(is_token, moved, state)  # (B, N, D)
-            outs.append((q[:, t, None, :] @ state)[:, 0])  # (B, D)
+            outs.append(q[:, t, None, :] @ state)
             if cache is not None:
                 cache.write(state, positions[:, t])
 
         gate = F.silu(self.gate_proj(x))  # (B, T, D)
-        return self.o_proj(gate * torch.stack(outs, dim=1))  # (B, T, D)
+        return self.o_proj(gate * torch.cat(outs, dim=1))  # (B, T, D)
 
 
 class LayerCache(NamedTuple):

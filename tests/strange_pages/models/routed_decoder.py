@@ -186,13 +186,23 @@ class Mixture(nn.Module):
         scores, chosen = self.router(tokens).topk(self.num_active_experts)  # each (t, A)
         weights = scores.float().softmax(dim=-1).type_as(x)  # (t, A)
 
-        # The tokens of an expert go through it together; one that nobody chose reads none of its weights.
         out = torch.zeros_like(tokens)  # (t, D)
-        for e, expert in enumerate(self.experts):
-            token, rank = torch.nonzero(chosen == e, as_tuple=True)  # each (e,)
-            share = weights[token, rank, None] * expert(tokens[token])  # (e, D)
-            out.index_add_(0, token, share)  # (t, D)
+        for n, expert in enumerate(self.experts):
+            add_share(out, expert, tokens, weights, chosen == n)
         return out.view_as(x)  # (B, T, D)
+
+
+def add_share(
+    out: Tensor,  # (t, D)
+    expert: "FeedForward",
+    tokens: Tensor,  # (t, D)
+    weights: Tensor,  # (t, A)
+    is_chosen: Tensor,  # (t, A)
+):
+    """The tokens of an expert go through it together; where nobody chose it, none of its weights is read."""
+    token, rank = torch.nonzero(is_chosen, as_tuple=True)  # each (e,)
+    share = weights[token, rank, None] * expert(tokens[token])  # (e, D)
+    out.index_add_(0, token, share)  # (t, D)
 
 
 class FeedForward(nn.Module):

@@ -5,6 +5,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from conversion.convert import convert
 from models import build_model, load_config
 from tests.decoder_proof import DecoderProof
+from tests.shape_cases import Case, run_decoder
 
 
 class TestNormedDecoder(DecoderProof):
@@ -45,3 +46,27 @@ class TestNormedDecoder(DecoderProof):
 def test_parameter_count():
     model = build_model(*load_config("normed-decoder"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 596_049_920  # Qwen3 0.6B
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """With a head of its own and without."""
+    for tied_head in False, True:
+        yield module.Config(
+            vocab_size=31,
+            max_seq_len=25,
+            d_model=16,
+            num_layers=2,
+            num_heads=12,
+            num_kv_heads=3,
+            head_dim=10,
+            d_ff=29,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            tied_head=tied_head,
+        )
+
+
+SHAPES = Case(shape_configs, run_decoder, {"B": 7, "T": 11, "S": 13})

@@ -7,6 +7,7 @@ from models import build_model, load_config
 from models import recurrence as page
 from tests.decoder_proof import random_tokens
 from tests.model_proof import assert_close
+from tests.shape_cases import Case
 
 SMALL = page.Config(vocab_size=101, max_seq_len=64, d_model=30, num_layers=3, d_state=7, norm_eps=1e-5)
 
@@ -104,3 +105,27 @@ def test_every_parameter_is_trained(model):
 def test_parameter_count():
     model = build_model(*load_config("recurrence"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 88_188_672
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def run_shapes(model, recorder, B, T, U):
+    """The whole pass, in training and in evaluation; a prompt into a cache, then one token, then several."""
+    tokens = torch.randint(model.config.vocab_size, (B, T))
+    recorder.running(model.config, B=B, T=T, U=U)
+    model.train()(tokens).sum().backward()
+    model.eval()(tokens)
+    cache = model.new_cache(B, 3 * T, num_undo=U - 1)
+    model(tokens, cache=cache)
+    recorder.running(model.config, B=B, T=1, U=U)
+    model(tokens[:, :1], torch.full((B, 1), T), cache)
+    recorder.running(model.config, B=B, T=T - 1, U=U)
+    model(tokens[:, 1:], torch.arange(T, 2 * T - 1).expand(B, -1), cache)
+
+
+def shape_configs(module):
+    yield module.Config(vocab_size=31, max_seq_len=64, d_model=16, num_layers=2, d_state=9, norm_eps=1e-5)
+
+
+SHAPES = Case(shape_configs, run_shapes, {"B": 7, "T": 11, "U": 5})

@@ -6,6 +6,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from conversion.convert import convert
 from models import build_model, load_config
 from tests.decoder_proof import DecoderProof, random_tokens
+from tests.shape_cases import Case, run_decoder
 
 
 class TestRoutedDecoder(DecoderProof):
@@ -65,3 +66,47 @@ class TestRoutedDecoder(DecoderProof):
 def test_parameter_count():
     model = build_model(*load_config("routed-decoder"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 46_702_792_704  # Mixtral 8x7B
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    yield module.Config(
+        vocab_size=41,
+        max_seq_len=31,
+        d_model=23,
+        num_layers=2,
+        num_heads=33,
+        num_kv_heads=3,
+        head_dim=26,
+        d_ff=43,
+        num_experts=19,
+        num_active_experts=5,
+        norm_eps=1e-5,
+        rope_base=10_000.0,
+    )
+
+
+class WithExperts:
+    """The recorder, told that t is all tokens of a call, and e any number of them."""
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def running(self, config, B, T, S):
+        self.recorder.running(config, B=B, T=T, S=S, t=B * T, e=set(range(B * T + 1)))
+
+
+def run_shapes(model, recorder, B, T, S, t, e):
+    run_decoder(model, WithExperts(recorder), B, T, S)
+
+
+SHAPES = Case(
+    shape_configs,
+    run_shapes,
+    {"B": 7, "T": 17, "S": 29, "t": 119, "e": 19},
+    same={("B", "T")},  # t
+    true_too={("(B, T) or None", "(t, T) or None")},  # forward meets positions with T = 1 alone
+    by_data={"e"},
+)
