@@ -2,6 +2,9 @@
 
 import os
 
+# Pages that tests/test_strange_pages.py adds to a copy of the zoo; they are at home only there.
+collect_ignore = ["strange_pages"]
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
