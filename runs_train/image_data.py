@@ -12,6 +12,7 @@ Proof: tests/test_train_image_classifier.py.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from models.utils.errors import UserError
 from models.utils.image_processor import DEFAULTS, image_processor, open_image
+from runs_train.fresh_model import check_room
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
@@ -47,8 +49,13 @@ class Album:
     facts: dict  # what is known of the data
 
 
-def prepare(data, image_size, num_channels):
-    """The images of `data`, as squares of `image_size`: "digits" or a folder that has one per label."""
+def prepare(data, image_size, num_channels, shift=0):
+    """The images of `data`, as squares of `image_size`: "digits" or a folder that has one per label.
+
+    shift: how far they will be moved.
+    """
+    if shift > image_size:
+        raise UserError(f"--shift {shift} moves images of {image_size} pixels out of sight; give less")
     fields = preprocessing(image_size, num_channels)
     if data == "digits":
         pixels, labels, names = digits()
@@ -115,6 +122,8 @@ def read_folder(folder, processor, num_channels):
             f"are {len(groups)}, too small: {', '.join(few) or 'none'}"
         )
     files = [file for group in groups.values() for file in group]
+    num_bytes = len(files) * num_channels * math.prod(processor.size)
+    check_room(num_bytes, f"--data {folder}: the pixels of {len(files)} images", torch.device("cpu"))
     pixels = [
         processor.resize(open_image(file, num_channels))
         for file in tqdm(files, desc=str(folder), unit="image", disable=None)
