@@ -119,7 +119,11 @@ def writing(path):
     """What the system refuses (a full disk, a folder of somebody else's) as one line about `path`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save makes a RuntimeError of what its file says.
+        error = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"{path}: cannot be written ({error.strerror or one_line(error)}); what was there still is; "
             "make room, and the same command goes on"

@@ -108,9 +108,8 @@ class TrainingRun:
         for n in range(first, first + self.options.accumulate):
             batch = self.batch(n)
             num_predictions = self.num_predictions(batch)
-            loss = (
-                self.loss(batch) * num_predictions
-            )  # their sum, so that each counts the same in every batch
+            # The sum over them, so that each counts the same in whichever batch it is.
+            loss = self.loss(batch) * num_predictions
             loss.backward()
             total, count = total + loss.item(), count + num_predictions
         for parameter in self.model.parameters():
@@ -204,7 +203,7 @@ class TrainingRun:
         path = self.folder / "state.pt"
         with writing(path):
             write_notes(self.folder.parent, page=self.options.page, arguments=self.options.arguments)
-            # Opened here: a full disk is an OSError then, and not a RuntimeError of torch's own writer.
+            # Opened here: then torch says why it cannot write, see `writing`.
             with write_atomically(path) as partial, open(partial, "wb") as file:
                 torch.save(state, file)
 
