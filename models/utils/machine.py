@@ -23,6 +23,8 @@ def choose_device(name=None):
         return torch.device(best[0] if best else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise NotImplementedError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device {name!r} is not on this machine; try --device cpu") from None
