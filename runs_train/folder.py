@@ -1,6 +1,6 @@
 """The folder of a run: whose it is, that one run at a time writes there, and that nothing of others is lost.
 
-Proof: tests/test_train_folder.py.
+Proof: tests/test_train_loops.py.
 """
 
 from contextlib import contextmanager, suppress

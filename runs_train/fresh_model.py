@@ -1,6 +1,6 @@
 """A model with fresh weights, once it is known that its kind can be trained here, and that there is room.
 
-Proof: tests/test_train_options.py.
+Proof: tests/test_train_loops.py.
 """
 
 import dataclasses

@@ -30,7 +30,6 @@ from runs_train.options import (
     add_folder_options,
     add_machine_options,
     add_step_options,
-    not_empty,
     number,
     whole,
 )
@@ -48,12 +47,7 @@ def parse_options(arguments):
     parser = TrainingParser("image_classifier", __doc__)
     add = parser.group("what")
     add_folder_options(add)
-    add(
-        "--data",
-        type=not_empty,
-        required=True,
-        help="a folder with a subfolder of images per label; or digits",
-    )
+    add("--data", required=True, help="a folder with a subfolder of images per label; or digits")
     add = add_step_options(
         parser, 2400, lr=2e-3, warmup=200, weight_decay=0.05, draws="weights, order, shifts"
     )

@@ -32,7 +32,6 @@ from runs_train.options import (
     add_folder_options,
     add_machine_options,
     add_step_options,
-    not_empty,
     whole,
 )
 
@@ -49,20 +48,10 @@ def parse_options(arguments):
     parser = TrainingParser("language_model", __doc__)
     add = parser.group("what")
     add_folder_options(add)
-    add(
-        "--data",
-        type=not_empty,
-        required=True,
-        help="a text file, a folder of them, or stdlib: Python's library",
-    )
+    add("--data", required=True, help="a text file, a folder of them, or stdlib: Python's library")
     add("--vocab-size", type=whole(260, MOST_TOKENS), default=4096, metavar="V", help="pieces [%(default)s]")
-    add(
-        "--tokenizer",
-        type=not_empty,
-        metavar="FILE",
-        help="a sentencepiece tokenizer.model, not one of --vocab-size",
-    )
-    add("--prompt", type=not_empty, help="what the samples begin with, which are shown as it trains")
+    add("--tokenizer", metavar="FILE", help="a sentencepiece tokenizer.model, not one of --vocab-size")
+    add("--prompt", help="what the samples begin with, which are shown as it trains")
     add = add_step_options(parser, 2400, lr=2e-3, warmup=200, weight_decay=0.1, draws="weights and windows")
     add("--batch-size", type=whole(1), default=8, metavar="B", help="windows at once [%(default)s]")
     add("--context", type=whole(2), metavar="T", help="tokens of a window [the model's max_seq_len]")

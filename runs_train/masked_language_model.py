@@ -30,7 +30,6 @@ from runs_train.options import (
     add_folder_options,
     add_machine_options,
     add_step_options,
-    not_empty,
     number,
     whole,
 )
@@ -48,12 +47,7 @@ def parse_options(arguments):
     parser = TrainingParser("masked_language_model", __doc__)
     add = parser.group("what")
     add_folder_options(add)
-    add(
-        "--data",
-        type=not_empty,
-        required=True,
-        help="a text file, a folder of them, or stdlib: its docstrings",
-    )
+    add("--data", required=True, help="a text file, a folder of them, or stdlib: its docstrings")
     # One more than the special tokens at least.
     add("--vocab-size", type=whole(6, MOST_TOKENS), default=4096, metavar="V", help="pieces [%(default)s]")
     add = add_step_options(parser, 5000, lr=1e-3, warmup=200, weight_decay=0.01, draws="weights, order, gaps")

@@ -1,7 +1,7 @@
 """The command line of the training pages: what they all ask, and numbers that are checked as they are read.
 
 It imports nothing slow: --help, and what is wrong with a command, are answered before torch is imported.
-Proof: tests/test_train_options.py.
+Proof: tests/test_train_loops.py.
 """
 
 import argparse
@@ -38,14 +38,8 @@ class TrainingParser(Parser):
 
 
 def add_folder_options(add):
-    add(
-        "--config",
-        type=not_empty,
-        required=True,
-        metavar="NAME",
-        help="a config of configs/, or a JSON file's path",
-    )
-    add("--out", type=not_empty, metavar="FOLDER", help="where to write [checkpoints/my-NAME]")
+    add("--config", required=True, metavar="NAME", help="a config of configs/, or a JSON file's path")
+    add("--out", metavar="FOLDER", help="where to write [checkpoints/my-NAME]")
     add("--restart", action="store_true", help="begin anew, in place of the run in that folder")
 
 
@@ -59,32 +53,19 @@ def add_step_options(
     add("--accumulate", type=whole(1), default=1, metavar="N", help="batches per update [%(default)s]")
     add("--lr", type=number(above=0), default=lr, metavar="F", help=f"{lr_help} [%(default)s]")
     add("--warmup", type=whole(least), metavar="N", help=f"steps up to it [{warmup}, fewer of fewer --steps]")
-    add(
-        "--weight-decay",
-        type=number(least=0),
-        default=weight_decay,
-        metavar="W",
-        help="AdamW's [%(default)s]",
-    )
+    add("--weight-decay", type=number(least=0), default=weight_decay, help="AdamW's [%(default)s]")
     add("--clip", type=number(above=0), default=1.0, metavar="G", help="the longest gradient [%(default)s]")
     add("--seed", type=whole(0), default=0, metavar="N", help=f"for {draws} [%(default)s]")
     return add
 
 
 def add_machine_options(add):
-    add("--device", type=not_empty, help="cpu, cuda, cuda:1, mps [the best of cuda, mps, cpu]")
+    add("--device", help="cpu, cuda, cuda:1, mps [the best of cuda, mps, cpu]")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products [bfloat16 where that is fast]")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     add("--eval-every", type=whole(1), metavar="N", help="steps [250, or a sixth of --steps]")
     add("--save-every", type=whole(1), default=250, metavar="N", help="steps [%(default)s]")
-
-
-def not_empty(text):
-    """An argparse type: a text that says something."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("is empty")
-    return text
 
 
 def whole(least, most=MOST):

@@ -31,7 +31,6 @@ from runs_train.options import (
     add_folder_options,
     add_machine_options,
     add_step_options,
-    not_empty,
     number,
     whole,
 )
@@ -51,7 +50,7 @@ def parse_options(arguments):
     parser = TrainingParser("seq2seq", __doc__)
     add = parser.group("what")
     add_folder_options(add)
-    add("--data", type=not_empty, required=True, help="lines of source TAB target, or dates: made by rule")
+    add("--data", required=True, help="lines of source TAB target, or dates: made by rule")
     add("--vocab-size", type=whole(8, MOST_TOKENS), metavar="V", help="pieces of each language [characters]")
     eq_3 = {"lr_help": "times eq. 3's learning rate", "least": 1}
     add = add_step_options(parser, 4000, lr=1.0, warmup=800, weight_decay=0.0, draws="weights, order", **eq_3)

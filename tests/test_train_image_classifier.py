@@ -1,29 +1,27 @@
 """The ViT's training page: runs go on exactly, transformers reads the result, the data are what they say."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import run
 from conversion.convert import convert
-from models import load_config, load_model
+from models import load_model
 from models.utils.errors import UserError
 from models.utils.files import read_json
 from models.utils.image_processor import image_processor, load_image_processor, open_image
-from runs_train.image_classifier import main, parse_options
+from runs_train.image_classifier import main
 from runs_train.image_data import Batches, Images, every_fifth, prepare, shift_each
 from runs_train.image_labels import Run, accuracy
 from tests.model_proof import assert_close
+from tests.tiny_readmes import row
 from tests.training_runs import CONFIGS, small_run, state_of
 
 ROOT = Path(__file__).parent.parent
@@ -212,11 +210,6 @@ def test_a_file_among_the_images_that_is_none(command, tmp_path):
 # The checkpoint that comes with the project -----------------------------------------------------------------
 
 
-def row(key):
-    """A value in its README's table."""
-    return re.search(rf"^\| {re.escape(key)} \| (.+) \|$", (TINY / "README.md").read_text(), re.M).group(1)
-
-
 def sheet():
     """The held-out digits: a row for each of 0 to 9; where there is no digit, the sheet is black."""
     page = np.asarray(Image.open(SHEET))
@@ -235,33 +228,17 @@ def tiny(tmp_path_factory):
 
 def test_its_accuracy_on_the_held_out_digits(tiny):
     measured = accuracy(*(tiny[0], sheet(), tiny[1]))
-    assert row("accuracy, held-out images") == f"{measured:.2%} ({round(355 * measured)} of 355)"
+    assert row(TINY.name, "accuracy, held-out images") == f"{measured:.2%} ({round(355 * measured)} of 355)"
     assert measured >= 0.97
 
 
 def test_the_sheet_is_the_held_out_fifth():
     album, shown = prepare("digits", 8, 1), sheet()
-    if album.facts["sha256"] != row("sha256 of pixels and labels"):
+    if album.facts["sha256"] != row(TINY.name, "sha256 of pixels and labels"):
         pytest.skip("this scikit-learn has other digits")
     in_order = album.held_out.labels.argsort(stable=True)
     assert (album.held_out.pixels[in_order] == shown.pixels).all()
     assert album.held_out.labels[in_order].tolist() == shown.labels.tolist()
-
-
-def test_its_readme_is_about_it(tiny):
-    model, _ = tiny
-    assert row("parameters") == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-    line = re.search(
-        r"^    python -m runs_train.image_classifier (.+)$", (TINY / "README.md").read_text(), re.M
-    )
-    options = parse_options(shlex.split(line.group(1)))
-    assert (options.config, options.data) == ("tiny-vit-digits", "digits")
-    assert load_config(options.config)[1] == model.config
-    assert row("images seen").startswith(f"{options.steps * options.batch_size:,}, ")
-    path = TINY / "model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    assert path.stat().st_size < 1_000_000
 
 
 def test_it_names_the_digit_of_the_readme(capsys):
