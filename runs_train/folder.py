@@ -56,15 +56,23 @@ def check_place(folder):
 
 
 def check_owner(folder, names):
-    training = folder / TRAINING
-    if not has_notes(folder) and training.exists() and (not training.is_dir() or any(training.iterdir())):
-        raise UserError(f"{training} was not written by a training run; move it away, or give another --out")
+    if not has_notes(folder) and strangers(folder / TRAINING):
+        raise UserError(
+            f"{folder / TRAINING} was not written by a training run; move it away, or give another --out"
+        )
     for name in names:
         if (folder / name).exists() and not is_ours(folder, name):
             what = "holds a model that was not trained there" if name == "config.json" else f"has a {name}"
             raise UserError(
                 f"{folder} {what}, or that was changed since; move it away, or give another --out"
             )
+
+
+def strangers(training):
+    """Whether there is more than a run that was killed in its first moment leaves."""
+    if not training.is_dir():
+        return training.exists()
+    return any(path.name != "lock" and not path.name.startswith(NOTES) for path in training.iterdir())
 
 
 @contextmanager
@@ -105,7 +113,7 @@ def lock(file):
 def forget_unless_begun(folder):
     """A command that came to nothing leaves nothing: no tokens and no state, then no folder either."""
     training = folder / TRAINING
-    if {path.name for path in training.iterdir()} <= {"lock", NOTES}:
+    if training.is_dir() and {path.name for path in training.iterdir()} <= {"lock", NOTES}:
         remove(training)
         with suppress(OSError):  # not empty
             folder.rmdir()

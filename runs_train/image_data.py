@@ -1,6 +1,6 @@
 """Labelled images for training: a folder of files becomes pixels, of which every fifth is held out.
 
-    a subfolder per label, or "digits" --resize--> pixels (N, C, height, width), uint8 --shifted--> batches
+    a subfolder per label, or "digits" --resize--> pixels (B, C, height, width), uint8 --shifted--> batches
 
 digits: 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn (a part of the "Optical
 Recognition of Handwritten Digits" set of the UCI repository; E. Alpaydin and C. Kaynak 1998).
@@ -8,6 +8,7 @@ Recognition of Handwritten Digits" set of the UCI repository; E. Alpaydin and C.
 Of each label's images every fifth is held out, in the order of their names (in scikit-learn's order), so that
 the same images are held out whoever trains.
 
+Shapes: B images, of a whole part or of a batch; C channels.
 Proof: tests/test_train_image_classifier.py.
 """
 
@@ -31,8 +32,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 class Images:
     """Some images and what they show."""
 
-    pixels: np.ndarray  # (N, C, height, width), uint8
-    labels: torch.Tensor  # (N,)
+    pixels: np.ndarray  # (B, C, height, width), uint8
+    labels: torch.Tensor  # (B,)
 
     def __len__(self):
         return len(self.labels)
@@ -87,7 +88,7 @@ def preprocessing(image_size, num_channels):
 
 
 def every_fifth(labels):
-    """(N,) bool: the fifth image of each label, the tenth, and so on."""
+    """(B,) bool: the fifth image of each label, the tenth, and so on."""
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         held_out[(labels == label).nonzero()[4::5]] = True

@@ -1,7 +1,7 @@
-"""Train a decoder of the zoo on text, from fresh weights to a checkpoint that runs.
+r"""Train a decoder of the zoo on text, from fresh weights to a checkpoint that runs.
 
-    python -m runs_train.language_model --config tiny-llama-python-draft --data stdlib \\
-        --steps 1500 --context 256 --batch-size 4
+    python -m runs_train.language_model --config tiny-llama-python-draft --data stdlib \
+        --steps 1500 --batch-size 2
 
 takes about two minutes on two cores, and shows as it goes what the model writes. Without the second line it
 trains as the checkpoints that come with the project were trained, for some ten times as long.

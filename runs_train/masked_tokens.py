@@ -33,6 +33,7 @@ from runs_train.passage_data import (
     prepare,
     spans,
 )
+from runs_train.text_data import forget_others
 from runs_train.trained_checkpoint import (
     MUTED,
     draw_losses,
@@ -67,6 +68,7 @@ def train(options):
         start_near(model)
         run = Run(model, corpus, options, folder / "training")
         run.train()
+        forget_others(corpus.folder)
         save(run, model_name, folder)
         report(run, folder)
 

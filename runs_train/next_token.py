@@ -24,7 +24,7 @@ from runs_ar.generate import generate
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
 from runs_train.folder import run_folder
 from runs_train.fresh_model import check_kind, check_room, fresh_model
-from runs_train.text_data import Windows, prepare
+from runs_train.text_data import Windows, forget_others, prepare
 from runs_train.trained_checkpoint import (
     draw_losses,
     draw_measured,
@@ -57,6 +57,7 @@ def train(options):
         model = fresh_model(options, vocab_size=corpus.facts["vocab_size"])
         run = Run(model, corpus, options, folder / "training")
         run.train()
+        forget_others(corpus.folder)
         save(run, model_name, folder)
         report(run, folder)
 

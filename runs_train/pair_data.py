@@ -10,6 +10,7 @@ The tokenizer is laid out as Marian's: source.spm and target.spm cut texts into 
 the pieces of both their ids. As sentencepiece does by default, it applies NFKC, takes a run of spaces for one
 and drops those at the ends, so that odd spacing between words never reaches the model.
 
+Shapes: B pairs in a batch, S tokens of their longest source, T of their longest target.
 Proof: tests/test_train_seq2seq.py.
 """
 

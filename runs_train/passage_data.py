@@ -6,6 +6,7 @@
 
 A passage is a docstring of the standard library where the data are `stdlib`, a paragraph where they are other
 text. Which files are held out is decided by a hash of their names, as in text_data.py.
+Shapes: B passages in a batch, T tokens of the longest of them.
 Proof: tests/test_train_masked_language_model.py.
 """
 

@@ -7,6 +7,7 @@ Which files are held out follows from a hash of their names: the same ones on ev
 files come or go. Token files are mapped into memory, so a corpus may be larger than the RAM.
 
 `stdlib` is a corpus that every machine with Python has: the source of its standard library.
+Shapes: B windows in a batch.
 Proof: tests/test_train_language_model.py.
 """
 
@@ -26,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from models.utils.errors import UserError
-from models.utils.files import one_line, read_json, write_atomically
+from models.utils.files import one_line, read_json, remove, write_atomically
 from runs_train.folder import writing
 from runs_train.options import MOST_TOKENS
 
@@ -217,6 +218,13 @@ def make_once(training, facts, write):
         write(new)
         (new / "data.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def forget_others(folder):
+    """Delete what make_once made of other facts beside `folder`, for a run that has been replaced."""
+    for path in folder.parent.glob("tokens-*"):
+        if path != folder:
+            remove(path)
 
 
 def write_corpus(train, held_out, vocab_size, tokenizer, folder):

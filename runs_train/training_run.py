@@ -153,19 +153,15 @@ class TrainingRun:
         if self.options.dtype is None:
             dtype, line = training_dtype(self.options.device)
             self.options.dtype = str(dtype).removeprefix("torch.")
-            fast = (
-                f"{self.options.dtype}: what this {self.options.device.type} multiplies matrices fastest in"
-            )
-            print(f"{line or fast}; --dtype takes another", flush=True)
+            line = line or f"{self.options.dtype}: this {self.options.device.type} has instructions for it"
+            print(f"{line}; --dtype takes another", flush=True)
 
     def introduce(self):
         num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         print(f"{num_parameters:,} parameters, {self.describe()}")
         ours, name = asdict(self.model.config), self.options.config
         theirs = asdict(load_config(name)[1])
-        changes = [
-            f"{field} is {ours[field]}, not {theirs[field]}" for field in ours if ours[field] != theirs[field]
-        ]
+        changes = [f"{key} is {ours[key]}, not {theirs[key]}" for key in ours if ours[key] != theirs[key]]
         if changes:
             # A name like transformer-lm-15m promises a size.
             print(f"{name} itself has {count_parameters(name):,}: with these data {', '.join(changes)}")
@@ -181,10 +177,12 @@ class TrainingRun:
         bar.update()
         now = time.perf_counter()
         if bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = now
             left = self.seconds / self.step * (self.options.steps - self.step) / 60
             speed = ", ".join(f"{value} {unit}" for unit, value in self.speed().items())
-            say(f"step {self.step:6}   loss {self.losses[-1]:.3f}   {speed}, {left:.1f} minutes left")
+            # The first steps are slow, and say nothing of the rest.
+            speed += f", {left:.1f} minutes left" if self.last_line > -math.inf else ""
+            say(f"step {self.step:6}   loss {self.losses[-1]:.3f}   {speed}")
+            self.last_line = now
 
     def show_evaluation(self, text):
         recent = self.losses[-self.options.eval_every :]

@@ -22,6 +22,7 @@ from runs_train.exact_match import exact_matches, share, translate
 from runs_train.folder import run_folder
 from runs_train.fresh_model import check_kind, fresh_model
 from runs_train.pair_data import Batches, prepare
+from runs_train.text_data import forget_others
 from runs_train.trained_checkpoint import (
     draw_losses,
     draw_measured,
@@ -44,6 +45,7 @@ def train(options):
         model = fresh_model(options, vocab_size=corpus.tokenizer.vocab_size, pad_id=corpus.tokenizer.pad_id)
         run = Run(model, corpus, options, folder / "training")
         run.train()
+        forget_others(corpus.folder)
         save(run, model_name, folder)
         report(run, folder)
 

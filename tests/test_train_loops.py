@@ -315,7 +315,8 @@ def test_a_new_run_takes_the_place_of_the_old_only_when_it_can(train, tmp_path):
         with pytest.raises(UserError):
             train("run", "--restart", *mistake, steps=3)
         assert before == {path: path.read_bytes() for path in before}
-    train("run", "--restart", "--seed", "1", steps=3)
+    train("run", "--restart", "--vocab-size", "350", steps=3)
+    assert len(list(state.parent.glob("tokens-*"))) == 1
     assert state.read_bytes() != before[state] and state_of(tmp_path / "run")["step"] == 3
     assert "--restart" not in (tmp_path / "run" / "README.md").read_text()
 
@@ -350,6 +351,13 @@ def test_two_runs_do_not_share_a_folder(train, tmp_path, monkeypatch):
     # A lock without its process is none.
     assert (tmp_path / "run" / "training" / "lock").exists()
     train("run", steps=3)
+
+
+def test_a_run_that_was_killed_in_its_first_moment_is_no_stranger(train, tmp_path):
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    (tmp_path / "run" / "training" / "lock").write_text("")
+    train("run", steps=3)
+    assert state_of(tmp_path / "run")["step"] == 3
 
 
 def test_a_command_that_comes_to_nothing_leaves_nothing(either, tmp_path):
@@ -528,7 +536,7 @@ def test_a_batch_that_no_machine_holds(train):
 # The command ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "dates_data"])
 def test_started_as_a_file_it_says_how_to_start_it(page):
     result = subprocess.run(
         [sys.executable, ROOT / "runs_train" / f"{page}.py"], capture_output=True, text=True, cwd="/"
