@@ -60,6 +60,7 @@ def quantized(layer, quantization):
     """The layer that takes its place in a model."""
     model = torch.nn.Sequential(layer)
     quantize_layers(model, quantization)
+    quantize.prepare(model)
     return model[0]
 
 
