@@ -290,6 +290,13 @@ def test_the_first_new_word_keeps_its_space(tokenizer):
     assert TextStream(tokenizer, tokenizer.encode("def")).push(word) == " " + piece[1:]
 
 
+def test_a_character_that_the_prompt_begins_is_finished(tokenizer):
+    """More than the prompt's last token counts: of the three bytes of a euro it holds two, the text one."""
+    tokens = [tokenizer.core.piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    stream = TextStream(tokenizer, tokenizer.encode("def") + tokens[:2])
+    assert stream.push(tokens[2]) + stream.finish() == "€"
+
+
 def test_a_stop_string_ends_the_generation(model, tokenizer):
     prompt = tokenizer.encode("def ")
     tokens = alone(model, prompt, 40, sampling=SAMPLING, generators=seeded_generators(0, 1))
@@ -335,7 +342,9 @@ def test_defaults_come_from_generation_config(tmp_path, fields, sampling, eos_id
     "fields, name",
     [
         ({"do_sample": True, "temperature": "hot"}, "temperature"),
+        ({"do_sample": True, "top_k": True}, "top_k"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
         ({"do_sample": True, "top_p": -1}, "top_p"),
     ],
     ids=str,
