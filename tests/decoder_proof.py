@@ -54,6 +54,7 @@ class DecoderProof(ModelProof):
         model(tokens[:, :5], cache=cache)
         positions = torch.arange(5, 12).expand(2, -1)
         assert_close(model(tokens[:, 5:], positions, cache), model(tokens)[:, 5:])
+        assert_close(model(tokens, cache=cache), model(tokens))
         with pytest.raises(AssertionError, match="slots"):
             model(random_tokens(model, 2, 13), cache=cache)
 

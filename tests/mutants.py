@@ -4,12 +4,12 @@ A mutant is the code with one careless change: a sign, an axis, a forgotten cast
 of them, each with the test that must turn red. One that stays green is a line that nothing proves: whoever
 breaks it by mistake will not be told. Run the suite first, since a test that is red anyway says nothing here.
 
-    make mutants                                    all of them, in a quarter of an hour on two cores
+    make mutants                                    all of them, in half an hour on two cores
     make mutants FILES="models/llama.py runs_ar/"   those of some files or folders
     python tests/mutants.py -j 1 models/llama.py    the same, one at a time
 
-Each change is made in a copy of the tree, never in the tree itself; of the copy nothing stays, after Ctrl-C
-neither. The exit status is 1 where a mutant stayed green or could not be tried.
+Each change is made in a copy of the tree, never in the tree itself, and nothing stays of the copy, after
+Ctrl-C neither. The exit status is 1 where a mutant stayed green or could not be tried.
 
 To add one, choose a line of your page that a reader could get wrong, get it wrong, and write down the change,
 the smallest test that notices, and in a few words what is wrong. Entries are separated by empty lines:
@@ -25,6 +25,7 @@ before, it is no mutant.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -37,8 +38,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # for one test; a mutant may never end, and that is noticed too
-RED, GREEN = "red", "STILL GREEN"
-VERDICTS = {0: GREEN, 1: RED, 4: "NO SUCH TEST", 5: "NO SUCH TEST"}  # by pytest's exit status
+GOOD = ("red", "red (no end)", "skipped")  # skipped: by a machine that lacks what the test needs
+VERDICTS = {0: "STILL GREEN", 1: "red", 4: "NO SUCH TEST", 5: "NO SUCH TEST"}  # by pytest's exit status
 
 
 class Mutant(NamedTuple):
@@ -47,6 +48,14 @@ class Mutant(NamedTuple):
     old: str
     new: str
     test: str
+
+    def fits(self, root):
+        """Whether the old text stands in its file, exactly once."""
+        path = root / self.file
+        return path.is_file() and path.read_text(encoding="utf-8").count(self.old) == 1
+
+    def report(self, verdict, seconds=0):
+        print(f"{verdict:13}{seconds:4.0f} s  {self.file}: {self.why}", flush=True)
 
 
 def read_mutants(path):
@@ -70,7 +79,7 @@ class Trial:
         self.scratch = Path(tempfile.mkdtemp(dir=tree.parent))
         # No bytecode: Python would take it for fresh where a file changes twice in a second.
         variables = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(self.scratch)}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-x", "-v", "--tb=no", "-p", "no:cacheprovider"]
         with open(self.scratch / "output", "w") as output:
             self.process = subprocess.Popen(
                 [*command, mutant.test], cwd=tree, env=os.environ | variables, stdin=subprocess.DEVNULL,
@@ -81,17 +90,15 @@ class Trial:
         """None while the test runs."""
         status = self.process.poll()
         if status is None:
-            return f"{RED} (no end)" if time.monotonic() > self.start + SECONDS else None
+            return "red (no end)" if time.monotonic() > self.start + SECONDS else None
         if status == 0 and " passed" not in (self.scratch / "output").read_text():
-            return "SKIPPED"
+            return "skipped"
         return VERDICTS.get(status, f"PYTEST FAILED ({status})")
 
     def end(self):
         """Whatever the test has started ends with it, and the tree is what it was."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.path.write_text(self.text, encoding="utf-8")
@@ -107,9 +114,12 @@ def copy_tree(root, target):
     return target
 
 
-def try_mutants(mutants, root=ROOT, jobs=1, report=print):
-    """How many were not noticed. `report` is told of each as it is known."""
-    waiting, running, bad = list(reversed(mutants)), {}, 0
+def try_mutants(mutants, root=ROOT, jobs=1):
+    """How many were not noticed; each is told of as it is known."""
+    lost = [mutant for mutant in mutants if not mutant.fits(root)]
+    for mutant in lost:
+        mutant.report("NOT THERE")
+    waiting, running, bad = [mutant for mutant in reversed(mutants) if mutant not in lost], {}, len(lost)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         trees = [copy_tree(root, Path(folder) / str(n)) for n in range(min(jobs, len(mutants)))]
         try:
@@ -120,9 +130,8 @@ def try_mutants(mutants, root=ROOT, jobs=1, report=print):
                     if tree in running and (verdict := running[tree].verdict()):
                         trial = running.pop(tree)
                         trial.end()
-                        bad += not verdict.startswith(RED)
-                        seconds = time.monotonic() - trial.start
-                        report(f"{verdict:12} {seconds:4.0f} s  {trial.mutant.file}: {trial.mutant.why}")
+                        bad += verdict not in GOOD
+                        trial.mutant.report(verdict, time.monotonic() - trial.start)
                 time.sleep(0.05)
         finally:
             for trial in running.values():
@@ -141,7 +150,7 @@ def main(argv=None):
     if not mutants:
         parser.error(f"tests/mutants.txt has none of {' '.join(args.files)}")
     bad = try_mutants(mutants, jobs=max(1, args.jobs))
-    print(f"{len(mutants)} mutants, {len(mutants) - bad} noticed, {bad} not")
+    print(f"{len(mutants)} mutants, {bad} not noticed")
     return 1 if bad else 0
 
 

@@ -37,14 +37,14 @@ def test_no_end():
 
 
 def test_each_old_text_stands_once_in_its_file():
-    wrong = []
+    lost = [f"{mutant.file}: {mutant.why}" for mutant in MUTANTS if not mutant.fits(ROOT)]
+    assert not lost, "say what stands there now:\n" + "\n".join(lost)
+
+
+def test_each_mutant_is_code():
     for mutant in MUTANTS:
-        text = (ROOT / mutant.file).read_text(encoding="utf-8")
-        if text.count(mutant.old) != 1 or mutant.old == mutant.new:
-            wrong.append(f"{mutant.file}: {mutant.why}: the old text stands there {text.count(mutant.old)} times")
-        elif mutant.file.endswith(".py"):
-            ast.parse(text.replace(mutant.old, mutant.new))
-    assert not wrong, "\n".join(wrong)
+        changed = (ROOT / mutant.file).read_text(encoding="utf-8").replace(mutant.old, mutant.new)
+        assert mutant.old != mutant.new and (not mutant.file.endswith(".py") or ast.parse(changed)), mutant
 
 
 def test_each_test_is_there():
@@ -72,25 +72,27 @@ def tree(tmp_path):
 
 
 def test_a_list_is_read(tmp_path):
-    (tmp_path / "list").write_text("# why\n\na.py: wrong: sign\n- x\n-     - y\n+ z\nt.py::t\n\nb.py: gone\n- x\nt.py\n")
+    first, second = "a.py: wrong: sign\n- x\n-     - y\n+ z\nt.py::t\n", "b.py: gone\n- x\nt.py\n"
+    (tmp_path / "list").write_text(f"# What it is for.\n\n{first}\n\n# Others.\n\n{second}")
     assert read_mutants(tmp_path / "list") == [
         Mutant("a.py", "wrong: sign", "x\n    - y", "z", "t.py::t"),
         Mutant("b.py", "gone", "x", "", "t.py"),
     ]
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_what_is_noticed_is_red(tree, jobs, capsys):
-    tests = {"half": "red", "nothing": "STILL GREEN", "skipped": "SKIPPED", "missing": "NO SUCH TEST"}
-    mutants = [Mutant("page.py", name, "x / 2", "x / 3", f"test_page.py::test_{name}") for name in tests]
-    mutants.append(Mutant("page.py", "broken", "return", "retrun", "test_page.py"))
-    assert try_mutants(mutants, tree, jobs) == 4
+def test_what_is_noticed_is_red(tree, capsys):
+    """Two at a time, and so several in one copy, each without the change before it."""
+    expected = {"half": "red", "nothing": "STILL GREEN", "skipped": "skipped", "missing": "NO SUCH TEST"}
+    mutants = [Mutant("page.py", name, "x / 2", "x / 3", f"test_page.py::test_{name}") for name in expected]
+    mutants.append(Mutant("page.py", "unreadable", "return", "retrun", "test_page.py"))
+    mutants.append(Mutant("page.py", "equal", "x / 2", "2 * x / 4", "test_page.py::test_half"))
+    mutants.append(Mutant("page.py", "twice", "x", "y", "test_page.py::test_half"))
+    assert try_mutants(mutants, tree, jobs=2) == 5
     lines = capsys.readouterr().out.splitlines()
-    said = {line.rpartition(" ")[2]: line[:14].rstrip() for line in lines}
-    assert said == {**tests, "broken": "PYTEST FAILED"}
+    said = {line.partition("page.py: ")[2]: line[:13].rstrip() for line in lines}
+    expected |= {"unreadable": "PYTEST FAILED", "equal": "STILL GREEN", "twice": "NOT THERE"}
+    assert said == expected
     assert (tree / "page.py").read_text() == PAGE
-    # One after the other in the same copy, each without the change before it.
-    assert try_mutants([Mutant("page.py", "again", "x / 2", "2 * x / 4", "test_page.py::test_half")], tree) == 1
 
 
 def test_a_copy_holds_what_git_would_take(tree, tmp_path):
@@ -98,7 +100,7 @@ def test_a_copy_holds_what_git_would_take(tree, tmp_path):
     assert sorted(path.name for path in copied.iterdir()) == [".gitignore", "page.py", "test_page.py"]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
 def test_nothing_is_left_when_it_is_broken_off(tree, sent):
     """Started as from a terminal, where SIGINT is not ignored."""
     (tree / "tests").mkdir()
@@ -116,11 +118,13 @@ def test_nothing_is_left_when_it_is_broken_off(tree, sent):
     assert process.wait(timeout=60) == 130
     assert list(scratch.iterdir()) == []
     assert (tree / "page.py").read_text() == PAGE
-    assert not [p for p in Path("/proc").glob("[0-9]*/cwd") if str(scratch) in link_of(p)], "a test still runs"
+    places = map(place_of, Path("/proc").glob("[0-9]*"))
+    assert not [place for place in places if str(scratch) in place], "a test still runs"
 
 
-def link_of(path):
+def place_of(process):
+    """Its working directory, on Linux."""
     try:
-        return os.readlink(path)
+        return os.readlink(process / "cwd")
     except OSError:
         return ""

@@ -302,6 +302,7 @@ def test_a_cache_that_is_just_long_enough(model):
     cache = model.new_cache(memory, 12)
     model.decode(target[:, :5], cache=cache)
     assert_close(model.decode(target[:, 5:], positions_of(2, 5, 12), cache), model(source, target)[:, 5:])
+    assert_close(model.decode(target[:, :12], cache=cache), model(source, target)[:, :12])
     with pytest.raises(AssertionError, match="slots"):
         model.decode(texts(PAD, 101, 2, 16)[1], cache=model.new_cache(memory, 12))
 
