@@ -178,11 +178,12 @@ def test_prompts_that_cannot_be_continued(model, prompt, message):
         next(generate(model, [[1, 2], prompt], 5))
 
 
-def test_weights_that_compute_nan_are_an_error(model):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_compute_no_number_are_an_error(model, value):
     weight = model.final_norm.weight
     before = weight.detach().clone()
     try:
-        weight.data[0] = float("nan")
+        weight.data[0] = float(value)
         with pytest.raises(UserError, match="NaN"):
             next(generate(model, [[1, 2]], 5))
     finally:
@@ -427,6 +428,7 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(model
     for number in range(8):
         "".join(conversation.answer(f"n {number}", 10))
         assert conversation.messages[-2]["content"] == f"n {number}"
+        assert conversation.messages[0]["role"] == "user", "a question is forgotten with its answer"
         again = fresh_answer(model, tokenizer, conversation.messages[:-1], 10)
         assert conversation.messages[-1]["content"] == again
     assert len(conversation.messages) < 16
