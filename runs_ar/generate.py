@@ -20,6 +20,7 @@ from models.utils.sampling import GREEDY, Sampling, pick
 # squared. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
 # the cache's slots; a later one has a mask of PREFILL_CHUNK x num_slots.
 PREFILL_CHUNK = 512
+NOT_FINITE = "the model computes NaN or infinity; try --dtype float32, or convert it again"
 
 
 @torch.inference_mode()
@@ -81,7 +82,7 @@ def prefill(model, prompts, cache, num_cached=0):
 
     last = torch.stack(last)
     if not last.isfinite().all():
-        raise UserError("the model computes NaN or infinity; try --dtype float32, or convert it again")
+        raise UserError(NOT_FINITE)
     return last
 
 
