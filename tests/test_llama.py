@@ -7,9 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from models import build_model, config_from_dict, create_model, load_config
+from models import build_model, config_from_dict, create_model, load_config, transformer_lm
 from models import llama as page
-from models import transformer_lm
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
 from tests.oracle import redraw

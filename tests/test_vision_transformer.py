@@ -111,7 +111,7 @@ class TestVisionTransformer(ModelProof):
     # The parts ----------------------------------------------------------------------------------------------
 
     def test_patches_are_the_paper_s(self, model):
-        """Section 3.1: squares cut out row by row, each flattened, here channel by channel; the rest is lost."""
+        """Section 3.1: squares, row by row, each flattened, here channel by channel; the rest is lost."""
         images, seen = random_images(model, 2, 15, 20), []
         handle = model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         model.hidden(images)
