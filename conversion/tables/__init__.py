@@ -8,7 +8,16 @@ leaves out. The proof is tests/test_convert_hf_checkpoint.py.
 """
 
 from conversion.config_fields import read_config
-from conversion.tables import bert, gpt2, gpt_neox, llama, transformer, transformer_lm, vision_transformer
+from conversion.tables import (
+    bert,
+    gpt2,
+    gpt_neox,
+    llama,
+    qwen3,
+    transformer,
+    transformer_lm,
+    vision_transformer,
+)
 from conversion.tensor_table import plan
 from models.utils.errors import UserError
 
@@ -17,6 +26,7 @@ PAGES = {
     "gpt2": gpt2,
     "gpt_neox": gpt_neox,
     "llama": llama,
+    "qwen3": qwen3,
     "transformer": transformer,
     "transformer_lm": transformer_lm,
     "vision_transformer": vision_transformer,
