@@ -9,6 +9,9 @@ ZOO_CPU=avx2 python -m pytest      as on a processor with AVX2 alone (models/uti
 import os
 import signal
 
+# Pages that tests/test_strange_pages.py adds to a copy of the zoo; they are at home only there.
+collect_ignore = ["strange_pages"]
+
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"

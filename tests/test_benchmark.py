@@ -343,7 +343,7 @@ def test_a_drafter_agrees_as_often_as_it_is_told_to(agreement):
 
 def test_what_the_drafter_says():
     drafter = AgreeingDrafter(create_model(TINY).eval(), list(range(100)), agreement=1.0)
-    drafter.start([list(range(10))], 100)
+    drafter.start([list(range(10))], 100, 4)
     assert drafter.draft([list(range(10))], 4, GREEDY, None).tokens.tolist() == [[10, 11, 12, 13]]
     assert drafter.draft([list(range(98))], 4, GREEDY, None).tokens.tolist() == [[98, 99, 0, 0]]
     drafter.agreement = 0.0

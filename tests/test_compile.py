@@ -67,6 +67,9 @@ def test_bf16_is_summed_in_fp32():
     # 257 ones: bf16 has no 257, a sum in bf16 stays at 256.
     x = torch.cat([torch.ones(257), -torch.ones(128)]).bfloat16()
     assert row_times_matrix(x, torch.ones(1, 385).bfloat16()) == 129
+    # (1 + 2^-7)^2 is 1 + 2^-6 + 2^-14, of which bf16 has no more than 1 + 2^-6.
+    x, weight = torch.tensor([[1 + 2**-7, 1], [1 + 2**-7, -1 - 2**-6]]).bfloat16()
+    assert row_times_matrix(x[None], weight[None]) == 2**-14
 
 
 def test_a_row_times_int8_is_the_kernel():

@@ -633,6 +633,10 @@ def test_options_that_make_no_sense(words, message):
         run.main(words)
 
 
+def test_groups_of_32_where_nothing_is_said():
+    assert quantize.quantization_of("int4", None) == quantize.Quantization("int4", 32)
+
+
 def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeypatch):
     out = tmp_path / "small"
     convert(TINY / "tiny-llama-python-draft", out=out, progress=False, quantization=INT8)
