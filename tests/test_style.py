@@ -31,7 +31,6 @@ CALLS_THAT_BELONG_ELSEWHERE = {
     "cross_entropy": "losses belong to runs_train",
     "multinomial": "sampling belongs to models/utils",
     "argmax": "sampling belongs to models/utils",
-    "topk": "sampling belongs to models/utils",
 }
 OTHER_NAMES = {
     "d_model": "n_embd dim hidden_size embedding_dim embed_dim",
