@@ -81,8 +81,13 @@ class Model(nn.Module):
         if config.tied_head:
             self.lm_head.weight = self.token_embed.weight
 
-    def forward(self, tokens, positions=None, cache=None) -> Tensor:
-        """Logits for the token that follows each token; arguments as for hidden, below."""
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
     def hidden(

@@ -129,10 +129,10 @@ def shape_configs(module):
     for on in (False, True):
         yield module.Config(
             vocab_size=31,
-            max_seq_len=64,
-            d_model=18,
+            max_seq_len=25,
+            d_model=16,
             num_layers=2,
-            num_heads=6,
+            num_heads=12,
             num_kv_heads=3,
             head_dim=10,
             d_ff=29,
