@@ -47,6 +47,9 @@ class RopeScaling:
     high_freq_factor: float  # fast, and left alone: more turns than this (4)
     original_max_seq_len: int  # the context of pre-training (8,192)
 
+    def __post_init__(self):
+        assert self.low_freq_factor < self.high_freq_factor, "low_freq_factor must be below high_freq_factor"
+
 
 @dataclass(frozen=True)
 class Config:
