@@ -96,7 +96,7 @@ class Conversation:
 
 
 def end_of_turn_ids(tokenizer):
-    """The special token that the template puts behind an assistant's turn, read off an example."""
+    """The special token that the template puts after an assistant's turn, as an example shows it."""
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     question = tokenizer.encode_chat(chat[:1])
     whole = tokenizer.encode_chat(chat, add_generation_prompt=False)
