@@ -58,9 +58,11 @@ def run_tests(zoo, *names):
 
 
 def test_the_tests_of_every_page_look_at_them(zoo):
-    """Their own proofs, style, the shape comments, and what a page must have."""
-    out, errors, status = run_tests(zoo, *PAGES, "style", "shape_comments", "pages")
+    """Their own proofs, what a page must have, style, shape comments, examples, speculation; and copies."""
+    out, errors, status = run_tests(zoo, *PAGES, "pages", "style", "shape_comments", "examples", "speculate")
     assert status == 0, out[-5000:] + errors
+    out, errors, status = python(zoo, "tests/copies.py")
+    assert status == 0, out + errors
 
 
 def test_what_is_forgotten_is_a_red_test(zoo):
