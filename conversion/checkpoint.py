@@ -68,7 +68,13 @@ class Checkpoint:
         """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
         self.check_memory(num_slots)
         model = load_weights(
-            self.model, self.folder, self.device, self.dtype, self.quantization, self.windows
+            self.model,
+            self.folder,
+            self.device,
+            self.dtype,
+            self.quantization,
+            self.windows,
+            arranged=not self.widths,
         )
         if self.widths:
             from models.utils.compile import compile_decoding  # slow to import

@@ -4,7 +4,7 @@ A model_type knows three lists of fields: those that are used, with what `transf
 silent; those that must have one value, because our model does nothing else; those that are inert, without
 influence on the logits of a trained model. Any other field stops the conversion: it may mean anything.
 
-The lists of each model_type stand on the page of our model that implements it (gpt2.py, llama.py, ...). To
+The lists of each model_type stand in the table of our model that implements it (tables/gpt2.py, ...). To
 write them, read configuration_*.py and modeling_*.py in `transformers`, and give every field its place.
 tests/test_convert_hf_checkpoint.py holds the defaults equal to those of `transformers`.
 """
@@ -31,6 +31,8 @@ class HFType:
     generation: tuple = ("bos_token_id", "eos_token_id", "pad_token_id")
     # (config.json, names of the file's tensors) -> the fields of ours that these two settle together
     from_names: Callable = lambda hf_config, names: {}
+    # Two tables may take a model_type if one of them is read only where --model asks for it.
+    by_name_only: bool = False
 
 
 # Fields with a null of their own: computed from others, or nothing.

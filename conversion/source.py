@@ -59,4 +59,5 @@ def open_hf(folder, allow, meta, model):
         labels = read_labels(theirs, config["num_labels"]) if config.get("num_labels") else {}
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else error) from None
-    return Source(folder, where, config, weights, LAYOUTS[model_name], generation_ids(theirs), labels)
+    ids = generation_ids(theirs, model)
+    return Source(folder, where, config, weights, LAYOUTS[model_name], ids, labels)

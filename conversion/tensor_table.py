@@ -4,10 +4,10 @@ A table has a line per kind of tensor,
 
     ours                        theirs                        transform
 
-where {n} is the layer's number, {p} is `weight` or `bias`, and {q,k,v} stands for three tensors of ours that
-theirs holds as one. A transform, defined below and named in the third column, says what changes on the way;
-without one the tensor stays as it is. Rows for biases that a config switches off fall away. The script
-convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
+where {n} is the layer's number, {e} an expert's, {p} is `weight` or `bias`, and {q,k,v} stands for three
+tensors of ours that theirs holds as one. A transform, defined below and named in the third column, says what
+changes on the way; without one the tensor stays as it is. Rows for biases that a config switches off fall
+away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
 
 Each model has a page of its own here (gpt2.py, llama.py, ...) with its table and its lists of config fields.
 The proof is tests/test_convert_hf_checkpoint.py.
@@ -147,7 +147,7 @@ def plan(layout, config, names):
     """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
     steps = []
     for row in layout.rows:
-        for values in marks(row.ours, layer_count(config)):
+        for values in marks(row.ours, config):
             ours = choices(fill(row.ours, values))
             if all(name in names for name in ours):
                 steps.append(Step(ours, fill(row.theirs, values), TRANSFORMS[row.transform], row))
@@ -155,11 +155,12 @@ def plan(layout, config, names):
     return sorted(steps, key=lambda step: place[step.ours[0]])
 
 
-def marks(template, num_layers):
-    """Everything that {n} and {p} of a template stand for, a dict per tensor."""
-    layers = range(num_layers) if "{n}" in template else [0]
+def marks(template, config):
+    """Everything that {n}, {e} and {p} of a template stand for, a dict per tensor."""
+    layers = range(layer_count(config)) if "{n}" in template else [0]
+    experts = range(config["num_experts"]) if "{e}" in template else [0]
     parts = ["weight", "bias"] if "{p}" in template else [""]
-    return [{"{n}": str(n), "{p}": part} for n in layers for part in parts]
+    return [{"{n}": str(n), "{e}": str(e), "{p}": part} for n in layers for e in experts for part in parts]
 
 
 def fill(template, values):

@@ -166,11 +166,12 @@ def build_model(model_name, config, device="meta", stored=None):
     return model
 
 
-def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
+def load_model(folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True):
     """The model of a converted checkpoint, in eval mode, in the checkpoint's dtype unless told otherwise.
 
     quantization: of the linear layers, on the way in; a checkpoint that is stored quantized needs none.
     windows: of a text that calibrates int4 (models/utils/calibration.py), read in the checkpoint's own dtype.
+    arranged: False leaves the weights in the order of the file, for compile_decoding, which wants another.
     """
     from models.utils.quantize import stored_quantization
     from models.utils.weights import load_weights
@@ -182,4 +183,4 @@ def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
     if stored and quantization:
         raise UserError(f"{folder}: is {stored} already; quantize the checkpoint that it was made from")
     model = build_model(model_name, config, stored=stored)
-    return load_weights(model, folder, device, dtype, quantization, windows)
+    return load_weights(model, folder, device, dtype, quantization, windows, arranged)

@@ -1,14 +1,31 @@
-"""Generation: fill the cache with the prompt, then pick a token, append it, feed it, and so on.
+"""Generation: predict the next token, append it, and begin again. For one prompt, a list of token ids:
 
-    prompts --prefill--> cache, logits --pick--> one token per row --model--> logits --> ...
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([tokens]))[0, -1]   # the whole text again, for the sake of its last token
+        tokens.append(logits.argmax().item())           # the most probable token, or one drawn by chance
+        if tokens[-1] in eos_ids:
+            break
+
+That is all. Below is the same with a cache, a batch and ends:
+
+    prompts --1 prefill--> cache, logits --2 pick--> a token per row --3 end?--> --4 feed--> logits --2--> ...
 
 The prompt goes through the model once, all its tokens together; lm_head, the largest matrix of a small
 model, is applied only to the last of them. After that each step feeds one token per row: the cache holds
 the keys and values of everything before it.
 
+A model that keeps states instead (Mamba, say) is told which places hold no token of a text: their position is
+-1, and they move nothing.
+
 `generate` knows token ids and no text; `TextStream` makes its tokens into text that can be shown at once.
-Any decoder of the zoo runs on this page. Proof: tests/test_generate.py.
+Any decoder of the zoo runs on this page.
+
+Shapes: B rows, T positions in a call, D features, V vocabulary.
+Proof: tests/test_generate.py.
 """
+
+import inspect
 
 import torch
 
@@ -46,36 +63,61 @@ def generate(
     cache = model.new_cache(len(prompts), num_slots) if cache is None else cache
     finished = [False] * len(prompts) if finished is None else finished
 
-    logits = model.lm_head(prefill(model, prompts, cache, num_cached))
+    # 1. Prefill: the prompts fill the cache, and their last tokens give the first logits.
+    logits = model.lm_head(prefill(model, prompts, cache, num_cached))  # (B, V)
     positions = torch.tensor([[len(prompt)] for prompt in prompts], device=logits.device)
     for step in range(1, max(room) + 1):
-        tokens = pick(logits, sampling, generators)
+        # 2. Pick the next token of each row.
+        tokens = pick(logits, sampling, generators)  # (B,)
         new = [None if finished[row] else token for row, token in enumerate(tokens.tolist())]
+        # 3. End the rows that are done.
         for row, token in enumerate(new):
             finished[row] = finished[row] or token in eos_ids or step == room[row]
         yield new
         if all(finished):
             return
-        logits = model(tokens[:, None], positions, cache)[:, -1]
-        # A row that ended goes on in silence, as long as others do, and must stay inside the cache.
-        positions = (positions + 1).clamp(max=num_slots - 1)
+        # 4. Feed the new tokens, and these alone. A row that ended goes on unseen as long as others do.
+        logits = model(tokens[:, None], positions, cache)[:, -1]  # (B, V)
+        positions = next_positions(positions, finished, num_slots, keeps_states(model))
+
+
+def keeps_states(model):
+    """Whether what a model has read is a state, which cannot be written over, only gone back from.
+
+    Such a model's new_cache takes num_undo: how many tokens earlier than the last one a call may begin.
+    """
+    return "num_undo" in inspect.signature(model.new_cache).parameters
+
+
+def next_positions(positions, finished, num_slots, has_states):
+    """One further, (B, 1). A row that ended must stay inside the cache, and a state must not see it."""
+    if has_states:
+        is_over = torch.tensor(finished, device=positions.device)[:, None]
+        return (positions + 1).masked_fill(is_over, -1)
+    return (positions + 1).clamp(max=num_slots - 1)
 
 
 def prefill(model, prompts, cache, num_cached=0):
     """Write the prompts into the cache; the hidden state of the last token of each: (B, D).
 
-    Shorter prompts are padded on the right: no token of a prompt looks ahead to a pad, and what a pad writes
-    into the cache, the row's new tokens overwrite before they attend to it.
+    Shorter prompts are padded on the right. No token of a prompt looks ahead to a pad, and what a pad writes
+    into the cache is overwritten by the row's new tokens before they attend to it. A state would not forget
+    a pad: it is told of them.
     """
     longest = max(len(prompt) for prompt in prompts)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(padded, device=model.lm_head.weight.device)
 
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=tokens.device)
+    has_pads = keeps_states(model) and bool((lengths < longest).any())
+
     last = [None] * len(prompts)
     for start in range(num_cached, longest, PREFILL_CHUNK):
         chunk = tokens[:, start : start + PREFILL_CHUNK]
         positions = torch.arange(start, start + chunk.shape[1], device=tokens.device).expand_as(chunk)
-        hidden = model.hidden(chunk, positions if start > 0 else None, cache)
+        if has_pads:
+            positions = positions.where(positions < lengths, -1)
+        hidden = model.hidden(chunk, positions if start > 0 or has_pads else None, cache)
         for row, prompt in enumerate(prompts):
             if start < len(prompt) <= start + PREFILL_CHUNK:
                 last[row] = hidden[row, len(prompt) - 1 - start]
@@ -111,7 +153,7 @@ def check_vocabulary(config, token_ids):
 def generate_text(model, prompt, stream, **options):
     """Continue one prompt; yield (token, text to show) step by step. `options` are those of `generate`.
 
-    The last text is the caller's to fetch, from stream.finish(): also after an interruption.
+    Call stream.finish() at the end, also after Ctrl-C: it returns what was held back.
     """
     for (token,) in generate(model, [prompt], **options):
         yield token, stream.push(token)
@@ -122,8 +164,8 @@ def generate_text(model, prompt, stream, **options):
 class TextStream:
     """The text of one row as its tokens come in, up to the first stop string.
 
-    `push` returns what can be shown already. It holds back half a character, and an end that may be the
-    beginning of a stop string; `finish` returns what was held back in vain.
+    `push` returns what can be shown already. It holds back half a character, and an end that may turn out to
+    be the beginning of a stop string; `finish` returns what is still held back.
     """
 
     def __init__(self, tokenizer, prompt=(), stop_strings=()):

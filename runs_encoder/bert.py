@@ -9,7 +9,10 @@ What it says depends on the checkpoint's head:
     none                     sentences                         a vector for each, and how similar they are
 
 Several texts (--prompt more than once, or the lines of a pipe) go through the model together, padded to the
-longest of their batch. Proof: tests/test_run_bert.py, against the pipelines of `transformers`.
+longest of their batch.
+
+Shapes: B texts, T tokens, D features.
+Proof: tests/test_run_bert.py, against the pipelines of `transformers`.
 """
 
 import json

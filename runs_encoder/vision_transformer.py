@@ -3,6 +3,7 @@
 Each --image goes through the preprocessing of preprocessor_config.json, and the five most probable labels are
 printed with their probabilities; --attention draws what the answer was made of (attention_picture.py).
 
+Shapes: h rows of patches, w columns of patches.
 Proof: tests/test_run_vision_transformer.py, against `transformers`.
 """
 

@@ -1,7 +1,7 @@
 """Speculative sampling at the terminal: what run.py does with --draft FOLDER and with --lookup.
 
-The text is the target model's. What the drafts did for it is said at the end on standard error; with
---show-drafts a terminal shows it in colours as it happens.
+The text is the target model's: greedily the very same, sampled one of the same distribution. How many drafts
+it accepted is said at the end on standard error; with --show-drafts a terminal shows it in colours.
 Proof: tests/test_run_speculate.py.
 """
 
@@ -30,7 +30,7 @@ COLOURS = {
 RESET = "\033[0m"
 LEGEND = {
     "accepted": "accepted drafts",
-    "rejected": "a rejected draft and those behind it",
+    "rejected": "a rejected draft and those after it",
     "resampled": "resampled in its place",
     "own": "the target's own, where no draft was rejected",
 }
@@ -118,7 +118,7 @@ class Speculation:
                 self.text.append(token)
 
     def paint(self, piece):
-        """The newest token's text in its colour, behind the drafts that it replaces."""
+        """The newest token's text in its colour, after the drafts that it replaces."""
         if not self.in_colour:
             return piece
         parts = [("rejected", self.rejected_text()), (self.newest, piece)]

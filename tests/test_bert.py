@@ -14,6 +14,7 @@ from conversion.tables import from_hf_config
 from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from tests.model_proof import ModelProof, assert_close, tolerance
+from tests.shape_cases import Case
 
 BASE = {
     "vocab_size": 101,
@@ -145,7 +146,7 @@ class TestBert(ModelProof):
 
     def test_positions_end_with_the_table(self, model):
         model(self.inputs(model, 1, 64)[0])
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="65 tokens are more than the 64 of the position table"):
             model(self.inputs(model, 1, 65)[0])
 
     def test_the_logits_of_some_tokens_only(self, model):
@@ -528,3 +529,43 @@ def test_fresh_weights():
             assert parameter.abs().max() <= 0.04
             expected = pytest.approx(0.02 * 0.8796, rel=0.03 if parameter.numel() > 1000 else 0.1)
             assert parameter.std().item() == expected, name
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """A model for each head, and one that has none."""
+    for head in None, "masked_lm", "next_sentence", "pretraining", "sequence", "tokens":
+        yield module.Config(
+            vocab_size=43,
+            max_seq_len=31,
+            num_segments=3,
+            d_model=15,
+            num_layers=4,
+            num_heads=3,
+            d_ff=29,
+            norm_eps=1e-12,
+            activation="relu" if head == "tokens" else "gelu",
+            dropout=0.1,
+            pooler=head not in ("masked_lm", "tokens"),
+            head=head,
+            num_labels=23 if head in ("sequence", "tokens") else None,
+        )
+
+
+def run_shapes(model, recorder, B, T, **free):
+    """With padding and without, in training and in evaluation; the head of some tokens; the pooler."""
+    config = model.config
+    tokens, segments = torch.randint(config.vocab_size, (B, T)), torch.randint(config.num_segments, (B, T))
+    mask = torch.arange(T) < T - torch.arange(B)[:, None]
+    recorder.running(config, B=B, T=T, **free)
+    model.train()(tokens, segments, mask).sum().backward()
+    model.eval()(tokens)
+    recorder.running(config, B=1, T=T, **free)
+    hidden = model.hidden(tokens[:1])
+    if config.pooler:
+        model.pooler(hidden)
+
+
+SHAPES = Case(shape_configs, run_shapes, {"B": 7, "T": 11, "d": 5, "Y": 23}, same={("H", "d")})

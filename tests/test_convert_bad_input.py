@@ -180,6 +180,13 @@ def test_a_wrong_shape(tmp_path, fails):
     assert "has shape (24, 71), where the config asks for (24, 72) (n = 2)" in message
 
 
+def test_a_matrix_that_lies_the_other_way_round(tmp_path, fails):
+    state, name = state_of("llama"), "model.layers.1.mlp.up_proj.weight"
+    here, there = (tuple(tensor.shape) for tensor in (state[name].T, state[name]))
+    message = one_line(fails(write(tmp_path, "llama", state={**state, name: state[name].T.contiguous()})))
+    assert f"mlp.up_proj.weight has shape {here}, where the config asks for {there} (n = 1)" in message
+
+
 def test_an_untied_head_that_nobody_fills(tmp_path, fails):
     state = state_of("llama-3")
     config = {**config_of("llama-3"), "tie_word_embeddings": False}

@@ -172,6 +172,22 @@ def test_dtype_can_be_chosen_and_may_differ_between_tensors(tmp_path):
     )
 
 
+def test_tensors_are_aligned_in_the_files(tmp_path, monkeypatch):
+    """Each number stands at a multiple of its size: the header is filled up, wide dtypes come first."""
+    state = state_of("llama")
+    state |= {name: tensor.bfloat16() for name, tensor in state.items() if "q_proj" in name}
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 10_000)
+    kinds = []
+    for path in sorted(convert(write(tmp_path, "llama", state=state)).glob("*.safetensors")):
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        assert length % 8 == 0
+        header = json.loads(content[8 : 8 + length])
+        del header["__metadata__"]
+        kinds += [tensor["dtype"] for tensor in sorted(header.values(), key=lambda t: t["data_offsets"])]
+    assert kinds == sorted(kinds, reverse=True) and set(kinds) == {"F32", "BF16"}
+
+
 def test_float16_is_refused_where_it_would_overflow(tmp_path):
     state = state_of("llama")
     state["model.layers.1.mlp.up_proj.weight"][0, 0] = 70000.0
@@ -185,7 +201,9 @@ def test_large_output_is_sharded_with_an_index(tmp_path, monkeypatch):
     expected = stored(convert(write(tmp_path / "whole", "llama-3")))
     monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 10_000)
     folder = convert(write(tmp_path / "cut", "llama-3"))
-    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(names) > 3
+    assert names == [f"model-{n + 1:05}-of-{len(names):05}.safetensors" for n in range(len(names))]
     assert all(path.stat().st_size < 12_000 for path in folder.glob("*.safetensors"))
     assert_same_tensors(stored(folder), expected)
     assert_same_logits(folder, oracle("llama-3")(TOKENS).logits)
@@ -213,6 +231,8 @@ def test_special_tokens_are_kept_where_config_json_alone_names_them(tmp_path):
         "bos_token_id": 1,
         "eos_token_id": [7, 9],
     }
+    back = json.loads((reverse(tmp_path) / "config.json").read_text())
+    assert (back["bos_token_id"], back["eos_token_id"]) == (1, [7, 9])
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     folder = convert(tmp_path)
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 3}

@@ -36,6 +36,8 @@ def test_every_config_of_the_project_can_be_read_and_written(name):
         ({"d_model": 8.0}, "'d_model' is 8.0, where a positive int is expected"),
         ({"d_model": True}, "'d_model' is True, where a positive int is expected"),
         ({"d_model": -8}, "'d_model' is -8, where a positive int is expected"),
+        ({"d_model": 0}, "'d_model' is 0, where a positive int is expected"),
+        ({"norm_eps": True}, "'norm_eps' is True, where a number is expected"),
         ({"norm_eps": "1e-5"}, "'norm_eps' is '1e-5', where a number is expected"),
         ({"norm_eps": float("nan")}, "'norm_eps' is nan, where a number is expected"),
         ({"tied_head": 1}, "'tied_head' is 1, where true or false is expected"),

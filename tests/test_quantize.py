@@ -60,6 +60,7 @@ def quantized(layer, quantization):
     """The layer that takes its place in a model."""
     model = torch.nn.Sequential(layer)
     quantize_layers(model, quantization)
+    quantize.prepare(model)
     return model[0]
 
 
@@ -626,6 +627,10 @@ def test_models_that_read_no_single_text_are_not_calibrated(name, tmp_path):
 def test_options_that_make_no_sense(words, message):
     with pytest.raises(UserError, match=message):
         run.main(words)
+
+
+def test_groups_of_32_where_nothing_is_said():
+    assert quantize.quantization_of("int4", None) == quantize.Quantization("int4", 32)
 
 
 def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeypatch):

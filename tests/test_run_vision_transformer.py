@@ -14,10 +14,12 @@ from transformers.image_utils import load_image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import run
+from conversion.convert import convert
 from models import load_model
 from models.utils.errors import UserError
 from models.utils.image_processor import image_processor, open_image
 from runs_encoder.attention_picture import attention, patches_seen, rollout
+from runs_encoder.vision_transformer import grid
 from tests.model_proof import assert_close
 from tests.test_vision_transformer import redraw
 
@@ -55,9 +57,11 @@ def write_checkpoint(folder, model=ViTForImageClassification, preprocessing=PREP
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(the oracle, the folder)"""
+    """(the oracle, the folder, which is converted)"""
     folder = tmp_path_factory.mktemp("vit") / "tiny-vit"
-    return write_checkpoint(folder), folder
+    oracle = write_checkpoint(folder)
+    convert(folder, progress=False)
+    return oracle, folder
 
 
 @pytest.fixture
@@ -139,7 +143,7 @@ def test_every_mode_becomes_the_channels_of_the_model(mode, tmp_path):
 
 
 def test_sixteen_bits_keep_their_range(tmp_path):
-    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    values = np.arange(0, 65280, 255, dtype=np.uint16).reshape(16, 16)  # no byte like its neighbour
     Image.fromarray(values).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png", 1)), values >> 8)
     assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png", 3))[..., 1], values >> 8)
@@ -254,7 +258,17 @@ def test_rollout_follows_every_path_through_the_layers(checkpoint):
 
 
 def test_patches_stand_where_they_are_seen(checkpoint):
-    """A change of one patch alone changes what layer 1's keys say of it: rows first, then columns."""
+    """A change of one patch alone changes the keys of one token, and there light falls on the picture."""
+    model, keys = load_model(checkpoint[1]), []
+    images = torch.zeros(2, 3, 24, 36)  # 4 rows of 6 patches
+    images[1, :, 6:12, 24:30] = 1
+    model.layers[0].attn.k_proj.register_forward_hook(lambda module, inputs, out: keys.append(out))
+    model(images)
+    changed = (keys[0][0] != keys[0][1]).any(dim=-1).float()
+    expected = np.zeros((4, 6))
+    expected[1, 4] = 1
+    assert np.array_equal(patches_seen(changed, grid(images, model.config)), expected)
+    # The least that any patch was seen is dark, the most is light; the class token counts for neither.
     row = torch.tensor([0.5, 0.1, 0.0, 0.0, 0.0, 0.0, 0.4])
     assert np.allclose(patches_seen(row, (2, 3)), [[0.25, 0, 0], [0, 0, 1]])
 

@@ -485,6 +485,7 @@ def test_bos_and_eos_follow_the_configuration(folder_of, tmp_path):
     assert load("sp-code", add_eos_token=True).encode("a") == [1, *plain, 2]
     assert load("sp-code", add_eos_token=True).encode("a", bos=False) == plain
     assert load("sp-code", bos_token=None).bos_id is None
+    assert load("sp-code", bos_token="<nowhere>").bos_id is None
     assert load("ranks", add_bos_token=False).encode("a") == load("ranks").encode("a", bos=False)
 
     gpt2 = load("gpt-2-files")
@@ -651,6 +652,20 @@ def with_template(folder_of, target, template):
     return load_tokenizer(folder)
 
 
+def test_of_several_templates_the_default_counts(folder_of, tmp_path):
+    folder = copy_of(folder_of("gpt-2-files"), tmp_path / "copy")
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    write_json(folder / "tokenizer_config.json", {"chat_template": templates})
+    assert load_tokenizer(folder).render_chat(CHAT) == "plain"
+
+
+def test_a_chat_changes_nothing_for_the_next_text(loaded):
+    ours, text = loaded("json-neox"), "a\U000f0000b"  # the character that marks what looks like a token
+    before = ours.encode(text)
+    ours.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+    assert ours.encode(text) == before
+
+
 def test_marks_do_not_disturb_the_text_around_them(folder_of, loaded):
     """A look-alike is encoded as `transformers` encodes it with split_special_tokens."""
     ours, oracle = loaded("json-neox"), reference(folder_of("json-neox"), "json-neox")
@@ -720,6 +735,9 @@ def test_no_tokenizer(folder_of, tmp_path):
         load_tokenizer(tmp_path)
 
 
+RANKS_WITH_A_GAP = b"".join(base64.b64encode(bytes([n])) + b" %d\n" % (n + n // 200) for n in range(256))
+
+
 @pytest.mark.parametrize(
     "name, file, content",
     [
@@ -735,6 +753,7 @@ def test_no_tokenizer(folder_of, tmp_path):
         ("ranks", "tokenizer.model", b"AA== 0\nAQ==\n"),
         ("ranks", "tokenizer.model", b"AA== 0\nnot base64 1\n"),
         ("ranks", "tokenizer.model", b"AA== 0\nAQ== 1\n"),
+        pytest.param("ranks", "tokenizer.model", RANKS_WITH_A_GAP, id="ranks with a gap"),
         ("gpt-2-files", "vocab.json", None),
         ("gpt-2-files", "merges.txt", b"#version: 0.2\nnever seen\n"),
         ("gpt-2-files", "tokenizer_config.json", b'{"tokenizer_class": "Qwen2Tokenizer"}'),

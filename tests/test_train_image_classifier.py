@@ -125,6 +125,8 @@ def test_digits_are_scikit_learn_s():
         assert images.labels.tolist() == data.target[of].tolist()
     normal = image_processor(album.preprocessing, 1).normalize(album.train.pixels)
     assert normal.mean().abs() < 1e-3 and abs(normal.std() - 1) < 1e-3
+    # Nothing is learned from the held-out images, not their spread either.
+    assert album.preprocessing["image_std"] == [round((album.train.pixels / 255).std(), 4)]
 
 
 def test_a_batch_follows_from_its_number():
@@ -156,6 +158,8 @@ def test_images_are_shifted_in_all_directions():
             raise AssertionError("more than a shift by one pixel")
     assert len(found) == 9
     assert (shift_each(images, 0, torch.Generator()) == images).all()
+    white = np.full((20, 1, 4, 4), 255, dtype=np.uint8)
+    assert (shift_each(white, 2, torch.Generator()) == white).all(), "what comes in repeats the edge"
 
 
 def test_accuracy_counts_every_image_once():

@@ -5,11 +5,12 @@ from safetensors import SafetensorError, safe_open
 
 from models.utils.errors import UserError
 from models.utils.files import one_line, read_json
+from models.utils.head import keep_logits_in_fp32
 from models.utils.kernels.onednn import choose_products
 from models.utils.quantize import prepare, quantize_layers
 
 
-def load_weights(model, folder, device="cpu", dtype=None, quantization=None, windows=()):
+def load_weights(model, folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True):
     """Give a model on the meta device the weights of a converted folder; the arguments are load_model's."""
     # The model on the meta device has shapes and no memory; the tensors of the files are mapped, not copied.
     tensors = dict(read_tensors(folder))
@@ -22,8 +23,10 @@ def load_weights(model, folder, device="cpu", dtype=None, quantization=None, win
     if quantization:
         quantize_layers(model, quantization, device, dtype, windows)
     model.to(device=device, dtype=dtype)
-    prepare(model)
-    choose_products(model)
+    if arranged:
+        prepare(model)
+        choose_products(model)
+    keep_logits_in_fp32(model)
     return model.eval()
 
 
