@@ -97,7 +97,6 @@ class TrainingRun:
                 self.update(loss)
         except KeyboardInterrupt:
             if self.step == number:
-                self.optimizer.zero_grad()
                 set_random_state(random, self.options.device)
             raise
         self.seconds += time.perf_counter() - start

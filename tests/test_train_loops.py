@@ -309,7 +309,7 @@ def test_a_new_run_takes_the_place_of_the_old_only_when_it_can(train, tmp_path):
     for mistake in (
         ["--vocab-size", "60000"],
         ["--config", "nowhere"],
-        ["--context", "64"],
+        ["--vocab-size", "350", "--context", "64"],
         ["--batch-size", "1e9"],
     ):
         with pytest.raises(UserError):
