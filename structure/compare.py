@@ -3,14 +3,12 @@
 Sizes do not count: a layer of 768 features and one of 4,096 are the same architecture.
 """
 
-import ast
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from functools import lru_cache
 from pathlib import Path
 
+from structure.differences import part_at
 from structure.drawn import is_region, is_stack, prepared
-from structure.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +29,7 @@ class Difference:
 @dataclass(frozen=True)
 class Comparison:
     differences: tuple
-    sentences: tuple  # (part, sentence on the first model, sentence on the second), declared in variants.py
+    sentences: tuple  # (part, what the first model's docstring says of it, the second's), "" for nothing
 
 
 def compare(a, b):
@@ -112,8 +110,8 @@ def compare_boxes(a, b, found, sentences, around=(None, None)):
             ours, theirs = ([box for box in boxes if kind_of(box, a) == kind] for boxes in (left, right))
             if names(ours) or names(theirs):
                 found.append(difference(ours, theirs, (names(ours), names(theirs)), a.label))
-    said = declared(a), declared(b)
-    if len(found) > before and all(said) and said[0] != said[1]:
+    said = differs(a), differs(b)
+    if len(found) > before and any(said) and said[0] != said[1]:
         sentences.insert(outer, (a.label, *said))
 
 
@@ -191,25 +189,13 @@ def aligned(ours, theirs):
     return sorted(pairs, key=lambda pair: order[id(pair[0])]), left, right
 
 
-# ---------------------------------------------------------------------------- the declared sentences
+# ---------------------------------------------------------------------------- the pages' own sentences
 
 
-def declared(box):
-    """What structure/variants.py says of the class or function of a box; None: nothing."""
-    if box.definition is None:
-        return None
-    path = Path(box.definition.file)
-    name = name_at(box.definition.file, box.definition.first)
-    return VARIANTS.get(name, {}).get(path.name)
+def differs(box):
+    """What the class or function of a box says of itself: "Differs from gpt2: ...", or "".
 
-
-@lru_cache
-def name_at(file, line):
-    """Of the class or function at the top of a page that contains the line."""
-    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
-    found = [node for node in body if node.lineno <= line <= node.end_lineno or node_first(node) == line]
-    return getattr(found[0], "name", "") if found else ""
-
-
-def node_first(node):
-    return min([node.lineno] + [each.lineno for each in getattr(node, "decorator_list", [])])
+    A method has the sentence of its class.
+    """
+    part = box.definition and part_at(ROOT / box.definition.file, box.definition.first)
+    return part.differs if part else ""

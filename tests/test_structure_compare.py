@@ -1,17 +1,19 @@
 """Two models side by side: what a flag changes is the difference found, no more and no less."""
 
 import dataclasses
+import importlib.util
+import sys
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib import rc_context
 
 from models import load_config
-from structure.capture.capture import capture
+from structure.capture.capture import capture, capture_model
 from structure.compare import compare
 from structure.picture import ink, layout, picture
-from structure.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -111,15 +113,77 @@ def test_the_lines_are_those_that_differ():
     assert any("pos_embed" in line for line in lines["pos_embed / rope"])
 
 
-def test_the_sentences_are_the_declared_ones():
-    sentences = comparison("gpt2", "llama-3-8b").sentences
-    declared = {part: (VARIANTS[name]["gpt2.py"], VARIANTS[name]["llama.py"]) for part, name in (
-        ("model", "Model"), ("attn", "Attention"), ("ffn", "FeedForward"), ("Layer", "Layer"),
-    )}  # fmt: skip
-    assert {part: tuple(says) for part, *says in sentences} == declared
+def test_the_sentences_are_those_of_the_docstrings(tmp_path):
+    """Of what differs, and only where a page says something; two words for one part are no difference."""
+    said = {"first": "Differs from gpt2: halves what a feed-forward adds.", "second": ""}
+    pages = {name: captured_page(tmp_path / f"{name}.py", text) for name, text in said.items()}
+    [(part, *sentences)] = compare(pages["first"], pages["second"]).sentences
+    assert (part, sentences) == ("ffn", ["Differs from gpt2: halves what a feed-forward adds.", ""])
+    assert compare(pages["second"], pages["second"]).sentences == ()
+    assert comparison("gpt2", "gpt2-xl").sentences == ()
+
+
+PAGE = '''
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Config:
+    d_model: int  # D: width
+
+
+class Model(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embed = nn.Embedding(7, config.d_model)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        tokens,  # (B, T)
+    ):
+        x = self.token_embed(tokens)  # (B, T, D)
+        return x + self.ffn(x)  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """Two maps.
+
+    SAID Another sentence.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, 30)
+        self.down_proj = nn.Linear(30, config.d_model)
+
+    def forward(self, x):
+        return self.down_proj(self.up_proj(x).relu())  # (B, T, D)
+'''
+
+
+def captured_page(path, said):
+    """The box of a model whose feed-forward says something; without a word it has another activation."""
+    path.write_text(PAGE.replace("SAID", said).replace("relu", "relu" if said else "tanh"))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    with torch.device("meta"):
+        return capture_model(module.Model(module.Config(12)))
 
 
 # ---------------------------------------------------------------------------- the picture
+
+
+def test_where_nothing_is_said_no_table_is_drawn():
+    """Not even its headings, "models/gpt2.py" and the other page."""
+    infos = [{"name": name, "model": load_config(name)[0]} for name in ("gpt2", "gpt2-xl")]
+    figure = picture.compare(box_of("gpt2"), infos[0], box_of("gpt2-xl"), infos[1])
+    assert not any("models/" in text.get_text() for text in figure.axes[0].texts)
 
 
 @pytest.mark.parametrize("other", ["llama-3-8b", "transformer-base"])

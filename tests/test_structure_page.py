@@ -13,6 +13,7 @@ import pytest
 from models import load_config
 from structure import facts
 from structure.capture import capture
+from structure.compare import compare
 from structure.page import page
 from structure.page.rows import arrange
 
@@ -540,7 +541,10 @@ def test_two_models_side_by_side(browser, folder):
     assert "layers.0" not in browser.run(vivid, 0) and "layers.0" not in browser.run(vivid, 1)
     sentences = [item.text for item in browser.driver.find_elements("css selector", ".differences li")]
     assert any("pos_embed" in sentence and "rope" in sentence for sentence in sentences)
-    assert "SwiGLU" in browser.find(".differences").text, "a sentence of the table of variants"
+    said = compare(captured("gpt2")[0], captured("llama-3-8b")[0]).sentences
+    shown = browser.driver.find_elements("css selector", ".differences .sentence")
+    assert len(shown) == sum(bool(sentence) for _, *both in said for sentence in both)
+    assert len(browser.driver.find_elements("css selector", ".differences h3")) == len(said)
 
     item = next(n for n, sentence in enumerate(sentences) if "RMSNorm" in sentence)
     browser.point(browser.driver.find_elements("css selector", ".differences li")[item])

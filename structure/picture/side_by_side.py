@@ -17,7 +17,8 @@ def draw_both(box_a, info_a, box_b, info_b, dark=False):
     left, right = lay_out(box_a), lay_out(box_b)
     width, high = left.right + CAPTIONS + right.right, max(left.top, right.top)
     words = in_words(comparison, info_a, info_b, width)
-    height = words.top + GROUND_GAP + high + TITLE
+    floor = words.top + GROUND_GAP * bool(words.words)
+    height = floor + high + TITLE
     ink = Ink(width + 2 * MARGIN, height + 2 * MARGIN, dark)
 
     whole = Drawing(0.0, width, height)
@@ -29,7 +30,7 @@ def draw_both(box_a, info_a, box_b, info_b, dark=False):
         (right, left.right + CAPTIONS, "right", box_b, info_b),
     ):
         placed = Drawing()
-        placed.add(titled(sheet, high, box, info), x, words.top + GROUND_GAP)
+        placed.add(titled(sheet, high, box, info), x, floor)
         draw_sheet(ink, placed, numbers_of(comparison, side))
         sides.append({tile.box.id: tile for tile in placed.tiles})
     draw_captions(ink, comparison, *sides, left.right + CAPTIONS / 2)
@@ -93,8 +94,10 @@ def numbers_text(sources):
 
 
 def in_words(comparison, info_a, info_b, width):
-    """A table of the declared sentences, from (0, 0) upwards."""
+    """What the pages say of their parts as a table, from (0, 0) upwards; nothing where they say nothing."""
     drawing, y, half = Drawing(0.0, width), 0.0, (width - 110) / 2
+    if not comparison.sentences:
+        return drawing
     rows = [("", f"models/{info_a['model']}.py", f"models/{info_b['model']}.py"), *comparison.sentences]
     for part, *sentences in reversed(rows):
         lines = [wrapped(sentence, half - 30, DETAIL) for sentence in sentences]
