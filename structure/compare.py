@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from structure.capture.blocks import is_region, is_stack, prepared
 from structure.differences import part_at
-from structure.drawn import is_region, is_stack, prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 

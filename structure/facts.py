@@ -1,7 +1,7 @@
 """What a model costs: memory, work, and the time that its memory allows, box by box and in all.
 
 Work is counted in FLOPs, two for a multiplication and its addition, of matrix products, convolutions and
-attention (flops.py). What depends on the call is kept as terms: [[16384, "B*T*S"], [33554432, "B*T"]] is the
+attention (flops_of). What depends on the call is kept as terms: [[16384, "B*T*S"], [33554432, "B*T"]] is the
 sum 16384 B T S + 33554432 B T, which anyone can evaluate for other sizes, a page in its browser too:
 
     prefill           B rows of T tokens, which attend to each other: S = T
@@ -37,6 +37,35 @@ def stored_bytes(model):
             parts = parts_of(plan, name, shape, torch.bfloat16).values()
             sizes[name][dtype] = sum(math.prod(part) * kind.itemsize for part, kind in parts)
     return sizes
+
+
+# Work -------------------------------------------------------------------------------------------------------
+
+
+def flops_of(op):
+    """The numbers whose sum an operation costs in FLOPs, each a product of its dimensions.
+
+    Norms, activations, softmax and additions are left out, as by torch's FlopCounterMode: they are a few
+    hundredths of the work. Attention counts every pair of a query and a slot, masked or not.
+    """
+    shapes = [argument.shape for argument in op.arguments]
+    if op.target == "linear":
+        return [2 * math.prod(op.shape) * shapes[1][-1]]
+    if op.target in ("matmul", "bmm", "mm"):
+        return [2 * math.prod(op.shape) * shapes[0][-1]]
+    if op.target == "einsum":
+        # One matrix product: what both have is summed over, or goes along.
+        return [2 * math.prod(op.shape) * shapes[0][-1]]
+    if op.target == "scaled_dot_product_attention":
+        q, k, v = shapes[:3]
+        pairs = math.prod(q[:-1]) * k[-2]
+        return [2 * pairs * q[-1], 2 * pairs * v[-1]]
+    if op.target in ("conv1d", "conv2d", "conv3d"):
+        return [2 * math.prod(op.shape) * math.prod(shapes[1][1:])]
+    return []
+
+
+# Boxes ------------------------------------------------------------------------------------------------------
 
 
 def describe(name, model_name, config, box):

@@ -22,8 +22,7 @@ from structure.capture.sizes import letters_of_numbers, letters_of_specs
 from structure.capture.source import page_of_class
 from structure.capture.trace import Op, trace
 from structure.capture.way import Way
-from structure.facts import DTYPES, stored_bytes
-from structure.flops import flops_of
+from structure.facts import DTYPES, flops_of, stored_bytes
 
 ASIDE = ("mask", "position", "cache")  # roles that never lead from tokens to logits
 CONTENT = ("tokens", "source", "images")

@@ -15,8 +15,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, String
 
 from models.utils.files import write_atomically
-from structure.capture.blocks import ROLES
-from structure.capture.colours import COLOURS, GROUND, MUTED, SPINE, TEXT
+from structure.capture.blocks import COLOURS, GROUND, MUTED, ROLES, SPINE, TEXT
 from structure.compare import compare as compare_models
 from structure.page.rows import arrange, is_circle
 

@@ -3,8 +3,7 @@
 from collections import Counter
 
 from structure.capture.blocks import Box
-from structure.picture.sheet import Drawing, Line, Tile, Word
-from structure.picture.words import count, width_of
+from structure.picture.sheet import Drawing, Line, Tile, Word, count, width_of
 
 WIDTH = 238.0
 COLUMN = 26.0  # between two columns
