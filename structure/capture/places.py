@@ -17,6 +17,7 @@ from torch import nn
 
 from conversion.config_fields import words
 from structure.capture.roles import HEAVY, label_of_op, role_of_function, role_of_module, role_of_op
+from structure.capture.source import page_of_class
 from structure.capture.trace import Op
 
 # What changes the looks of a tensor and not its numbers, or not when the model is in use.
@@ -46,24 +47,38 @@ class Spot:
     depth: int = 0  # of a function: where in their frames its operations are inside of it
 
 
+def places_of(traced):
+    """The Places of a trace, step by step: each step reads what those before it found."""
+    places = Places(traced)
+    places.find_containers()
+    places.find_methods()
+    places.place_functions()
+    places.place_operations()
+    places.drop_empty()
+    places.merge_asides()
+    places.place_parameters()
+    places.find_insides()
+    return places
+
+
 class Places:
-    def __init__(self, traced, page):
-        self.model, self.page, self.ops = traced.model, page, reached(traced.ops)
+    def __init__(self, traced):
+        self.model, self.ops = traced.model, reached(traced.ops)
+        self.page = page_of_class(type(self.model))
         self.modules = dict(self.model.named_modules())
         self.classes = vars(sys.modules[type(self.model).__module__])
-        self.spots = {}
+        self.spots = {}  # key: its Spot
         self.container = {}  # op's name: path of the module that it belongs to
+        self.methods = {}  # path right below the model: its method that runs it; {} where one runs all
         self.around = {}  # op's name: keys of the boxes around it
         self.home = {}  # op's name: around, and the key of its own box; not of what bends
-        for op in self.ops:
-            self.container[op.name] = self.container_of(op)
-        self.methods = self.methods_of_modules()
-        self.place_functions()
-        self.place_operations()
-        self.merge_asides()
-        self.place_parameters()
+        self.inside = {}  # keys of a box: the keys right inside, as they come to an end
 
     # Modules ------------------------------------------------------------------------------------------------
+
+    def find_containers(self):
+        for op in self.ops:  # in the order in which they run: a container may be that of an argument
+            self.container[op.name] = self.container_of(op)
 
     def container_of(self, op):
         """The path of the module that an op belongs to, which need not be the one whose forward runs."""
@@ -94,15 +109,13 @@ class Places:
     def role(self, path):
         return role_of_module(self.modules[path], path.rpartition(".")[2]) if path else "group"
 
-    def methods_of_modules(self):
-        """{path right below the model: the model's method that runs it}; {} where one method runs all."""
-        methods = {}
-        for op in self.ops:
-            inside = [path for path, _ in op.modules if path]
-            if op.frames and inside:
-                methods.setdefault(inside[0], op.frames[0].function)
+    def find_methods(self):
         outermost = {op.frames[0].function for op in self.ops if op.frames}
-        return methods if len(outermost) > 1 else {}
+        if len(outermost) > 1:
+            for op in self.ops:
+                inside = [path for path, _ in op.modules if path]
+                if op.frames and inside:
+                    self.methods.setdefault(inside[0], op.frames[0].function)
 
     def module_keys(self, path, op):
         """The keys of the modules around a path and of itself; each call of a closed one is a box."""
@@ -210,7 +223,6 @@ class Places:
         for (around, *_), ops in statements.items():
             for group in within_statement(ops):
                 self.place_group(group, around)
-        self.drop_empty()
 
     def place_group(self, ops, around):
         sources = {self.home.get(origin.name) for op in ops for origin, _ in origins(op)}
@@ -272,6 +284,16 @@ class Places:
 
     def reads_own(self, op):
         return self.is_leaf(self.container[op.name])
+
+    # Boxes --------------------------------------------------------------------------------------------------
+
+    def find_insides(self):
+        for op in reversed(self.ops):
+            home = self.home.get(op.name, ())
+            for depth, key in enumerate(home):
+                inside = self.inside.setdefault(home[:depth], [])
+                if key not in inside:
+                    inside.insert(0, key)
 
 
 # Operations among each other --------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ depends on the call, and how: 7 * B is seven numbers for each row of the batch.
 import ast
 import dataclasses
 import math
+from collections import defaultdict
 from fractions import Fraction
+
+from structure.capture.blocks import Shape
 
 # N, the source's length, is 12 times a prime: a model that shortens it to a half or a third stays exact.
 LETTERS = {"B": 10_007, "T": None, "S": 20_011, "N": 30_011}
@@ -50,6 +53,77 @@ class Sizes:
     def numbers(self, shape):
         """("B", "T", 4096) of a captured shape; "7*B" and "N/3" where it is no letter alone."""
         return tuple(spoken(*self.term(number)) for number in shape)
+
+
+class Shapes:
+    """The Shape of each operation's result: numbers, and the letters that the page's comments give them."""
+
+    def __init__(self, traced, places):
+        self.model, self.sizes, self.known = traced.model, traced.sizes, traced.known
+        self.places, self.page, self.ops = places, places.page, places.ops
+        self.users = defaultdict(list)
+        for op in self.ops:
+            for argument in op.arguments:
+                self.users[argument].append(op)
+        self.letters = {}  # op: of its shape, as they were found
+        self.fixed = self.known | self.numbers_of_letters()
+
+    def shape(self, op):
+        numbers = self.sizes.numbers(op.shape)
+        letters = self.letters_of(op) or letters_of_numbers(numbers, self.fixed)
+        return Shape(letters, numbers)
+
+    def numbers_of_letters(self):
+        """The letters of comments that are one number all over the model: T tokens of an image."""
+        found = defaultdict(set)
+        for op in self.ops:
+            for letter, number in zip(self.letters_of(op).strip("()").split(", "), op.shape):
+                if letter.isidentifier():
+                    found[letter].add(number)
+        numbers = {letter: self.sizes.numbers(sizes)[0] for letter, sizes in found.items() if len(sizes) == 1}
+        return {letter: number for letter, number in numbers.items() if isinstance(number, int)}
+
+    def letters_of(self, op):
+        """From the comment of the statement whose value the tensor is, or from an equal shape before."""
+        if op not in self.letters:
+            specs = self.specs_of(op)
+            equal = [other for other in self.before(op) if other.shape == op.shape]
+            numbers = self.sizes.numbers(op.shape)
+            self.letters[op] = letters_of_specs(specs, op.shape, numbers, self.known) or next(
+                filter(None, map(self.letters_of, equal)), ""
+            )
+        return self.letters[op]
+
+    def specs_of(self, op):
+        if op.target == "input":
+            return self.page.specs_of_input(type(self.model).__name__, op.path)
+        specs = []
+        for n in reversed(range(len(op.frames))):
+            if not self.is_value(op, n):
+                break
+            specs += self.page.specs(op.frames[n].line)
+        return specs
+
+    def is_value(self, op, n):
+        """Whether nothing in the statement of its n-th frame reads the op: it is the statement's value."""
+        around, statement = op.frames[:n], self.page.source(op.frames[n].line)
+        for user in self.users[op]:
+            inside = user.frames[:n] == around and len(user.frames) > n
+            if inside and self.page.source(user.frames[n].line) == statement:
+                return False
+        return True
+
+    def before(self, op):
+        """What an op reads; in a function also what that was made of, back to the function's arguments."""
+        found, waiting, (depth, functions) = [], list(op.arguments), self.places.functions(op)
+        while waiting:
+            other = waiting.pop(0)
+            if other in found:
+                continue
+            found.append(other)
+            if functions and other.frames[: depth + 1] == op.frames[: depth + 1]:
+                waiting += other.arguments
+        return found
 
 
 def spoken(coefficient, letters):
