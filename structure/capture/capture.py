@@ -2,9 +2,9 @@
 
     box = capture("llama", config)
 
-trace.py runs the model on the meta device, places.py says in which boxes its operations live, here they become
-boxes with titles, weights, shapes and lines of source, and edges.py joins them. Equal layers are one box with
-`repeat`. What the model never runs in this call (a second head) has a box without edges.
+trace.py runs the model on the meta device, places.py says in which boxes its operations live, here they
+become boxes with titles, weights, shapes and lines of source, and edges.py joins them. Equal layers are one
+box with `repeat`. What the model never runs in this call (a second head) has a box without edges.
 """
 
 import math
