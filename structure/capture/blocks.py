@@ -10,6 +10,7 @@ ROLES = (
     "position",  # learned or sinusoidal positions, RoPE's angles, a rotation
     "norm",
     "attention",  # the module, and the operations softmax(q k^T) v inside
+    "recurrence",  # a loop over time, and the module that has it in attention's place
     "feed_forward",
     "linear",
     "activation",
@@ -51,11 +52,14 @@ class Box:
     label: str  # "q_proj", "softmax", "x 32" never: that is repeat
     title: str = ""  # what it is in a few words: "Linear 4096 -> 1024", "32 query heads, 8 key/value heads"
     repeat: int = 1  # how many equal boxes are folded into this one
+    active: int = 0  # how many of them work for a token, where not all do: experts
+    times: str = ""  # "T" in a loop over time: how often it runs in a call, which its flops include
     members: tuple = ()  # ids of the modules that it stands for: ("layers.0", ..., "layers.31")
     sources: tuple = ()  # the lines that run it, most telling first
     definition: Source | None = None  # the class or function
     doc: str = ""  # the paper's equation, from the docstring of the class
     parameters: int = 0  # of one member, with what lies inside; a tensor used twice counts in its first box
+    used: int = 0  # how many of them work for a token: all, but for experts that are not chosen
     tied_to: str = ""  # id of the box that holds the same matrix
     weights: tuple = ()  # ((name, shape, Hugging Face's names), ...) of one member's own tensors
     output: Shape | None = None
@@ -70,17 +74,18 @@ class Box:
 # What is drawn ----------------------------------------------------------------------------------------------
 
 
+OPENED = ("attention", "recurrence", "feed_forward", "head")
+
+
 def prepared(box, depth=0):
     """The box with only what is drawn of it: attention and the like are opened one level."""
-    opened = box.role == "group" or (depth < 1 and box.role in ("attention", "feed_forward", "head"))
+    opened = box.role == "group" or box.repeat > 1 or box.times or (depth < 1 and box.role in OPENED)
     inside = depth + (box.role != "group")
     children = [prepared(child, inside) for child in box.children] if opened else []
-    roles = {child.id: child.role for child in children}
+    caches = {child.id for child in box.children if holds_cache(child)}
     names = {child.id: side_names(child) for child in children}
     edges = [
-        edge
-        for edge in box.edges
-        if children and not (edge.source.startswith("in:") and roles.get(edge.target) == "cache")
+        edge for edge in box.edges if children and not (is_of_cache(edge, box) and edge.target in caches)
     ]
     if any(edge.residual for edge in edges):  # what else a part of the model answers is its own affair
         edges = [edge for edge in edges if edge.residual or edge.target != "out"]
@@ -92,6 +97,16 @@ def prepared(box, depth=0):
         if main(edge, names) or side_name(edge) in names.get(edge.target, ()) or edge.target not in mains
     ]
     return replace(box, children=children, edges=edges)
+
+
+def holds_cache(box):
+    return box.role == "cache" or any(map(holds_cache, box.children))
+
+
+def is_of_cache(edge, box):
+    """Whether what comes from outside is the cache, or is read by one: its box stands for it."""
+    reads = any(child.id == edge.target and child.role == "cache" for child in box.children)
+    return edge.source == "in:cache" or edge.source.startswith("in:") and reads
 
 
 def without_chains(children, edges):
@@ -146,12 +161,14 @@ def is_junction(box):
 # Colours ----------------------------------------------------------------------------------------------------
 
 # The same in picture and page: (fill, line) on a light ground, (fill, line) on a dark one.
-# Neighbours in meaning share a hue.
 ROSE = ("#fae4e6", "#c4707b"), ("#43272d", "#d98c96")
 YELLOW = ("#faf2cf", "#b39a34"), ("#3b3519", "#cfb95c")
 ORANGE = ("#fde7d2", "#cc8440"), ("#432e1b", "#dd9c5d")
+BROWN = ("#eee4dc", "#8f6b50"), ("#362a21", "#bf987a")
+OLIVE = ("#ebf0d3", "#7f9233"), ("#2c331a", "#aebf66")
 BLUE = ("#ddebf8", "#5289bd"), ("#1d3247", "#76a9da")
 LAVENDER = ("#e9e6f7", "#8279c0"), ("#2d2a46", "#a49ce0")
+PLUM = ("#f5e4f1", "#ad6a9b"), ("#3d2838", "#cd8fbd")
 GREEN = ("#e0f1e3", "#599a6b"), ("#1e3827", "#7fbd90")
 TEAL = ("#daf0ef", "#41928f"), ("#173736", "#66b5b1")
 GREY = ("#f1f2f4", "#8a929c"), ("#272b31", "#8d96a1")
@@ -159,10 +176,11 @@ PAPER = ("#ffffff", "#5b6470"), ("#1b1f24", "#aab3be")
 
 COLOURS = {
     "embedding": ROSE,
-    "head": ROSE,
-    "position": TEAL,
+    "head": BROWN,
+    "position": OLIVE,
     "norm": YELLOW,
     "attention": ORANGE,
+    "recurrence": PLUM,
     "feed_forward": BLUE,
     "linear": LAVENDER,
     "activation": GREEN,

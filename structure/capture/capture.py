@@ -56,18 +56,22 @@ class Boxes:
     """Makes the box of each place: what is in it, and what stands there of it; edges.py joins them."""
 
     def __init__(self, traced, places, shapes, links, names):
-        self.model, self.runs, self.sizes = traced.model, traced.runs, traced.sizes
+        self.model, self.folds, self.sizes = traced.model, traced.folds, traced.sizes
         self.places, self.page, self.spots, self.ops = places, places.page, places.spots, places.ops
         self.shapes, self.links = shapes, links
         self.names = names  # Hugging Face's
         self.bytes = stored_bytes(self.model)
         self.counted = {}  # id of a parameter: id of the box that counts it
+        self.kept = set()  # the tensors of a cache that a box counts
+        self.num_experts = getattr(self.model.config, "num_experts", 0)
+        self.num_active = getattr(self.model.config, "num_active_experts", 0)
 
     def make(self, keys):
         """The box at a place, with all that it holds; a tensor is counted where it comes first."""
         box = self.describe(keys)
         box.children = [self.make((*keys, key)) for key in self.places.inside.get(keys, [])]
         box.parameters += sum(child.parameters * child.repeat for child in box.children)
+        box.used += sum(child.used * (child.active or child.repeat) for child in box.children)
         return box
 
     def describe(self, keys):
@@ -82,6 +86,8 @@ class Boxes:
             computing = [op for op in spot.ops if op.target not in BENDS | MAKERS]
             box.output = self.shapes.shape(computing[-1])
             box.flops = self.flops(spot.ops)
+            box.kept = self.kept_by(spot.ops)
+            box.times = "T" if any(op.loop for op in computing) else ""
             # What a cache is made with, it keeps: the keys and values of a source.
             methods = {op.frames[0].function for op in computing}
             if methods == {"new_cache"}:
@@ -93,7 +99,13 @@ class Boxes:
         module, cls = self.places.modules[spot.name], type(self.places.modules[spot.name]).__name__
         box.title = title_of_module(module, spot.role)
         box.members = self.members(spot.name)
-        box.repeat = len(self.runs.get(spot.name, [spot.name]))
+        run = self.folds.runs.get(spot.name)
+        if run:
+            box.repeat = run.repeat
+            is_chosen = run.repeat == self.num_experts and len(run.members) == run.repeat
+            box.active = self.num_active if is_chosen else 0
+        if any(inner.rpartition(".")[0].rpartition(".")[0] == spot.name for inner in self.folds.runs):
+            box.title = ""  # of several modules in a list, which say themselves what they are
         box.definition, box.doc = self.page.definition(cls), self.page.docstring(cls)
         running = next(op for op in spot.ops or self.ops if self.runs_in(op, spot.name))
         enter = [n for n, frame in enumerate(running.frames) if frame.cls == cls]
@@ -123,10 +135,18 @@ class Boxes:
 
         computing = [op for op in inside if op.target not in BENDS | MAKERS]
         if spot.role == "cache":
-            box.title = "keys and values of the past"
-            box.kept = self.terms(math.prod(op.shape) for op in spot.ops if op.target == "index_put")
+            fields = self.page.fields(spot.name)
+            box.title = f"{'keys and values' if {'k', 'v'} <= set(fields) else 'state'} of the past"
         elif len(computing) == 1:
             box.title = self.title_of(computing)
+
+    def describe_cycle(self, box, spot):
+        box.repeat = spot.cycle.times
+
+    def describe_loop(self, box, spot):
+        line = int(spot.name)
+        box.title, box.times = self.page.lines[line - 1].strip().rstrip(":"), "T"
+        box.sources = (self.page.source(line),)
 
     def describe_operation(self, box, spot):
         box.title = self.title_of(spot.ops)
@@ -170,6 +190,7 @@ class Boxes:
                     self.own(box, f"{path}.{name}", parameter)
                 root.children.append(box)
                 root.parameters += box.parameters
+                root.used += box.used
 
     def own(self, box, name, parameter):
         """A tensor counts in the first box that has it."""
@@ -181,24 +202,48 @@ class Boxes:
         else:
             self.counted[id(parameter)] = box.id
             box.parameters += parameter.numel()
+            box.used += self.used(parameter)
             box.bytes = {dtype: box.bytes.get(dtype, 0) + self.bytes[name][dtype] for dtype in DTYPES}
+
+    def used(self, parameter):
+        """How many numbers of a tensor work for a token: of the experts' in one tensor, the active ones'."""
+        together = parameter.dim() > 2 and self.num_active and len(parameter) == self.num_experts
+        return parameter.numel() * self.num_active // self.num_experts if together else parameter.numel()
 
     def renamed(self, key):
         """A key with the number that the layer has in the whole model."""
-        for kept, run in self.runs.items():
+        for kept, run in self.folds.runs.items():
             if re.match(rf"{re.escape(kept)}(?!\w)", key):
-                return run[0] + key[len(kept) :]
+                return run.members[0] + key[len(kept) :]
         return key
 
     def members(self, path):
-        """All modules of the whole model that a path stands for."""
-        for kept, run in self.runs.items():
-            if path == kept or path.startswith(kept + "."):
-                return tuple(first + path[len(kept) :] for first in run)
-        return (path,)
+        """The modules that a path stands for: in all layers; in an expert, all experts of the first layer."""
+        inner = [kept for kept in self.folds.runs if path == kept or path.startswith(kept + ".")]
+        if not inner:
+            return (path,)
+        kept = max(inner, key=len)
+        found = [member + path[len(kept) :] for member in self.folds.runs[kept].members]
+        # Experts are counted in the layer that was kept.
+        return tuple(map(self.renamed, found) if len(inner) > 1 else found)
 
     def flops(self, ops):
-        return self.terms(number for op in ops for number in flops_of(op))
+        rounds = [(op, self.sizes["T"] if op.loop else 1) for op in ops]
+        return self.terms(number * times for op, times in rounds for number in flops_of(op))
+
+    def kept_by(self, ops):
+        """The numbers of the cache's tensors that are written here, each counted where it comes first."""
+        written = dict.fromkeys(op.written for op in ops if self.is_of_cache(op))
+        new = [origin for origin in written if origin not in self.kept]
+        self.kept |= set(new)
+        return self.terms(math.prod(origin.shape) for origin in new)
+
+    def is_of_cache(self, op):
+        """Whether an op writes into what the caller keeps, or what new_cache has made for it."""
+        if op.written is None:
+            return False
+        made = op.written.frames and op.written.frames[0].function == "new_cache"
+        return bool(made) or op.written.path.startswith("cache")
 
     def terms(self, numbers):
         """((coefficient, letters), ...) of a sum."""

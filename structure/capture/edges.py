@@ -15,7 +15,7 @@ from structure.capture.places import origins
 from structure.capture.trace import Op
 
 ASIDE = ("mask", "position", "cache")  # roles that never lead from tokens to logits
-CONTENT = ("tokens", "source", "images")
+CONTENT = ("tokens", "source", "images", "features")
 
 
 class Link(NamedTuple):

@@ -9,12 +9,14 @@ import dataclasses
 import math
 from collections import defaultdict
 from fractions import Fraction
+from itertools import count
 
 from structure.capture.blocks import Shape
 
 # N, the source's length, is 12 times a prime: a model that shortens it to a half or a third stays exact.
 LETTERS = {"B": 10_007, "T": None, "S": 20_011, "N": 30_011}
 SOURCE_MULTIPLE = 12
+FEW = 5  # tokens, where each is a round of a loop
 
 
 class Sizes:
@@ -30,9 +32,26 @@ class Sizes:
         # A table of positions ends at max_seq_len.
         longest = min(getattr(config, "max_seq_len", 9_000), 9_000)
         self.primes = {letter: self.free(start or longest) for letter, start in LETTERS.items()}
+        # What depends on data is as long as the tokens of one expert are on average.
+        num_experts = getattr(config, "num_experts", 1)
+        self.share = Fraction(getattr(config, "num_active_experts", num_experts), num_experts)
+        self.chosen = self.free(40_009)
 
     def free(self, start):
         return next(p for p in range(start, 1, -1) if is_prime(p) and not any(n % p == 0 for n in self.taken))
+
+    def few_tokens(self):
+        """Let T be small: a loop over time has as many rounds."""
+        self.primes["T"] = next(
+            p for p in count(FEW) if is_prime(p) and not any(n % p == 0 for n in self.taken)
+        )
+
+    def fixed(self, size):
+        """A captured size as a number, of what depends on data too."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, self.chosen)))
 
     def __getitem__(self, letter):
         return self.primes[letter] * (SOURCE_MULTIPLE if letter == "N" else 1)
@@ -43,12 +62,16 @@ class Sizes:
         The coefficient is a Fraction, which a number of the source's length may need: a third of N.
         """
         coefficient, letters = Fraction(number), []
+        while number and number % self.chosen == 0:
+            number //= self.chosen
+            coefficient *= self.share / self.chosen
+            letters += ["B", "T"]
         for letter, prime in self.primes.items():
             while number and number % prime == 0:
                 number //= prime
                 coefficient /= self[letter]
                 letters.append(letter)
-        return coefficient, "*".join(letters)
+        return coefficient, "*".join(sorted(letters, key=list(LETTERS).index))
 
     def numbers(self, shape):
         """("B", "T", 4096) of a captured shape; "7*B" and "N/3" where it is no letter alone."""

@@ -86,6 +86,8 @@ class Grid:
             self.num_columns += 1
         elif taken & set(range(wanted[0], wanted[1] + 1)):
             column = wanted[1] + 1
+            while column in taken:  # a box of this row that reaches further is not cut in two
+                column += 1
             self.insert(column, row, taken)
             wanted = [column, column]
         self.spans[key] = list(wanted)

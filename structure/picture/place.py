@@ -36,6 +36,7 @@ from structure.picture.sheet import (
     DETAIL,
     LABEL,
     NAME,
+    REPEAT,
     SHAPE,
     WORD_GAP,
     Drawing,
@@ -86,19 +87,34 @@ def lay_out(box, width=0.0):
 
 
 def shared(sheet, mouths):
-    """Two neighbours of one name become one, whose line forks."""
+    """Two neighbours of one name become one, whose line forks; two of other names move apart."""
     found = []
     for mouth in sorted(mouths, key=lambda mouth: mouth.x):
-        near = found[-1] if found and mouth.name == found[-1].name != "out" else None
-        if near and mouth.x - near.x < width_of(mouth.name, NAME, True) + 24:
-            x, low, turn = (near.x + mouth.x) / 2, MOUTH - 8, MOUTH - 2
+        near = found[-1] if found and "out" not in (mouth.name, found[-1].name) else None
+        if near and near.name == mouth.name and mouth.x - near.x < width_of(mouth.name, NAME, True) + 24:
+            x = (near.x + mouth.x) / 2
             for end in (near.x, mouth.x):
-                points = [(x, low), (x, turn), (end, turn), (end, MOUTH)]
-                sheet.lines.append(Line("flow", "", "", points, arrow=False))
+                sheet.lines.append(to_mouth(x, end))
             found[-1] = replace(near, x=x)
-        else:
-            found.append(mouth)
+            continue
+        room = 12 + (mouth_width(near) + mouth_width(mouth)) / 2 if near else 0.0
+        if near and near.name != mouth.name and mouth.x - near.x < room:
+            sheet.lines.append(to_mouth(near.x + room, mouth.x))
+            mouth = replace(mouth, x=near.x + room)
+        found.append(mouth)
     return found
+
+
+def to_mouth(x, end):
+    """From the name of an input up to where it enters the diagram, at another x."""
+    low, turn = MOUTH - 8, MOUTH - 2
+    return Line("flow", "", "", straight([(x, low), (x, turn), (end, turn), (end, MOUTH)]), arrow=False)
+
+
+def mouth_width(mouth):
+    """Of its name and its shape."""
+    lines = [width_of(line, SHAPE) for line in shape_lines(mouth.shape)] if mouth.shape else []
+    return max([width_of(mouth.name, NAME, True), *lines])
 
 
 def mouth_words(mouth, top):
@@ -167,7 +183,7 @@ def port_of(box, drawing, grid, edge, right):
     """A side input comes from the right, behind those beside the box that read it too; else from below."""
     tile = drawing.tile(edge.target)
     readers = {other.target for other in box.edges if other.source == edge.source}
-    beside = [t.box.id for t in drawing.tiles if t.x > tile.x and t.y < tile.y + tile.h / 2 < t.top]
+    beside = [t.box.id for t in drawing.tiles if t.x >= tile.right and t.y < tile.y + tile.h / 2 < t.top]
     y = tile.y + tile.h / 2
     path = [(right, y), (tile.right, y)]
     if grid.row[edge.target] == 0 or set(beside) - readers:
@@ -181,17 +197,18 @@ def header_words(tile):
     box, y = tile.box, tile.top - HEADER / 2 - 1
     parts = [(name_of(box), NAME, True)] + [(text, DETAIL, False) for text in details(box)]
     if not is_stack(box):
-        return row_of_words(parts, tile.x + 12, y)
+        return row_of_words(parts, tile.x + 12, y) + repeat_words(box, tile.right - 14, y, "right")
     parts += [("each", DETAIL, False)] * (box.repeat > 1)
     mirrored = tile.entry > tile.middle
     x = tile.entry + 20
     if mirrored:
         x = tile.entry - 20 - sum(width_of(*part) for part in parts) - WORD_GAP * (len(parts) - 1)
-    words = row_of_words(parts, x, y)
-    if box.repeat > 1:
-        end, anchor = (tile.x + 14, "left") if mirrored else (tile.right - 14, "right")
-        words.append(Word(f"× {box.repeat}", end, y - 3, 17.0, "text", True, anchor))
-    return words
+    end = (tile.x + 14, y, "left") if mirrored else (tile.right - 14, y, "right")
+    return row_of_words(parts, x, y) + repeat_words(box, *end)
+
+
+def repeat_words(box, x, y, anchor):
+    return [Word(f"× {box.repeat}", x, y - 3, REPEAT, "text", True, anchor)] if box.repeat > 1 else []
 
 
 # ---------------------------------------------------------------------------- the grid
@@ -237,9 +254,14 @@ def line_ends(grid, edge, at):
 
 def route(drawing, grid, edge, x, entry):
     source, target = drawing.tile(edge.source), drawing.tile(edge.target)
+    x = source.middle if source.kind == "junction" else x
     entry = entry if target.entry is None else target.entry
     turn = target.y - GAP / 2
     points = straight([(x, source.top), (x, turn), (entry, turn), (entry, target.y)])
+    if target.kind == "junction":
+        y, side = target.y + target.h / 2, target.x if x < target.x else target.right
+        aside = [(x, source.top), (x, y), (side, y)]
+        points = aside if abs(x - target.middle) > RADIUS else [(x, source.top), (x, target.y)]
     drawing.lines.append(Line("flow", edge.source, edge.target, points, target.kind != "frame"))
     twins = [each for each in grid.edges if each.source == edge.source and each.shape == edge.shape]
     if labelled(edge, grid.context) and twins[0] is edge:

@@ -11,7 +11,7 @@ from matplotlib.textpath import text_to_path
 
 from structure.capture.blocks import Box, Shape
 
-NAME, DETAIL, SHAPE = 11.5, 9.5, 9.0  # sizes of type
+NAME, DETAIL, SHAPE, REPEAT = 11.5, 9.5, 9.0, 17.0  # sizes of type
 WORD_GAP = 12.0  # between a name and what stands beside it
 LEADING = 13.0  # from line to line
 LABEL = 22.0  # what a shape on a line takes
@@ -230,10 +230,21 @@ def details(box):
         found.append(f"tied to {box.tied_to.split('.')[-1].split('#')[0]}")
     elif box.parameters and box.role != "norm":  # a norm's would read like its width
         found.append(count(box.parameters))
+    if box.repeat > 1 and not box.children:
+        found.append(f"× {box.repeat}")
+    if box.active:
+        found.append(f"{box.active} of {box.repeat} active")
     return found
 
 
-TITLED = ("attention", "mask", "multiply", "cache", "position")  # roles of operations that show their code
+TITLED = (
+    "attention",
+    "recurrence",
+    "mask",
+    "multiply",
+    "cache",
+    "position",
+)  # roles of operations that show their code
 
 
 def short(title):
@@ -255,16 +266,21 @@ def name_of(box):
 
 
 def one_line(box):
+    """The width of its words in one line, with room for how often it is there."""
     return (
-        width_of(name_of(box), NAME, True)
+        50 * (box.repeat > 1)
+        + width_of(name_of(box), NAME, True)
         + sum(WORD_GAP + width_of(text, DETAIL) for text in details(box))
         + 20
     )
 
 
 def stacked(box):
-    """The least width of a closed box; what an operation computes is left out where it does not fit."""
-    must = details(box) if box.parameters or box.tied_to else []
+    """The least width of a closed box.
+
+    What an operation computes is left out where it does not fit, but for a loop's, whose inputs it names.
+    """
+    must = details(box) if box.parameters or box.tied_to or box.times else []
     return max([width_of(name_of(box), NAME, True)] + [width_of(text, DETAIL) for text in must]) + 16
 
 
