@@ -66,25 +66,29 @@ def trace(model):
     }
     cache = cache_of(model, sizes)
     folds = fold_layers(model)
-    experts = fold_experts(model, folds)
     kept = folds.kept_of(cache)
-    if loops_over_time(model, page, sizes, known, kept):
-        sizes.few_tokens()
-    try:
-        program = exported(model, page, sizes, known, kept)
-    except UserError:
-        if not experts:
-            raise
+
+    def count(num_tokens):
+        """How many operations run for so many tokens; None where the meta device is not enough."""
+        few = {letter: sizes[letter] for letter in "BSN"} | {"T": num_tokens}
+        return count_operations(*call_of(model, page, few, known, kept))
+
+    experts = fold_experts(model, folds)
+    if experts and count(2) is None:
         # A model that asks for an expert by its number cannot do with one of them.
         unfold(experts, folds)
-        program = exported(model, page, sizes, known, kept)
+        if count(2) is None:
+            fold_experts(model, folds)
+    # The record of a loop over time is as long as the text; what cannot be counted may be one.
+    if count(2) != count(3) or count(2) is None:
+        sizes.few_tokens()
+    program = exported(*call_of(model, page, sizes, known, kept), page)
     ops = fold_time(ops_of(program, page, sizes), page, model, sizes["T"])
     return Trace(model, folds, sizes, known, ops)
 
 
-def exported(model, page, sizes, known, cache):
+def exported(root, inputs, page):
     """The call as a graph. What torch.export cannot record is a matter of the model's file."""
-    root, inputs = call_of(model, page, sizes, known, cache)
     try:
         # On its way to an error the exporter prints the half of the graph that it has.
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
@@ -164,22 +168,16 @@ def argument(name, dims, config, sizes, known):
     return torch.zeros(shape, dtype=dtype, device="meta")
 
 
-# A loop over time -------------------------------------------------------------------------------------------
+# How many operations ----------------------------------------------------------------------------------------
 
 
-def loops_over_time(model, page, sizes, known, cache):
-    """Whether the number of operations grows with the tokens: the record of such a loop is as long."""
-    counts = []
-    for num_tokens in (2, 3):
-        few = {letter: sizes[letter] for letter in "BSN"} | {"T": num_tokens}
-        root, inputs = call_of(model, page, few, known, cache)
-        with Counter() as counter, torch.no_grad():
-            try:
-                root(**inputs)
-            except Exception:
-                return True  # whatever is wrong, the exporter says it better, and soon
-        counts.append(counter.count)
-    return counts[0] != counts[1]
+def count_operations(root, inputs):
+    with Counter() as counter, torch.no_grad():
+        try:
+            root(**inputs)
+        except Exception:
+            return None  # whatever is wrong, the exporter says it better
+    return counter.count
 
 
 class Counter(TorchDispatchMode):
