@@ -10,12 +10,11 @@ from conversion.convert import convert, inspect, reverse
 from conversion.hub import fetch
 from conversion.meta import MetaOptions
 from conversion.tables import PAGES
-from models.utils.command_line import DTYPES, Parser, positive
+from models.utils.command_line import DTYPES, QUANTIZED, Parser, positive
 from models.utils.errors import UserError, run_main
 from models.utils.machine import dtype_named
 from models.utils.quantize import (
     GROUP_SIZES,
-    KINDS,
     quantization_of,
 )
 
@@ -80,7 +79,7 @@ def parse_arguments():
     instead("--inspect", action="store_true", help="print both sides' names and shapes; write nothing")
     instead("--reverse", action="store_true", help="from a converted checkpoint to Hugging Face's layout")
     add("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
-    add("--quantize", choices=KINDS, help="the linear layers' weights; for a CPU with --dtype bfloat16")
+    add("--quantize", choices=QUANTIZED, help="the linear layers' weights; for a CPU with --dtype bfloat16")
     add("--group-size", type=int, metavar="N", help=f"of int4: {sizes}; default: 32, the most exact")
     add("--calibrate", metavar="FILE", help="a text that tells int4 which errors count; the model reads it")
     add("--model", choices=PAGES, help="which of models/, where more than one can read the checkpoint")

@@ -1,14 +1,15 @@
 """Run a checkpoint: continue a text, hold a conversation, or measure how well it predicts a text.
 
     python run.py                                  the tiny model that comes with the project
-    python run.py --checkpoint checkpoints/gpt2 --prompt "The sea" --temperature 0.8 --top-p 0.95
-    cat story.txt | python run.py --checkpoint checkpoints/Llama-3.2-1B --max-new-tokens 500
-    cat lines.txt | python run.py --checkpoint checkpoints/opus-mt-en-fr --beams 4
-    python run.py --draft checkpoints/tiny-llama-python-draft --show-drafts
-    python run.py --checkpoint checkpoints/Llama-3.2-1B-Instruct --chat
-    python run.py --checkpoint checkpoints/gpt2 --score book.txt --stride 512
-    python run.py --checkpoint checkpoints/tiny-bert-python --prompt "Return the [MASK] of the list."
-    python run.py --checkpoint checkpoints/vit-base-patch16-224 --image cat.jpg --attention cat-seen.png
+    python run.py --list                           the checkpoints that are here
+    python run.py tiny-gpt2-python --prompt "class Stack:" --temperature 0.8 --top-p 0.95
+    cat story.txt | python run.py checkpoints/Llama-3.2-1B --max-new-tokens 500
+    cat lines.txt | python run.py checkpoints/opus-mt-en-fr --beams 4
+    python run.py --lookup --temperature 0 --show-drafts
+    python run.py checkpoints/Llama-3.2-1B-Instruct --chat
+    python run.py checkpoints/gpt2 --score book.txt --stride 512
+    python run.py tiny-bert-python --prompt "Return the [MASK] of the list."
+    python run.py checkpoints/vit-base-patch16-224 --image cat.jpg --attention cat-seen.png
 
 The text goes to standard output, everything else (memory, speed, errors) to standard error.
 """
@@ -16,55 +17,75 @@ The text goes to standard output, everything else (memory, speed, errors) to sta
 import random
 import sys
 
-from conversion.checkpoint import CHECKPOINTS, open_checkpoint, open_draft
-from models.utils.command_line import Parser
+from conversion.find import find_folder, listing
+from models.utils.command_line import DTYPES, QUANTIZED, Parser
 from models.utils.errors import UserError, run_main
-from models.utils.machine import (
-    DTYPES,
-    choose_device,
-    keep_freed_memory,
-)
-from models.utils.quantize import KINDS, quantization_of
-from models.utils.tokenizer import load_tokenizer
-from runs_ar.terminal import run_decoder
-from runs_ar.translator import run_transformer
-from runs_encoder.bert import run_bert
-from runs_encoder.vision_transformer import run_vit
-from runs_ss.terminal import run_speculative, run_speculative_transformer
 
-DEFAULT_CHECKPOINT = CHECKPOINTS / "tiny-llama-python"
-DECODERS = ("gpt2", "gpt_neox", "llama", "transformer_lm")
+DEFAULT_CHECKPOINT = "tiny-llama-python"
 
 
 def main(argv=None):
-    keep_freed_memory()
     args = parse(argv)
-    args.device = choose_device(args.device)
+    if args.list:
+        return print("\n".join(listing()))
+    # The imports from here on take seconds; what was typed wrongly is answered before.
+    from conversion.checkpoint import open_checkpoint
+    from models.utils.machine import dtype_named, keep_freed_memory
+    from models.utils.quantize import quantization_of
+
+    keep_freed_memory()
+    how = {"device": args.device, "dtype": dtype_named(args.dtype), "calibration": args.calibrate}
+    how["quantization"] = quantization_of(args.quantize, args.group_size, args.calibrate)
+    # A verification feeds the last token and the drafts; a drafter two tokens, where it lacks its own last.
     drafting = args.draft or args.lookup
-    # A verification feeds the last token and the drafts behind it.
     widths = (1, args.num_draft_tokens + 1) if drafting else (1,)
-    folder, model_name, config, load = open_checkpoint(args.checkpoint, args, widths)
-    if len(args.prompts) > 1 and model_name != "bert":
-        raise UserError(f"--prompt is given {len(args.prompts)} times; only a BERT takes several texts")
-    if args.images and model_name != "vision_transformer":
-        raise UserError(f"--image: {folder} holds a model that reads text; give it --prompt TEXT")
-    if args.compile and (model_name not in DECODERS or args.score):
-        raise UserError("--compile: for decoders that write text, whose steps it makes faster")
-    # What each kind of model does, and which page does it.
-    if model_name in DECODERS and drafting:
-        run_speculative(args, folder, config, load, open_draft(args, DECODERS))
-    elif model_name == "transformer" and drafting:
-        run_speculative_transformer(args, folder, config, load, open_draft(args, ("transformer",)))
-    elif model_name in DECODERS:
-        run_decoder(args, folder, config, load_tokenizer(folder), load)
-    elif model_name == "transformer":
-        run_transformer(args, folder, config, load)
-    elif model_name == "bert":
-        run_bert(args, folder, config, load)
-    elif model_name == "vision_transformer":
-        run_vit(args, folder, config, load)
+    checkpoint = open_checkpoint(args.checkpoint, **how, widths=widths if args.compile else ())
+    args.device = checkpoint.device
+    run_page = page_for(checkpoint, args, drafting)
+    if args.draft:
+        draft = open_checkpoint(args.draft, **how, widths=(1, 2) if args.compile else ())
+        check_kind_of_draft(args, draft, checkpoint)
+        return run_page(args, checkpoint, draft)
+    return run_page(args, checkpoint)
+
+
+def page_for(checkpoint, args, drafting):
+    """This kind of checkpoint, that page."""
+    from models import DECODER, ENCODER_DECODER
+
+    if checkpoint.kind == DECODER and drafting:
+        from runs_ss.terminal import run_speculative as run_page
+    elif checkpoint.kind == DECODER:
+        from runs_ar.terminal import run_decoder as run_page
+    elif checkpoint.kind == ENCODER_DECODER and drafting:
+        from runs_ss.terminal import run_speculative_transformer as run_page
+    elif checkpoint.kind == ENCODER_DECODER:
+        from runs_ar.translator import run_transformer as run_page
+    elif "images" in checkpoint.inputs:
+        from runs_encoder.vision_transformer import run_vit as run_page
     else:
-        raise UserError(f"{folder}: run.py does not know what to do with a {model_name} model")
+        from runs_encoder.bert import run_bert as run_page
+
+    reads_one = checkpoint.kind in (DECODER, ENCODER_DECODER) or "images" in checkpoint.inputs
+    if len(args.prompts) > 1 and reads_one:
+        raise UserError(f"--prompt is given {len(args.prompts)} times; only an encoder takes several texts")
+    if args.images and "images" not in checkpoint.inputs:
+        raise UserError(f"--image: {checkpoint.folder} holds a model that reads text; give it --prompt TEXT")
+    if args.compile and (checkpoint.kind != DECODER or args.score):
+        raise UserError("--compile: for decoders that write text, whose steps it makes faster")
+    return run_page
+
+
+def check_kind_of_draft(args, draft, target):
+    if draft.kind != target.kind:
+        raise UserError(
+            f"--draft {args.draft}: is {with_article(draft.kind)}, which cannot draft for "
+            f"{with_article(target.kind)}; give a checkpoint of that kind"
+        )
+
+
+def with_article(kind):
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 # Options ----------------------------------------------------------------------------------------------------
@@ -73,18 +94,23 @@ def main(argv=None):
 def parse(argv):
     parser = Parser("python run.py", __doc__)
     add = parser.add_argument
-    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="FOLDER", help="converted first if need be")
+    add("name", nargs="?", metavar="CHECKPOINT", help="the same as --checkpoint CHECKPOINT")
+    add("--checkpoint", metavar="CHECKPOINT", help="a name in checkpoints/ or a folder; converted if need be")
+    add("--list", action="store_true", help="what is in checkpoints/, and nothing else")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best of cuda, mps, cpu")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    add("--quantize", choices=KINDS, help="the linear layers' weights, while loading")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own; float32 on a CPU slow at bfloat16")
+    add("--quantize", choices=QUANTIZED, help="the linear layers' weights, while loading")
     add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
-    add("--compile", action="store_true", help="the decoding step: once a minute's work, then far faster")
+    add("--compile", action="store_true", help="the decoding step: minutes once, kept on disk, then faster")
     add("--calibrate", metavar="FILE", help="a text that tells int4 which errors count")
 
     add = parser.add_mutually_exclusive_group().add_argument
     add("--prompt", metavar="TEXT", action="append", help="default: what is piped in; with BERT repeatable")
     add("--chat", action="store_true", help="a conversation; Ctrl-C interrupts an answer, Ctrl-D ends")
     add("--score", metavar="FILE", help="perplexity and bits per byte of a text file")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="with --chat: what the model is told before it begins"
+    )
 
     add = parser.add_argument_group("generation (defaults: generation_config.json's)").add_argument
     add("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
@@ -96,8 +122,8 @@ def parse(argv):
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     add("--json", action="store_true", help="one JSON object (text, tokens, timings) instead of the text")
 
-    add = parser.add_argument_group("speculative sampling (the same text, sooner)").add_argument
-    add("--draft", metavar="FOLDER", help="a smaller checkpoint with the same tokenizer, to guess ahead")
+    add = parser.add_argument_group("speculative sampling (sooner; the distribution stays)").add_argument
+    add("--draft", metavar="CHECKPOINT", help="a smaller one with the same tokenizer, to guess ahead")
     add("--lookup", action="store_true", help="guess from the text so far instead; no second model")
     add("--num-draft-tokens", type=int, default=4, metavar="N", help="guesses a round; default: %(default)s")
     add("--show-drafts", action="store_true", help="colour what is accepted, rejected and resampled")
@@ -120,28 +146,27 @@ def parse(argv):
 
 
 def checked(args):
+    if args.name and args.checkpoint:
+        raise UserError(f"two checkpoints are named, {args.name} and {args.checkpoint}; give one of them")
+    args.checkpoint = find_folder(args.name or args.checkpoint or DEFAULT_CHECKPOINT)
     if args.chat and args.json:
         raise UserError("--json prints one object, --chat is a conversation; give one of them")
+    if args.system is not None and not args.chat:
+        raise UserError("--system goes with --chat; leave it out, or say it in --prompt")
     args.prompts = args.prompt or []
     args.prompt = args.prompts[0] if args.prompts else None
+    args.draft = args.draft and find_folder(args.draft)
     if args.draft and args.lookup:
         raise UserError("--draft and --lookup both guess ahead; give one of them")
     for option in ("--num-draft-tokens", "--show-drafts"):
         if option in args.given and not (args.draft or args.lookup):
-            raise UserError(f"{option} goes with --draft FOLDER or --lookup; give one of them")
+            raise UserError(f"{option} goes with --draft CHECKPOINT or --lookup; give one of them")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; give 1 or more")
-    args.quantization = quantization_of(args.quantize, args.group_size, args.calibrate)
     args.seed = random.randrange(2**32) if args.seed is None else args.seed
     if not 0 <= args.seed < 2**63:
         raise UserError(f"--seed is {args.seed}; give 0 to 2**63 - 1")
     return args
-
-
-# Checkpoints ------------------------------------------------------------------------------------------------
-
-
-# Memory -----------------------------------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -1,113 +1,163 @@
-"""A converted checkpoint, found, checked against the memory there is, and loaded."""
+"""A checkpoint, opened once and handed on to whoever runs it, drafts with it, measures or serves it.
 
-import difflib
-import re
-import sys
-from collections.abc import Callable
+    checkpoint = open_checkpoint("tiny-llama-python")      a name under checkpoints/, or any folder
+    checkpoint.config, checkpoint.kind, checkpoint.tokenizer
+    model = checkpoint.load(num_slots=200)
+
+config.json is read once and the model built once, on the meta device, where it has shapes and no memory. What
+weights and cache will take is told and compared with what is free before any of it is taken.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from conversion.convert import calibration_windows, convert
+from conversion.find import find_folder
 from conversion.weight_files import open_weights
-from models import build_model, config_from_dict, load_model
-from models.utils.command_line import CHECKPOINTS
-from models.utils.compile import compile_decoding
-from models.utils.errors import UserError
-from models.utils.files import converted_folder, read_json
-from models.utils.machine import DTYPES, available_memory, spoken_bytes
-from models.utils.quantize import spoken, stored_quantization, swap
+from models import build_model, config_from_dict, inputs_of, kind_of
+from models.utils.errors import UserError, report
+from models.utils.files import NotConverted, read_converted
+from models.utils.machine import available_memory, choose_device, choose_dtype, spoken_bytes
+from models.utils.quantize import Quantization, parts_of, plan_layers, spoken, stored_quantization
+from models.utils.tokenizer import load_tokenizer
+from models.utils.weights import load_weights
 
 
-class Checkpoint(NamedTuple):
+@dataclass
+class Checkpoint:
+    """A converted checkpoint and how it is to be loaded."""
+
     folder: Path
-    model_name: str
+    model_name: str  # of models/
     config: object
-    load: Callable  # load(num_slots) gives the model, when its memory and that of the cache are there
+    stored: Quantization | None  # how its weights are stored
+    device: torch.device
+    dtype: torch.dtype  # of the weights that are no codes
+    quantization: Quantization | None  # of the linear layers, while loading
+    widths: tuple  # how many tokens a compiled step reads per row; none: nothing is compiled
+    windows: tuple  # of the text that calibrates int4
 
+    @cached_property
+    def kind(self):
+        """DECODER, ENCODER_DECODER or ONE_PASS."""
+        return kind_of(self.model_name)
 
-def open_checkpoint(name, args, widths=(1,)):
-    """widths: how many tokens per row are fed at once behind what is cached, which --compile must know."""
-    folder = find_checkpoint(name)
-    model_name, config = config_from_dict(read_json(folder / "config.json"), folder / "config.json")
-    windows = calibration_windows(args.calibrate, folder, model_name, config)
+    @cached_property
+    def inputs(self):
+        """What the model is given, by the names of its forward's arguments."""
+        return inputs_of(self.model_name)
 
-    def load(num_slots=0):
-        check_memory(folder, model_name, config, num_slots, args)
-        model = load_model(folder, args.device, DTYPES.get(args.dtype), args.quantization, windows)
-        if args.compile:
-            model = compile_decoding(model, widths, report)
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def model(self):
+        """Without weights, on the meta device, until `load` gives it some."""
+        return build_model(self.model_name, self.config, stored=self.stored).to(self.dtype)
+
+    def example(self, name):
+        """The path of an example that came with the checkpoint, example.txt or example.png; None without."""
+        places = (self.folder / name, self.folder.parent / name)
+        return next((path for path in places if path.is_file()), None)
+
+    def load(self, num_slots=0):
+        """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
+        self.check_memory(num_slots)
+        model = load_weights(
+            self.model, self.folder, self.device, self.dtype, self.quantization, self.windows
+        )
+        if self.widths:
+            from models.utils.compile import compile_decoding  # slow to import
+
+            model = compile_decoding(model, self.widths, report)
             model.new_cache(1, num_slots)  # compiles, before anybody's clock starts
         return model
 
-    return Checkpoint(folder, model_name, config, load)
+    def weight_bytes(self):
+        """(bytes of the weights in memory, how they are held: "bfloat16, linear layers in int4 ...")."""
+        parameters = dict(self.model.named_parameters())
+        held, plan = str(self.dtype).removeprefix("torch."), {}
+        if self.quantization:
+            plan, notes = plan_layers(self.model, self.quantization)
+            held += f", {spoken(self.quantization, notes)}"
+        elif self.stored:
+            held += f", {spoken(self.stored, [])}"
+        parts = [parts_of(plan, name, p.shape, p.dtype) for name, p in parameters.items()]
+        sizes = [shape_and_dtype for part in parts for shape_and_dtype in part.values()]
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in sizes), held
+
+    def check_memory(self, num_slots):
+        """Say how much memory weights and cache will take; UserError if there is not enough."""
+        weights, held = self.weight_bytes()
+        needs, cache = f"{spoken_bytes(weights)} of weights ({held})", 0
+        if num_slots:
+            cache = sum(tensor.nbytes for tensor in tensors_of(self.model.new_cache(1, num_slots)))
+            needs += f" and {spoken_bytes(cache)} of cache for {num_slots} tokens"
+        report(f"{self.folder}: {needs}, on {self.device}")
+        available = available_memory(self.device)
+        if weights + cache > available:
+            raise UserError(
+                f"{self.folder}: {needs} do not fit into the {spoken_bytes(available)} that {self.device} "
+                "has free; try --dtype bfloat16, fewer --max-new-tokens, or a smaller checkpoint"
+            )
 
 
-def open_draft(args, kinds):
-    """The Checkpoint of --draft, which must be a model of one of these kinds; None: --lookup needs none."""
-    if args.lookup:
-        return None
-    # A drafter feeds one token after the other, and two where it has not seen its own last one.
-    draft = open_checkpoint(args.draft, args, widths=(1, 2))
-    if draft.model_name not in kinds:
-        raise UserError(
-            f"--draft {args.draft}: holds a {draft.model_name} model, which cannot draft here; "
-            f"give one of these: {', '.join(kinds)}"
-        )
-    return draft
+def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(), calibration=None):
+    """The Checkpoint called `name`, which is converted first if that was not done yet.
+
+    dtype: of the weights; None: as stored, or fp32 on a CPU that is slow at that. quantization: of the linear
+    layers, while loading.
+    calibration: the path of a text for int4. widths: how many tokens per row are fed at once behind what is
+    cached; where they are given, such steps are compiled.
+    """
+    folder, fields = read_or_convert(find_folder(name))
+    where = folder / "config.json"
+    model_name, config = config_from_dict(fields, where)
+    stored = stored_quantization(fields, where)
+    if stored and quantization:
+        raise UserError(f"{folder}: is {stored} already; run it without --quantize")
+    device = device if isinstance(device, torch.device) else choose_device(device)
+    windows = calibration_windows(calibration, folder, model_name, config)
+    dtype = dtype or fast_dtype(folder, device, keep=stored or quantization)
+    return Checkpoint(folder, model_name, config, stored, device, dtype, quantization, widths, windows)
+
+
+def fast_dtype(folder, device, keep=False):
+    """What the weights are stored in, or fp32 on a CPU that is slow at that; `keep`: never fp32."""
+    entries = open_weights(folder).entries.values()
+    # The codes of quantized layers are whole numbers.
+    floats = [entry for entry in entries if entry.dtype.is_floating_point]
+    stored = floats[0].dtype if floats else torch.float32
+    if keep:
+        return stored
+    fp32_bytes = sum(4 * torch.Size(entry.shape).numel() for entry in floats)
+    dtype, why = choose_dtype(stored, device, fp32_bytes, available_memory(device))
+    if why:
+        report(why)
+    return dtype
+
+
+def read_or_convert(folder):
+    """(the converted folder, the fields of its config.json)."""
+    try:
+        return read_converted(folder)
+    except NotConverted:
+        report(f"{folder} is not converted yet; converting it first")
+        convert(folder)
+    return read_converted(folder)
 
 
 def find_checkpoint(name):
     """The converted folder of a checkpoint, which is converted first if that was not done yet."""
-    folder = Path(name)
-    if not folder.is_dir():
-        raise UserError(f"{name}: no such folder; {what_was_meant(str(name))}")
-    try:
-        return converted_folder(folder)
-    except UserError:
-        print(f"{folder} is not converted yet; converting it first", file=sys.stderr)
-        convert(folder)
-    return converted_folder(folder)
+    return read_or_convert(find_folder(name))[0]
 
 
-def what_was_meant(name):
-    """The end of the error about a missing checkpoint: the nearest one there is, or how to get this one."""
-    known = {path.name: path for place in (CHECKPOINTS, Path(name).parent) for path in place.glob("*/")}
-    close = difflib.get_close_matches(Path(name).name, known, n=1)
-    if close:
-        return f"did you mean {known[close[0]]}?"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("checkpoints/"):
-        return f"if it is on Hugging Face, fetch it with: python convert_hf_checkpoint.py {name}"
-    return f"there are: {', '.join(sorted(path.name for path in CHECKPOINTS.glob('*/'))) or 'none yet'}"
-
-
-def report(line):
-    print(line, file=sys.stderr)
-
-
-def check_memory(folder, model_name, config, num_slots, args):
-    """Say how much memory weights and cache take before they take it; UserError if there is not enough."""
-    stored = stored_quantization(read_json(folder / "config.json"), folder / "config.json")
-    if stored and args.quantization:
-        raise UserError(f"{folder}: is {stored} already; run it without --quantize")
-    dtypes = (entry.dtype for entry in open_weights(folder).entries.values())
-    # The codes of quantized layers have other dtypes than the rest.
-    floats = (dtype for dtype in dtypes if isinstance(dtype, torch.dtype))
-    model = build_model(model_name, config, device="meta").to(DTYPES.get(args.dtype, next(floats, None)))
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if quantization := stored or args.quantization:
-        dtype += f", {spoken(quantization, swap(model, quantization))}"
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    needs, cache = f"{spoken_bytes(weights)} of weights ({dtype})", 0
-    if num_slots:
-        cache = sum(tensor.nbytes for layer in model.new_cache(1, num_slots) for tensor in layer)
-        needs += f" and {spoken_bytes(cache)} of cache for {num_slots} tokens"
-    print(f"{folder}: {needs}, on {args.device}", file=sys.stderr)
-
-    available = available_memory(args.device)
-    if available is not None and weights + cache > available:
-        raise UserError(
-            f"{folder}: {needs} do not fit into the {spoken_bytes(available)} that {args.device} has free; "
-            f"try --dtype bfloat16, fewer --max-new-tokens, or a smaller checkpoint"
-        )
+def tensors_of(cache):
+    """All tensors of a cache: lists and named tuples of them, as deep as a page nests them."""
+    if isinstance(cache, torch.Tensor):
+        return [cache]
+    return [tensor for part in cache if part is not None for tensor in tensors_of(part)]

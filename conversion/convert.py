@@ -34,7 +34,7 @@ from conversion.source import open_source
 from conversion.tables import LAYOUTS, to_hf_config
 from conversion.tensor_table import plan
 from conversion.weight_files import Spec, open_weights, write_weights
-from models import build_model, config_from_dict, config_to_dict, fill
+from models import build_model, config_from_dict, config_to_dict
 from models.utils.errors import UserError
 from models.utils.files import converted_folder, one_line, read_json, read_text, write_atomically
 from models.utils.quantize import (
@@ -46,6 +46,7 @@ from models.utils.quantize import (
     stored_quantization,
 )
 from models.utils.tokenizer import load_tokenizer
+from models.utils.weights import fill
 
 CALIBRATION_TOKENS = 16384  # at most, of which a window goes through the model at a time
 CALIBRATION_WINDOW = 512

@@ -4,6 +4,7 @@
     load_model("checkpoints/tiny-llama-python")       a converted checkpoint, for use
 
 Every models/NAME.py has a `Config` and a `Model`; every config file begins with {"model": "NAME", ...
+torch, which takes seconds to import, is imported where a model is built, so that configs can be read at once.
 """
 
 import dataclasses
@@ -14,13 +15,8 @@ import types
 import typing
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from models.utils.errors import UserError
-from models.utils.files import converted_folder, one_line, read_json
-from models.utils.kernels.onednn import choose_products
-from models.utils.quantize import prepare, quantize_layers, stored_quantization, swap
+from models.utils.files import read_converted, read_json
 
 MODELS_FOLDER = Path(__file__).parent
 CONFIGS_FOLDER = MODELS_FOLDER.parent / "configs"
@@ -154,10 +150,20 @@ def create_model(name, **overrides):
     return model
 
 
-def build_model(model_name, config, device="meta"):
-    """The model without meaningful weights; on the meta device without any memory, whatever its size."""
+def build_model(model_name, config, device="meta", stored=None):
+    """The model without meaningful weights; on the meta device without any memory, whatever its size.
+
+    stored: the Quantization of a checkpoint that is to fill it, whose linear layers are other ones.
+    """
+    import torch
+
     with torch.device(device):
-        return model_class(model_name)(config)
+        model = model_class(model_name)(config)
+    if stored:
+        from models.utils.quantize import swap
+
+        swap(model, stored)
+    return model
 
 
 def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
@@ -166,78 +172,14 @@ def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
     quantization: of the linear layers, on the way in; a checkpoint that is stored quantized needs none.
     windows: of a text that calibrates int4 (models/utils/calibration.py), read in the checkpoint's own dtype.
     """
-    folder = converted_folder(folder)
-    fields = read_json(folder / "config.json")
-    model_name, config = config_from_dict(fields, folder / "config.json")
-    stored = stored_quantization(fields, folder / "config.json")
+    from models.utils.quantize import stored_quantization
+    from models.utils.weights import load_weights
+
+    folder, fields = read_converted(folder)
+    where = folder / "config.json"
+    model_name, config = config_from_dict(fields, where)
+    stored = stored_quantization(fields, where)
     if stored and quantization:
         raise UserError(f"{folder}: is {stored} already; quantize the checkpoint that it was made from")
-    model = build_model(model_name, config)
-    if stored:
-        swap(model, stored)
-
-    # The model on the meta device has shapes and no memory; the tensors of the files are mapped, not copied.
-    tensors = dict(read_tensors(folder))
-    problems = mismatches(names_of_parameters(model), tensors)
-    if problems:
-        raise UserError(f"{folder}: {'; '.join(problems[:5])}; convert the checkpoint again")
-    fill(model, tensors)
-
-    # Quantized from what is mapped, a layer at a time; the rest is copied where device or dtype is another.
-    if quantization:
-        quantize_layers(model, quantization, device, dtype, windows)
-    model.to(device=device, dtype=dtype)
-    prepare(model)
-    choose_products(model)
-    return model.eval()
-
-
-def names_of_parameters(model):
-    """{parameter: its names}; a tied one has several."""
-    names_of = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(parameter, []).append(name)
-    return names_of
-
-
-def fill(model, tensors):
-    """Make tensors the parameters of a model, by a parameter's first name; all its names share one."""
-    for old, names in names_of_parameters(model).items():
-        parameter = torch.nn.Parameter(tensors[names[0]], old.requires_grad)
-        for name in names:
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, parameter)
-
-
-def weight_files(folder):
-    """The safetensors files of a converted folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
-
-def read_tensors(folder):
-    """(name, tensor) for every tensor of a converted folder, mapped from its file."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({one_line(error)}); convert the checkpoint again"
-            ) from None
-
-
-def mismatches(names_of, tensors):
-    """What keeps `tensors` from filling the parameters, one phrase each."""
-    missing = [f"{names[0]} is missing" for names in names_of.values() if names[0] not in tensors]
-    expected = {names[0]: parameter.shape for parameter, names in names_of.items()}
-    surplus = [f"{name} has no place in the model" for name in tensors if name not in expected]
-    wrong = [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    return missing + surplus + wrong
+    model = build_model(model_name, config, stored=stored)
+    return load_weights(model, folder, device, dtype, quantization, windows)

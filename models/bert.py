@@ -1,8 +1,11 @@
 """BERT: the encoder alone, which reads a text in one pass, each token seeing what stands on both sides of it.
 
-New against GPT-2 (gpt2.py): every token attends to every other, so there is no causal mask and no cache;
-padding must be masked instead. LayerNorm comes after each addition, as in the Transformer of 2017. A second
-table says which of two texts a token belongs to. What the model answers depends on its head.
+New against gpt2:
+- every token attends to every other, so there is no causal mask and no cache; padding is masked instead
+- LayerNorm after each addition (post-LN), as in the Transformer of 2017, and after the embeddings
+- a second table says which of two texts a token belongs to
+- it does not write: it is trained to guess hidden tokens (runs_train/masked_language_model.py), and a head
+  on top of it answers what it is used for
 Paper: Devlin et al. 2019, sections 3 and 3.1, appendix A.
 
     tokens, segments (B, T)
@@ -20,7 +23,7 @@ Paper: Devlin et al. 2019, sections 3 and 3.1, appendix A.
           "tokens"         classifier(hidden) (B, T, Y): a label for each token
 
 Shapes: B batch, T positions, d width of a head (D / H).
-Proof: tests/test_bert.py, against `transformers`.
+Proof: tests/test_bert.py, against `transformers`. Picture: python show_structure.py bert-base-uncased
 """
 
 import math
@@ -33,6 +36,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
+    """Differs from gpt2: segments, a choice of activations, a pooler, and the head with its labels."""
+
     vocab_size: int  # V: 30,522 in the uncased BERT, 28,996 in the cased one
     max_seq_len: int  # M: 512, the length of the position table and so a hard limit
     num_segments: int  # rows of the segment table: 2
@@ -59,6 +64,8 @@ class Config:
 
 
 class Model(nn.Module):
+    """Differs from gpt2: reads in both directions, embeds segments too, and answers what its head is for."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -104,13 +111,19 @@ class Model(nn.Module):
         segments: Tensor | None = None,  # (B, T) or None
         attention_mask: Tensor | None = None,  # (B, T) or None
     ) -> Tensor:
-        """What the heads read.
+        """What the heads read. A row of two texts, with a hidden word, padded for a longer row beside it:
 
-        segments: 0 for [CLS], the first text and its [SEP], 1 for the second text and its; None: all 0.
+            tokens           [CLS]  a  [MASK]  [SEP]  it  sat  [SEP]  [PAD]
+            segments         0      0  0       0      1   1    1      0
+            attention_mask   1      1  1       1      1   1    1      0
+
+        segments: 0 for [CLS], the first text and its [SEP], 1 for the second text and its [SEP]; None: all 0.
         attention_mask: bool, True for a token of the text, False for padding; None: no padding. Every row
             must have a token, or its softmax is NaN. What comes out at a padded place means nothing.
         """
         T = tokens.shape[1]
+        if self.config.max_seq_len < T:
+            raise ValueError(f"{T} tokens are more than the {self.config.max_seq_len} of the position table")
         segments = torch.zeros_like(tokens) if segments is None else segments
         # No token attends to padding.
         mask = None if attention_mask is None else attention_mask[:, None, None, :]  # (B, 1, 1, T) or None
@@ -134,7 +147,10 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """Sublayer, add, norm: post-LN (Vaswani et al. 2017, section 3.1)."""
+    """Sublayer, add, norm: post-LN (Vaswani et al. 2017, section 3.1).
+
+    Differs from gpt2: the norm stands after the sum, and there is no cache to pass on.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -150,7 +166,12 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, eq. 1 and section 3.2.2), in both directions."""
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1 and section 3.2.2), in both directions.
+
+    Differs from gpt2: no cache, and a mask only where there is padding.
+    Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
+    soft at any width.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -173,7 +194,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
         v = self.v_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
 
-        # Dividing q instead of the scores is the same, and less work where these are more than d per query.
+        # Dividing q gives the same result, and q is smaller than the scores when T > d.
         scores = (q / math.sqrt(d)) @ k.mT  # (B, H, T, T)
         if mask is not None:
             scores = scores.masked_fill_(~mask, -math.inf)
@@ -183,6 +204,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Differs from gpt2: Config names the activation; BERT's own is the exact GELU."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.d_ff)
@@ -195,9 +218,13 @@ class FeedForward(nn.Module):
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """GELU (Hendrycks and Gimpel 2016, section 2): x times the normal distribution function of x.
+    """GELU (Hendrycks and Gimpel 2016, eq. 1): x times the standard normal's cumulative distribution at x.
 
-    Differs from GPT-2: "gelu" is exact, by the error function; GPT-2's tanh form is "gelu_new" here.
+    "gelu" is exact, by the error function; GPT-2's tanh form of it is called "gelu_new".
+
+    >>> x = torch.tensor([-2.0, 0, 2])
+    >>> activate(x, "relu"), activate(x, "gelu")
+    (tensor([0., 0., 2.]), tensor([-0.0455,  0.0000,  1.9545]))
     """
     if activation == "relu":
         return F.relu(x)

@@ -1,8 +1,12 @@
 """GPT-2: the decoder-only Transformer in its plainest form; the other language models here build on it.
 
-New against the Transformer of 2017 (Vaswani et al.): no encoder, only a decoder, which predicts the next
-token; LayerNorm before each sublayer instead of after it, and once more at the end; learned positions; GELU;
-embeddings that are not scaled. Papers: Radford et al. 2018 (GPT, section 3.1), 2019 (GPT-2, section 2.3).
+New against transformer:
+- no encoder and no cross-attention: a decoder alone, which continues the text that it is given
+- LayerNorm before each sublayer instead of after it, and once more at the end
+- learned positions, whose table is as long as a text may be
+- GELU instead of ReLU
+- embeddings are not scaled, and dropout acts on the attention weights too
+Papers: Radford et al. 2018 (GPT, section 3.1), 2019 (GPT-2, section 2.3).
 
     tokens (B, T)
       x = token_embed(tokens) + pos_embed(positions)
@@ -16,11 +20,11 @@ To write text, keep the keys and values of the past in a cache, so that a step f
 
     cache = model.new_cache(batch_size, num_slots)
     logits = model(prompt, cache=cache)               # fills slots 0 to T - 1
-    logits = model(next_token, positions, cache)      # fills slot `positions`, attends to all up to it
+    logits = model(next_token, positions, cache)      # positions (B, 1): each row's slot to fill
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
     cache), d width of a head (D / H).
-Proof: tests/test_gpt2.py, against `transformers`.
+Proof: tests/test_gpt2.py, against `transformers`. Picture: python show_structure.py gpt2
 """
 
 import math
@@ -34,6 +38,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
+    """Differs from transformer: one stack of layers, and a table of positions that ends."""
+
     vocab_size: int  # V: 50,257
     max_seq_len: int  # M: 1,024, the length of the position table and so a hard limit
     d_model: int  # D: 768 in GPT-2 small (124 M parameters)
@@ -48,6 +54,8 @@ class Config:
 
 
 class Model(nn.Module):
+    """Differs from transformer: a decoder alone, with learned positions and a norm after the last layer."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -81,13 +89,14 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
+        if self.config.max_seq_len < T:
+            raise ValueError(f"{T} tokens are more than the {self.config.max_seq_len} of the position table")
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
         S = T if positions is None else cache[0].k.shape[2]
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
-
-        # No look ahead: a token attends to the slots up to its own.
-        slots = torch.arange(S, device=tokens.device)  # (S,)
-        mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+        mask = causal_mask(positions, S)  # (B, 1, T, S)
 
         x = self.dropout(self.token_embed(tokens) + self.pos_embed(positions))  # (B, T, D)
         for n, layer in enumerate(self.layers):
@@ -120,7 +129,8 @@ class Model(nn.Module):
 class Layer(nn.Module):
     """Norm, sublayer, add: pre-LN. The Transformer of 2017 and GPT are post-LN: sublayer, add, norm.
 
-    In pre-LN nothing stands between x and the output but additions, so that gradients reach every layer.
+    Why the norm first: from the embeddings to final_norm, x then meets nothing but additions, along which
+    gradients reach every layer as they are. In post-LN a norm in every layer changes them.
     """
 
     def __init__(self, config: Config):
@@ -137,7 +147,12 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, eq. 1 and section 3.2.2)."""
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1 and section 3.2.2).
+
+    Differs from transformer: k and v are x's own, and dropout acts on the attention weights too.
+    Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
+    soft at any width.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -164,11 +179,11 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(k, v, positions)
-            # S is all slots of the cache, or for a text's first T tokens just these.
+            # Decoding reads every slot; a text's first call reads only the T it wrote.
             S = mask.shape[-1]
             k, v = cache.k[:, :, :S], cache.v[:, :, :S]  # each (B, H, S, d)
 
-        # Dividing q instead of the scores is the same, and less work where these are more than d per query.
+        # Dividing q gives the same result, and q is smaller than the scores when S > d.
         scores = (q / math.sqrt(d)) @ k.mT  # (B, H, T, S)
         scores = scores.masked_fill_(~mask, -math.inf)
         probs = self.dropout(scores.softmax(dim=-1))
@@ -177,15 +192,34 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Differs from transformer: always GELU, a ReLU without a corner, in the tanh form that GPT-2 has.
+
+    (Hendrycks and Gimpel 2016, section 2.)
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.d_ff)
         self.down_proj = nn.Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The tanh form of GELU (Hendrycks and Gimpel 2016, section 2), which GPT-2 was trained with.
         x = F.gelu(self.up_proj(x), approximate="tanh")  # (B, T, f)
         return self.down_proj(x)  # (B, T, D)
+
+
+def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
+    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
+    text, then for one token at position 3 of a cache with five slots:
+
+    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
+    tensor([[1, 1, 1, 1, 0]])
+    """
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    return slots <= positions[:, None, :, None]  # (B, 1, T, S)
 
 
 class LayerCache(NamedTuple):
@@ -202,4 +236,5 @@ class LayerCache(NamedTuple):
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, H, S, d)
 
 
+# Differs from transformer: there is no memory, only the past.
 Cache = tuple[LayerCache, ...]  # one per layer

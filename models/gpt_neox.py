@@ -1,8 +1,10 @@
 """GPT-NeoX: the architecture of GPT-NeoX-20B and of the Pythia models.
 
-New against GPT-2 (gpt2.py): attention and feed-forward read the same x and are added together (the parallel
-residual); rotary positions (RoPE), on a part of each head's features, in place of a learned table; an output
-matrix of its own; no dropout.
+New against gpt2:
+- attention and feed-forward read the same x and are added to it together (the parallel residual)
+- rotary positions (RoPE), on a part of each head's features, instead of a learned table
+- an output matrix of its own
+- no dropout
 Papers: Black et al. 2022 (GPT-NeoX-20B, section 2), Biderman et al. 2023 (Pythia, section 2).
 
     tokens (B, T)
@@ -19,11 +21,11 @@ The cache keeps the keys and values of the past, so that a step feeds only the n
 
     cache = model.new_cache(batch_size, num_slots)
     logits = model(prompt, cache=cache)               # fills slots 0 to T - 1
-    logits = model(next_token, positions, cache)      # fills slot `positions`, attends to all up to it
+    logits = model(next_token, positions, cache)      # positions (B, 1): each row's slot to fill
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
     cache), d width of a head (D / H).
-Proof: tests/test_gpt_neox.py, against `transformers`.
+Proof: tests/test_gpt_neox.py, against `transformers`. Picture: python show_structure.py gpt-neox-20b
 """
 
 import math
@@ -37,6 +39,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
+    """Differs from gpt2: RoPE on some features, the form of the residual and of GELU, biases and the head."""
+
     vocab_size: int  # V: 50,304 in most Pythias; a multiple of 128, more than the tokenizer has
     max_seq_len: int  # M: 2,048, the context it was trained for; for callers, since RoPE itself has no limit
     d_model: int  # D: 6,144 in GPT-NeoX-20B
@@ -44,7 +48,7 @@ class Config:
     num_heads: int  # H: 64 in GPT-NeoX-20B, a divisor of D
     d_ff: int  # f: 4 D in every published size
     norm_eps: float  # keeps LayerNorm from dividing by zero
-    rotary_dim: int  # R: the features of a head that RoPE turns, d / 4 in GPT-NeoX-20B and Pythia
+    rotary_dim: int  # R: the features of a head that RoPE turns, d / 4: in GPT-NeoX-20B 24 of 96
     rope_base: float  # the larger, the slower the slowest rotation; 10,000
     parallel_residual: bool  # False in some relatives: attention first, then feed-forward, as in GPT-2
     gelu_approximation: str  # "none" in Pythia, "tanh" in GPT-NeoX-20B
@@ -59,6 +63,8 @@ class Config:
 
 
 class Model(nn.Module):
+    """Differs from gpt2: no table of positions; the angles of RoPE are computed once, for all layers."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -91,14 +97,14 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
         mask = None
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         else:
-            slots = torch.arange(cache[0].k.shape[2], device=tokens.device)  # (S,)
-            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+            mask = causal_mask(positions, cache[0].k.shape[2])  # (B, 1, T, S)
 
-        # Every layer rotates by the same angles, so they are computed once.
         rotation = rope(positions, self.config)  # each (B, 1, T, R // 2)
         x = self.token_embed(tokens)  # (B, T, D)
         for n, layer in enumerate(self.layers):
@@ -129,10 +135,17 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parallel residual (GPT-NeoX-20B, section 2.1.2): both sublayers read the x that came in.
+    """Differs from gpt2: both sublayers read the x that came in, the parallel residual (section 2.1.2).
 
-    On many GPUs their outputs are summed in one exchange instead of two. The authors meant both to share one
-    norm; by an oversight, as the paper says, there are two, and the published weights need them.
+        serial     x -+- attn_norm - attn -(+)-+- ffn_norm - ffn -(+)- x
+                      +---------------------+  +-------------------+
+
+        parallel   x -+- attn_norm - attn -(+)- x
+                      +- ffn_norm -- ffn ---+
+                      +---------------------+
+
+    Why: on many GPUs their outputs are summed in one exchange instead of two. The authors meant both to share
+    one norm; by an oversight, as the paper says, there are two, and the published weights need them.
     """
 
     def __init__(self, config: Config):
@@ -154,6 +167,9 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, eq. 1 and section 3.2.2).
 
+    Differs from gpt2: RoPE turns q and k, and one fused call attends.
+    Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
+    soft at any width.
     scaled_dot_product_attention does the following, in fused kernels that need not hold all scores at once
     (is_causal stands for a mask that lets each of T tokens see itself and those before it):
 
@@ -191,7 +207,8 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(k, v, positions)
-        # A mask is over all slots of the cache; without one, this call's tokens are all there is.
+        # Given positions, attend to the whole cache through the mask. Without, this is a text's beginning:
+        # only its own k and v.
         if mask is not None:
             k, v = cache  # each (B, H, S, d)
 
@@ -200,6 +217,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Differs from gpt2: GELU is exact, or has its tanh form (Hendrycks and Gimpel 2016, section 2)."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.gelu_approximation = config.gelu_approximation
@@ -207,15 +226,30 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GELU (Hendrycks and Gimpel 2016, section 2): exact, or its tanh form.
         x = F.gelu(self.up_proj(x), approximate=self.gelu_approximation)  # (B, T, f)
         return self.down_proj(x)  # (B, T, D)
+
+
+def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
+    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
+    text, then for one token at position 3 of a cache with five slots:
+
+    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
+    tensor([[1, 1, 1, 1, 0]])
+    """
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    return slots <= positions[:, None, :, None]  # (B, 1, T, S)
 
 
 def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotation angle: position times theta_i = base ** (-2 i / R) for pair i.
 
-    (Su et al. 2021, section 3.2.2, with R features in the place of all d.)
+    (Su et al. 2021, section 3.2.2, with R features in the place of all d.) With R = 4 and base 10,000,
+    position 3 turns the two pairs by 3 and by 0.03 radians: one tells neighbours apart, one reaches far.
     In fp32 whatever the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
     """
     R = config.rotary_dim
@@ -225,10 +259,16 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x1_i, x2_i) in a head's first R features; the others carry no position.
+    """Turn the pairs (x1_i, x2_i) in a head's first R features (Su et al. 2021, eq. 34).
 
-    A quarter was the best balance of quality and cost in the authors' trials (GPT-NeoX-20B, section 2.1.1).
-    The pairs are (i, i + R/2), as in the checkpoints (Su et al. 2021, eq. 34, with features reordered).
+    Differs from transformer: the other features carry no position. A quarter was the best balance of quality
+    and cost in the authors' trials (section 2.1.1). The pairs are (i, i + R/2), as in the checkpoints.
+    As complex numbers z = x1 + i x2, a turn by m theta is z e^(i m theta). With q at position m and k at n,
+    Re(q e^(i m theta) conj(k e^(i n theta))) = Re(q conj(k) e^(i (m - n) theta)): m - n is all that counts.
+
+    >>> quarter = torch.tensor([math.pi / 2])  # R = 2: turn the pair (1, 2), leave the rest
+    >>> rotate(torch.tensor([1.0, 2, 3, 4]), quarter.cos(), quarter.sin()).round()
+    tensor([-2.,  1.,  3.,  4.])
     """
     half = cos.shape[-1]
     x1, x2 = x[..., :half], x[..., half : 2 * half]  # each (..., R // 2)
@@ -250,4 +290,5 @@ class LayerCache(NamedTuple):
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, H, S, d)
 
 
+# Differs from transformer: there is no memory, only the past.
 Cache = tuple[LayerCache, ...]  # one per layer

@@ -1,8 +1,12 @@
 """Llama 3: the decoder-only Transformer that most open language models of today resemble.
 
-New against GPT-2 (gpt2.py): RMSNorm for LayerNorm, rotary positions (RoPE) for a learned table, a gated
-feed-forward (SwiGLU) for GELU, key/value heads shared by groups of query heads (GQA), no dropout, no biases
-(though some relatives have them), and in the larger sizes an output matrix of its own.
+New against gpt2:
+- RMSNorm instead of LayerNorm
+- rotary positions (RoPE) instead of a learned table
+- a gated feed-forward (SwiGLU) instead of GELU
+- key/value heads shared by groups of query heads (GQA)
+- no dropout, and no biases (though Qwen2, which loads into this page, has some)
+- in the larger sizes an output matrix of its own
 Papers: Touvron et al. 2023 (Llama, section 2.2), Grattafiori et al. 2024 (Llama 3, section 3.2).
 
     tokens (B, T)
@@ -18,11 +22,11 @@ The cache keeps the keys and values of the past, so that a step feeds only the n
 
     cache = model.new_cache(batch_size, num_slots)
     logits = model(prompt, cache=cache)               # fills slots 0 to T - 1
-    logits = model(next_token, positions, cache)      # fills slot `positions`, attends to all up to it
+    logits = model(next_token, positions, cache)      # positions (B, 1): each row's slot to fill
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
     cache).
-Proof: tests/test_llama.py, against `transformers`.
+Proof: tests/test_llama.py, against `transformers`. Picture: python show_structure.py llama-3-8b
 """
 
 import math
@@ -46,6 +50,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Config:
+    """Differs from transformer_lm: fewer key/value heads than heads, RoPE's scaling, and biases."""
+
     vocab_size: int  # V: 128,256 in Llama 3
     max_seq_len: int  # M: the context it was trained for; for callers, since RoPE itself has no limit
     d_model: int  # D: 4,096 in Llama 3 8B
@@ -68,6 +74,8 @@ class Config:
 
 
 class Model(nn.Module):
+    """Differs from transformer_lm: torch's own parts, and a mask only where positions are given."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -100,14 +108,14 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
         mask = None
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         else:
-            slots = torch.arange(cache[0].k.shape[2], device=tokens.device)  # (S,)
-            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+            mask = causal_mask(positions, cache[0].k.shape[2])  # (B, 1, T, S)
 
-        # Every layer rotates by the same angles, so they are computed once.
         rotation = rope(positions, self.config)  # each (B, 1, T, d // 2)
         x = self.token_embed(tokens)  # (B, T, D)
         for n, layer in enumerate(self.layers):
@@ -133,6 +141,11 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
+    """Norm, sublayer, add: pre-norm, so that from the embedding to final_norm x meets nothing but additions.
+
+    Differs from transformer_lm: its parts read their sizes in Config.
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -146,9 +159,18 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: query heads i * H/K to (i + 1) * H/K - 1 read key/value head i.
+    """Grouped-query attention: H / K neighbouring query heads read the same key/value head.
 
-    (Ainslie et al. 2023; K = H is multi-head attention, K = 1 multi-query attention.)
+    With H = 4 and K = 2, q0 q1 q2 q3 read k0 k0 k1 k1:
+
+    >>> torch.tensor([0, 1]).repeat_interleave(4 // 2)
+    tensor([0, 0, 1, 1])
+
+    (Ainslie et al. 2023; K = H is multi-head attention, K = 1 multi-query attention.) Why K heads: each token
+    written reads the whole cache, which they make H / K times smaller, at hardly any loss of quality.
+    Differs from transformer_lm: K heads of keys and values, and one fused call attends.
+    Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
+    soft at any width.
     scaled_dot_product_attention does the following, in fused kernels that need not hold all scores at once:
 
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
@@ -182,7 +204,8 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(k, v, positions)
-        # A mask is over all slots of the cache; without one, this call's tokens are all there is.
+        # Given positions, attend to the whole cache through the mask. Without, this is a text's beginning:
+        # only its own k and v.
         if mask is not None:
             k, v = cache  # each (B, K, S, d)
 
@@ -192,7 +215,12 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, eq. 6): silu(z) = z sigmoid(z) of one map multiplies another, by features."""
+    """SwiGLU (Shazeer 2020, eq. 6): silu(z) = z sigmoid(z) of one map multiplies another, by features.
+
+    Differs from transformer_lm: the maps and SiLU are torch's, and Config may give them biases.
+    Why a gate: it lets a feature through for one token and holds it back for another. That it trains better
+    was measured; the paper gives no reason.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -206,7 +234,11 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4); it divides in fp32."""
+    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4); it divides in fp32.
+
+    Why the mean may go: training needs x to keep its size, whatever the scale of the weights, and dividing
+    alone sees to that: (3, 4), divided by sqrt((3^2 + 4^2) / 2), is (0.85, 1.13).
+    """
 
     def __init__(self, d_model: int, eps: float):
         super().__init__()
@@ -219,9 +251,25 @@ class RMSNorm(nn.Module):
         return self.weight * x32.type_as(x)
 
 
+def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
+    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
+    text, then for one token at position 3 of a cache with five slots:
+
+    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
+    tensor([[1, 1, 1, 1, 0]])
+    """
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    return slots <= positions[:, None, :, None]  # (B, 1, T, S)
+
+
 def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotation angle, position times frequency.
 
+    Differs from transformer_lm: the frequencies are a function of their own, since Llama 3.1 changes them.
     In fp32 whatever the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
     """
     theta = rope_frequencies(config, positions.device)  # (d // 2,)
@@ -232,6 +280,8 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
 
+    With d = 4 and base 10,000, position 3 turns the two pairs by 3 and by 0.03 radians: the fast ones tell
+    neighbours apart, the slow ones reach far.
     Llama 3.1 leaves the fast pairs, which tell neighbours apart, as they are. It slows by `factor` the pairs
     that turn less than low_freq_factor times in a text of pre-training, and blends in between (the paper is
     silent on this; apply_scaling in Meta's llama-models repository).
@@ -251,16 +301,23 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
 
-    With q turned by its position m and k by its position n, their product depends on m - n alone. The pairs
-    are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the rows of their
-    q_proj and k_proj are brought into this order when the checkpoint is converted.
+    As complex numbers z = x1 + i x2, a turn by m theta is z e^(i m theta). With q at position m and k at n,
+    Re(q e^(i m theta) conj(k e^(i n theta))) = Re(q conj(k) e^(i (m - n) theta)): m - n is all that counts.
+    The pairs are (i, i + d/2), as Hugging Face stores them; conversion reorders Meta's, (2i, 2i + 1).
+
+    >>> quarter = torch.tensor([math.pi / 2, 0])  # turn the pair (1, 3), leave (2, 4)
+    >>> rotate(torch.tensor([1.0, 2, 3, 4]), quarter.cos(), quarter.sin()).round()
+    tensor([-3.,  2.,  1.,  4.])
     """
     x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer's past, K heads each; slot s holds the token at position s."""
+    """The keys and values of one layer's past; slot s holds the token at position s.
+
+    Differs from transformer_lm: K heads, not H.
+    """
 
     k: Tensor  # (B, K, S, d)
     v: Tensor  # (B, K, S, d)
@@ -273,4 +330,5 @@ class LayerCache(NamedTuple):
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, K, S, d)
 
 
+# Differs from transformer: there is no memory, only the past.
 Cache = tuple[LayerCache, ...]  # one per layer

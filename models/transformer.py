@@ -1,8 +1,11 @@
 """The Transformer of 2017: an encoder reads the source, a decoder writes the target, attention joins the two.
 
-Here the reading order begins. Paper: Vaswani et al. 2017, "Attention Is All You Need". What Config offers
-beyond it: Marian's activation and output bias (opus-mt checkpoints load into this page), ALiBi or RoPE in
-place of the sinusoids, local attention, and a shortened memory for sources far longer than their targets.
+New against the networks before it, which read one token after the other:
+- attention alone carries what one token knows to another, for all tokens at once
+- it has several heads, each of which attends in a way of its own
+- sinusoids are added to the embeddings, since attention itself sees no order
+Paper: Vaswani et al. 2017, "Attention Is All You Need". Here the reading order begins. opus-mt checkpoints
+(Marian) load into this page.
 
     source (B, T), padded on the right
       x = token_embed(source) * sqrt(D) + sinusoids(positions)
@@ -18,15 +21,12 @@ place of the sinusoids, local attention, and a shortened memory for sources far 
         x = ffn_norm(x + ffn(x))
     logits (B, T, V) = lm_head(x), whose matrix is token_embed's
 
-To write a target, keep the keys and values of the memory and of the past in a cache:
-
-    cache = model.new_cache(model.encode(source), num_slots)
-    logits = model.decode(first_tokens, cache=cache)            # fills slots 0 to T - 1
-    logits = model.decode(next_token, positions, cache)         # fills slot `positions`
+Config also offers what the paper does not have: a window, ALiBi, RoPE, a shortened memory. Model.options and
+the last lines of Model.encode bring them in, the end of this page holds them: skip it at first.
 
 Shapes: B batch, T positions in this call, S positions attended, d width of a head (D / H), n length of the
     memory, w pairs of features.
-Proof: tests/test_transformer.py, against `transformers`, torch's own layers and the papers' formulas.
+Proof: tests/test_transformer.py. Picture: python show_structure.py transformer-base
 """
 
 import math
@@ -50,12 +50,13 @@ class Config:
     norm_eps: float  # keeps LayerNorm from dividing by zero
     dropout: float  # after the embeddings and after each sublayer, in training only
     activation: str  # relu in the paper, silu (also called swish) in most opus-mt checkpoints, or gelu
+    scale_embedding: bool  # whether embeddings are multiplied by sqrt(D), as in the paper
+    output_bias: bool  # False in the paper, True in Marian
+    pad_id: int  # the token that fills up short sources; in Marian also the first token of every target
+    # Beyond the paper and all published checkpoints:
     positions: str  # sinusoidal in the paper, or alibi, or rope
     window: int | None  # how far self-attention reaches to either side; None: everywhere
     cross_downsample: int  # the decoder attends to means of this many encoder states; 1: to each state
-    scale_embedding: bool  # whether embeddings are multiplied by sqrt(D)
-    output_bias: bool  # False in the paper, True in Marian
-    pad_id: int  # the token that fills up short sources; in Marian also the first token of every target
 
     def __post_init__(self):
         assert self.d_model % self.num_heads == 0, "num_heads must divide d_model"
@@ -67,6 +68,13 @@ class Config:
 
 
 class Model(nn.Module):
+    """To train, call the model itself. To write a target, encode the source once, then decode step by step:
+
+    cache = model.new_cache(model.encode(source), num_slots)
+    logits = model.decode(first_tokens, None, cache)        # fills slots 0 to T - 1
+    logits = model.decode(next_token, positions, cache)     # positions (B, 1): the slots that these fill
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -83,60 +91,62 @@ class Model(nn.Module):
         source: Tensor,  # (B, S)
         target: Tensor,  # (B, T)
     ) -> Tensor:
-        """The whole pass, as in training: logits for the token that follows each token of the target."""
-        cache = self.new_cache(self.encode(source), num_slots=0)
-        return self.decode(target, cache=cache)  # (B, T, V)
+        """The whole pass, as in training: logits for the token that follows each token of the target.
 
-    def encode(
-        self,
-        source: Tensor,  # (B, T): shorter rows filled up with pad_id on the right
-    ) -> "Memory":
-        """What the decoder reads of the source: a state for each token, pads marked as such."""
-        positions = torch.arange(source.shape[1], device=source.device).expand(source.shape)  # (B, T)
+        A target that shall become "1987 - 03" is shifted right by its start token, so that each place
+        predicts the token after it, and all of them at once:
+
+            target          <s>     1987    -
+            predicts        1987    -       03
+        """
+        cache = self.new_cache(self.encode(source), num_slots=0)
+        return self.decode(target, None, cache)  # (B, T, V)
+
+    def encode(self, source: Tensor) -> "Memory":
+        """What the decoder reads of the source (B, T), whose shorter rows end in pads: a state per token."""
+        B, T = source.shape
+        positions = torch.arange(T, device=source.device).expand(B, T)  # (B, T)
         real = source != self.config.pad_id
-        places = self.places(real[:, None, None], positions, positions)
+        mask = real[:, None, None].expand(B, 1, T, T)  # (B, 1, T, T)
+        mask, relative = self.options(mask, positions)
 
         x = self.embed(source, positions)  # (B, T, D)
         for layer in self.encoder_layers:
-            x = layer(x, places)
-        return shorten(x, real, self.config.cross_downsample)
+            x = layer(x, mask, relative)
+        if self.config.cross_downsample > 1:
+            return shorten(x, real, self.config.cross_downsample)
+        return Memory(x, real)
 
-    def decode(
-        self,
-        tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor | None, cache: "Cache") -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
     def hidden(
         self,
         tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
+        positions: Tensor | None,  # (B, T) or None
+        cache: "Cache",
     ) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
-        cache: from new_cache, never None; the keys and values of these tokens go to `positions` in place.
         positions: the slots of the cache where the tokens go, 0 <= position < num_slots; each token attends
             to all slots up to its own, which must have been written. None: these are the target's first T.
+        cache: from new_cache; the keys and values of these tokens are written into it, in place.
         """
         B, T = tokens.shape
+        if positions is not None and not cache.past:
+            raise ValueError("positions are slots of a cache; this one has none: give new_cache num_slots")
         S = T if positions is None else cache.past[0].k.shape[2]
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
-
-        # No look ahead: a token attends to the slots up to its own.
-        slots = torch.arange(S, device=tokens.device)  # (S,)
-        mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
-        places = self.places(mask, positions, slots.expand(B, S))
+        mask = causal_mask(positions, S)  # (B, 1, T, S)
+        mask, relative = self.options(mask, positions)
 
         x = self.embed(tokens, positions)  # (B, T, D)
-        memory_bias = allow(cache.memory_mask[:, None, None], x.new_zeros(()))  # (B, 1, 1, n)
+        memory_mask = cache.memory_mask[:, None, None]  # (B, 1, 1, n)
         for n, layer in enumerate(self.decoder_layers):
             past = cache.past[n] if cache.past else None
-            x = layer(x, places, positions, past, cache.memory[n], memory_bias)
+            x = layer(x, mask, relative, positions, past, cache.memory[n], memory_mask)
         return x
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -147,25 +157,20 @@ class Model(nn.Module):
             x = x + torch.cat(sinusoids(positions, self.config.d_model), dim=-1).type_as(x)
         return self.dropout(x)
 
-    def places(
+    def options(
         self,
-        mask: Tensor,  # (..., S): True = attend
-        positions: Tensor,  # (B, T): of the queries
-        slots: Tensor,  # (B, S): of the keys
-    ) -> "Places":
-        config, dtype = self.config, self.token_embed.weight.dtype
-        distance = (positions[:, None, :, None] - slots[:, None, None]).abs()  # (B, 1, T, S)
+        mask: Tensor,  # (B, 1, T, S): True = attend
+        positions: Tensor,  # (B, T)
+    ) -> tuple[Tensor, "Alibi | Rope | None"]:
+        """What self-attention is told beyond the paper, in whose model it is this mask, and None."""
+        config, S, relative = self.config, mask.shape[-1], None
         if config.window is not None:
-            mask = mask & (distance <= config.window)
-
-        bias = torch.zeros_like(distance, dtype=dtype)
+            mask = window_mask(mask, positions, config.window)
         if config.positions == "alibi":
-            bias = -alibi_slopes(config.num_heads, positions.device) * distance  # (B, H, T, S)
-        rotation = None
+            relative = alibi(positions, S, config.num_heads, self.token_embed.weight.dtype)
         if config.positions == "rope":
-            sin, cos = sinusoids(positions[:, None], config.d_model // config.num_heads)  # each (B, 1, T, w)
-            rotation = cos, sin
-        return Places(allow(mask, bias.to(dtype)), rotation)
+            relative = rotations(positions, S, config.d_model // config.num_heads)
+        return mask, relative
 
     def new_cache(self, memory: "Memory", num_slots: int) -> "Cache":
         """The memory's keys and values, computed once, and room for those of `num_slots` target tokens.
@@ -197,7 +202,10 @@ class Model(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Sublayer, dropout, add, norm: post-LN (sections 3.1 and 5.4), where later models norm first."""
+    """Sublayer, dropout, add, norm: post-LN (sections 3.1 and 5.4).
+
+    The sum lets a sublayer say only what it changes; the norm after it gives x the same size in each layer.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -207,14 +215,15 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, places):
-        bias, rotation = places
-        out = self.attn(x, *self.attn.keys_values(x, rotation), bias, rotation)
-        x = self.attn_norm(x + self.dropout(out))
+    def forward(self, x, mask, relative):
+        k, v = self.attn.keys_values(x)  # each (B, H, T, d)
+        x = self.attn_norm(x + self.dropout(self.attn(x, k, v, mask, relative)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class DecoderLayer(nn.Module):
+    """An encoder layer with cross-attention between its two sublayers."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.attn = Attention(config)
@@ -225,22 +234,30 @@ class DecoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, places, positions, past, memory, memory_bias):
-        bias, rotation = places
-        k, v = self.attn.keys_values(x, rotation)  # each (B, H, T, d)
+    def forward(self, x, mask, relative, positions, past, memory, memory_mask):
+        k, v = self.attn.keys_values(x)  # each (B, H, T, d)
         if past is not None:
             past.write(k, v, positions)
-            # S is all slots of the cache, or for a text's first T tokens just these.
-            S = bias.shape[-1]
+            # Decoding reads every slot; a target's first call reads only the T it wrote.
+            S = mask.shape[-1]
             k, v = past.k[:, :, :S], past.v[:, :, :S]  # each (B, H, S, d)
 
-        x = self.attn_norm(x + self.dropout(self.attn(x, k, v, bias, rotation)))
-        x = self.cross_norm(x + self.dropout(self.cross_attn(x, *memory, memory_bias)))
+        x = self.attn_norm(x + self.dropout(self.attn(x, k, v, mask, relative)))
+        x = self.cross_norm(x + self.dropout(self.cross_attn(x, *memory, memory_mask)))
         return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class Attention(nn.Module):
     """Multi-head attention (eq. 1 and section 3.2.2): within a sequence, or from target to memory.
+
+    Each query takes a mean of the values, weighted by how well their keys match it. Why heads: one mean
+    blends all that it attends to, while H means of d features each can look at H places. Why sqrt(d): q . k
+    is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays soft at any width.
+    Here d is 4, and q . k is 2 and 4: the second value gets three quarters of the weight.
+
+    >>> q, k = torch.tensor([[1.0, 1, 0, 0]]), torch.tensor([[2.0, 0, 0, 0], [2.0, 2, 0, 0]])
+    >>> (q @ k.mT / math.sqrt(4)).softmax(dim=-1)
+    tensor([[0.2689, 0.7311]])
 
     The paper's projections have no biases; these have them, as Marian's do.
     """
@@ -259,30 +276,30 @@ class Attention(nn.Module):
         x: Tensor,  # (B, T, D)
         k: Tensor,  # (B, H, S, d)
         v: Tensor,  # (B, H, S, d)
-        bias: Tensor,  # (..., S): added to the scores; very low forbids to attend
-        rotation: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor,  # (..., S): True = attend
+        relative: "Alibi | Rope | None" = None,
     ) -> Tensor:
-        q = self.heads(self.q_proj(x), rotation)  # (B, H, T, d)
-        scores = q @ k.mT / math.sqrt(q.shape[-1]) + bias  # (B, H, T, S)
+        q = self.heads(self.q_proj(x))  # (B, H, T, d)
+        if isinstance(relative, Rope):
+            q, k = rotate(q, *relative.of_q), rotate(k, *relative.of_k)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, S)
+        if isinstance(relative, Alibi):
+            scores = scores + relative.bias
+        # Not minus infinity: a pad may have nothing to attend to, and softmax of nothing is NaN.
+        scores = scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
         probs = scores.softmax(dim=-1)
         out = probs @ v  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
 
-    def keys_values(
-        self,
-        states: Tensor,  # (B, T, D)
-        rotation: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        k, v = self.k_proj(states), self.v_proj(states)
-        return self.heads(k, rotation), self.heads(v, None)  # each (B, H, T, d)
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(self.k_proj(states)), self.heads(self.v_proj(states))  # each (B, H, T, d)
 
-    def heads(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        x = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, d)
-        return x if rotation is None else rotate(x, *rotation)
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, d)
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between them (eq. 2)."""
+    """Two linear maps with an activation between them (eq. 2), the same for every token by itself."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -298,13 +315,19 @@ class FeedForward(nn.Module):
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
-def allow(mask: Tensor, bias: Tensor) -> Tensor:
-    """What is added to scores: `bias` where the mask says attend, else what makes a probability of exactly 0.
+def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
+    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
+    text, then for one token at position 3 of a cache with five slots:
 
-    That is not minus infinity: a pad may have nothing at all in its window, and softmax of nothing is NaN,
-    where this gives equal shares. Half of the lowest number leaves room for the scores.
+    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
+    tensor([[1, 1, 1, 1, 0]])
     """
-    return torch.where(mask, bias, torch.finfo(bias.dtype).min / 2)
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    return slots <= positions[:, None, :, None]  # (B, 1, T, S)
 
 
 def sinusoids(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -313,37 +336,15 @@ def sinusoids(positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
     The paper interleaves them, sin, cos, sin, cos; here all sines come first, then all cosines, as in Marian.
     Added to embeddings, their order is no more than a numbering, since all that reads them is learned.
     In fp32 whatever the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
+
+    >>> torch.cat(sinusoids(torch.tensor([0, 1, 2]), width=4), dim=-1)
+    tensor([[ 0.0000,  0.0000,  1.0000,  1.0000],
+            [ 0.8415,  0.0100,  0.5403,  0.9999],
+            [ 0.9093,  0.0200, -0.4161,  0.9998]])
     """
     exponent = torch.arange(0, width, 2, device=positions.device) / width  # (w,)
-    angles = positions[..., None] / 10_000.0**exponent  # (..., T, w)
+    angles = positions[..., None] / 10_000.0**exponent  # (..., w)
     return angles.sin(), angles.cos()
-
-
-def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """From 2^(-8 / H) on, a geometric sequence with the same ratio (Press et al. 2022, section 3).
-
-    The paper has a decoder alone; in the encoder here the distance counts to both sides.
-    """
-    h = torch.arange(1, num_heads + 1, device=device)[:, None, None]  # (H, 1, 1)
-    return 2.0 ** (-8 * h / num_heads)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
-
-    With q turned by its position m and k by its position n, their product depends on m - n alone. The pairs
-    are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the rows of their
-    q_proj and k_proj are brought into this order when the checkpoint is converted.
-    """
-    x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
-
-
-class Places(NamedTuple):
-    """What self-attention is told of positions, the same in every layer."""
-
-    bias: Tensor  # (..., T, S): added to the scores
-    rotation: tuple[Tensor, Tensor] | None  # (B, 1, T, w), (B, 1, T, w) or None: cosines and sines
 
 
 class Memory(NamedTuple):
@@ -351,21 +352,6 @@ class Memory(NamedTuple):
 
     states: Tensor  # (B, n, D)
     mask: Tensor  # (B, n): True = attend
-
-
-def shorten(
-    states: Tensor,  # (B, T, D)
-    real: Tensor,  # (B, T): True = no padding
-    factor: int,
-) -> Memory:
-    """The mean of every `factor` neighbouring states, pads left out."""
-    if factor == 1:
-        return Memory(states, real)
-    # These means count pads as zeros; divided by the share of what is real, they are those of the rest.
-    states = states * real[:, :, None]
-    means = F.avg_pool1d(states.mT, factor, ceil_mode=True)  # (B, D, n)
-    share = F.avg_pool1d(real[:, None].type_as(states), factor, ceil_mode=True)  # (B, 1, n)
-    return Memory((means / share.clamp(min=1e-6)).mT, share[:, 0] > 0)
 
 
 class LayerCache(NamedTuple):
@@ -388,3 +374,75 @@ class Cache(NamedTuple):
     past: tuple[LayerCache, ...]  # per layer, of the target's tokens; written by decode
     memory: tuple[LayerCache, ...]  # per layer, of the memory
     memory_mask: Tensor  # (B, n)
+
+
+# Beyond the paper -------------------------------------------------------------------------------------------
+
+
+def distances(positions: Tensor, num_slots: int) -> Tensor:
+    """How far each query stands from each key, before or after it."""
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    return (positions[:, None, :, None] - slots).abs()  # (B, 1, T, S)
+
+
+def window_mask(mask: Tensor, positions: Tensor, window: int) -> Tensor:
+    """The mask without what stands further away than `window`."""
+    return mask & (distances(positions, mask.shape[-1]) <= window)
+
+
+class Alibi(NamedTuple):
+    """The further away a key, the lower its score, by a slope for each head (Press et al. 2022, section 3).
+
+    The paper has a decoder alone; in the encoder here the distance counts to both sides.
+    """
+
+    bias: Tensor  # (B, H, T, S): added to the scores
+
+
+def alibi(positions: Tensor, num_slots: int, num_heads: int, dtype: torch.dtype) -> Alibi:
+    slopes = alibi_slopes(num_heads, positions.device)  # (H, 1, 1)
+    return Alibi((-slopes * distances(positions, num_slots)).to(dtype))
+
+
+def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+    """From 2^(-8 / H) on, a geometric sequence with the same ratio."""
+    h = torch.arange(1, num_heads + 1, device=device)[:, None, None]  # (H, 1, 1)
+    return 2.0 ** (-8 * h / num_heads)
+
+
+class Rope(NamedTuple):
+    """q and k turn by angles that grow with their positions, so that scores tell how far apart they stand."""
+
+    of_q: tuple[Tensor, Tensor]  # each (B, 1, T, w): cosines and sines
+    of_k: tuple[Tensor, Tensor]  # each (S, w)
+
+
+def rotations(positions: Tensor, num_slots: int, head_dim: int) -> Rope:
+    """The angles are those of the sinusoids, here of a head's width (Su et al. 2021, section 3.2.2)."""
+    q_sin, q_cos = sinusoids(positions[:, None], head_dim)  # each (B, 1, T, w)
+    k_sin, k_cos = sinusoids(torch.arange(num_slots, device=positions.device), head_dim)  # each (S, w)
+    return Rope((q_cos, q_sin), (k_cos, k_sin))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
+
+    As complex numbers z = x1 + i x2, a turn by m theta is z e^(i m theta). With q at position m and k at n,
+    Re(q e^(i m theta) conj(k e^(i n theta))) = Re(q conj(k) e^(i (m - n) theta)): m - n is all that counts.
+    The pairs are (i, i + d/2), as Hugging Face stores them; conversion reorders Meta's, (2i, 2i + 1).
+
+    >>> quarter = torch.tensor([math.pi / 2, 0])  # turn the pair (1, 3), leave (2, 4)
+    >>> rotate(torch.tensor([1.0, 2, 3, 4]), quarter.cos(), quarter.sin()).round()
+    tensor([-3.,  2.,  1.,  4.])
+    """
+    x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+
+
+def shorten(states: Tensor, real: Tensor, factor: int) -> Memory:
+    """The mean of every `factor` neighbouring states, pads left out."""
+    # These means count pads as zeros; divided by the share of what is real, they are those of the rest.
+    states = states * real[:, :, None]
+    means = F.avg_pool1d(states.mT, factor, ceil_mode=True)  # (B, D, n)
+    share = F.avg_pool1d(real[:, None].type_as(states), factor, ceil_mode=True)  # (B, 1, n)
+    return Memory((means / share.clamp(min=1e-6)).mT, share[:, 0] > 0)

@@ -1,8 +1,11 @@
 """A decoder-only language model with nothing hidden: every part is made here, from bare tensors.
 
-New against GPT-2 (gpt2.py): RMSNorm, rotary positions (RoPE) and SwiGLU, as in Llama; no dropout, no biases.
-And torch.nn lends its bookkeeping alone (Module, Parameter, random numbers): Linear, Embedding, RMSNorm,
-SiLU, softmax and attention are written out, and each is of use on its own.
+New against gpt2:
+- RMSNorm instead of LayerNorm
+- rotary positions (RoPE) instead of a learned table
+- a gated feed-forward (SwiGLU) instead of GELU
+- no dropout, no biases: all this as in Llama
+- torch.nn lends its bookkeeping alone (Module, Parameter, random numbers); each part is of use on its own
 Papers: Vaswani et al. 2017 (section 3.2), Touvron et al. 2023 (Llama, section 2.2); the parts name theirs.
 
     tokens (B, T)
@@ -14,15 +17,8 @@ Papers: Vaswani et al. 2017 (section 3.2), Touvron et al. 2023 (Llama, section 2
       hidden = final_norm(x)
     logits (B, T, V) = lm_head(hidden)
 
-The cache keeps the keys and values of the past, so that a step feeds only the new token:
-
-    cache = model.new_cache(batch_size, num_slots)
-    logits = model(prompt, cache=cache)               # fills slots 0 to T - 1
-    logits = model(next_token, positions, cache)      # fills slot `positions`, attends to all up to it
-
-Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
-    cache).
-Proof: tests/test_transformer_lm.py, part by part against torch's own, and against `transformers`.
+Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots).
+Proof: tests/test_transformer_lm.py. Picture: python show_structure.py transformer-lm-15m
 """
 
 import math
@@ -35,6 +31,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
+    """Differs from gpt_neox: the width of a head is free, and RoPE turns all of it or is left out."""
+
     vocab_size: int  # V: 32,000 in Llama 2
     max_seq_len: int  # M: the context it was trained for; for callers, since nothing here has a limit
     d_model: int  # D: 4,096 in Llama 2 7B
@@ -51,6 +49,18 @@ class Config:
 
 
 class Model(nn.Module):
+    """Differs from gpt_neox: every part is made on this page, and a test holds it equal to torch's own.
+
+    here         torch's                             in tests/test_transformer_lm.py
+    Linear       nn.Linear                           test_linear
+    Embedding    nn.Embedding                        test_embedding
+    RMSNorm      nn.RMSNorm                          test_rms_norm
+    silu         nn.SiLU                             test_silu
+    softmax      torch.softmax                       test_softmax
+    attention    F.scaled_dot_product_attention      test_attention
+    Attention    nn.MultiheadAttention               test_multi_head_self_attention
+    """
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -83,11 +93,11 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
         S = T if positions is None else cache[0].k.shape[2]
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
-
-        # The same for every layer, so they are made once.
         mask = causal_mask(positions, S)  # (B, 1, T, S)
         rotation = None
         if self.config.rope_base is not None:
@@ -115,7 +125,7 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """Norm, sublayer, add: pre-norm, so that nothing but additions stands between x and the output."""
+    """Differs from gpt2: RMSNorm, RoPE's angles passed on, and no dropout."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -133,10 +143,8 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2).
 
-    On its own, causal and with RoPE:
-
-        positions = torch.arange(T).expand(B, T)
-        out = attn(x, causal_mask(positions, T), rope(positions, head_dim, base))
+    Differs from gpt_neox: told its sizes, it is of use without a model, and RoPE and cache may be left out:
+    attn(x, causal_mask(positions, T), rope(positions, head_dim, base)), with positions (B, T) from 0 on.
     """
 
     def __init__(self, d_model: int, num_heads: int, head_dim: int):
@@ -164,7 +172,7 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(k, v, positions)
-            # S is all slots of the cache, or for a text's first T tokens just these.
+            # Decoding reads every slot; a text's first call reads only the T it wrote.
             S = mask.shape[-1]
             k, v = cache.k[:, :, :S], cache.v[:, :, :S]  # each (B, H, S, d)
 
@@ -173,7 +181,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, eq. 6): silu of one map multiplies another, feature by feature."""
+    """SwiGLU (Shazeer 2020, eq. 6): silu of one map multiplies another, feature by feature.
+
+    Differs from gpt_neox: three maps, one of which is a gate. Why a gate: it lets a feature through for one
+    token and holds it back for another. That it trains better was measured; the paper gives no reason.
+    """
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
@@ -187,7 +199,11 @@ class FeedForward(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4); it divides in fp32."""
+    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4); it divides in fp32.
+
+    Why the mean may go: training needs x to keep its size, whatever the scale of the weights, and dividing
+    alone sees to that: (3, 4), divided by sqrt((3^2 + 4^2) / 2), is (0.85, 1.13).
+    """
 
     def __init__(self, d_model: int, eps: float):
         super().__init__()
@@ -216,10 +232,7 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = W x for the last dimension of x, whatever stands before it; no bias.
-
-    W has a row per output, as in torch.nn.Linear and in checkpoints.
-    """
+    """y = W x for the last dimension of x, without a bias; W has a row per output, as in torch."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -230,10 +243,7 @@ class Linear(nn.Module):
         return torch.einsum("...i,oi->...o", x, self.weight)  # (...): o outputs where i inputs were
 
     def init_weights(self):
-        """A variance between 1 / d_in, for signals, and 1 / d_out, for gradients (Glorot and Bengio, eq. 12).
-
-        A normal distribution now and then draws a weight far out; this one is cut at three std.
-        """
+        """A variance between 1 / d_in, for signals, and 1 / d_out, for gradients (Glorot, eq. 12)."""
         d_out, d_in = self.weight.shape
         std = math.sqrt(2 / (d_in + d_out))
         nn.init.trunc_normal_(self.weight, std=std, a=-3 * std, b=3 * std)
@@ -245,8 +255,12 @@ def attention(
     v: Tensor,  # (B, H, S, d)
     mask: Tensor,  # (B, 1, T, S): True = attend; every query attends to something
 ) -> Tensor:
-    """Each query takes a mean of the values, weighted by how well their keys match it (Vaswani, eq. 1)."""
-    # Scaling q instead of the scores is the same, and cheaper where S is more than d.
+    """Each query takes a mean of the values, weighted by how well their keys match it (Vaswani, eq. 1).
+
+    Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
+    soft at any width.
+    """
+    # Dividing q gives the same result, and q is smaller than the scores when S > d.
     scores = (q / math.sqrt(q.shape[-1])) @ k.mT  # (B, H, T, S)
     scores = scores.masked_fill_(~mask, -math.inf)
     probs = softmax(scores)
@@ -254,7 +268,16 @@ def attention(
 
 
 def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
-    """No look ahead: a token attends to the slots up to its own."""
+    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
+    text, then for one token at position 3 of a cache with five slots:
+
+    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
+    tensor([[1, 1, 1, 1, 0]])
+    """
     slots = torch.arange(num_slots, device=positions.device)  # (S,)
     return slots <= positions[:, None, :, None]  # (B, 1, T, S)
 
@@ -264,6 +287,8 @@ def softmax(x: Tensor) -> Tensor:
 
     A factor exp(-max) above and below changes nothing, except that no exp overflows. exp(-inf) is 0: what is
     masked gets nothing. Where all is masked there is no answer, and this one is NaN, like torch's.
+    >>> softmax(torch.tensor([0.0, math.log(3), -math.inf]))
+    tensor([0.2500, 0.7500, 0.0000])
     """
     x32 = x.float()
     exps = (x32 - x32.amax(dim=-1, keepdim=True)).exp_()
@@ -278,8 +303,13 @@ def silu(x: Tensor) -> Tensor:
 def rope(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotation angle, position times frequency.
 
-    Pair i turns by base ** (-2 i / d) radians per position (Su et al. 2021, section 3.2.2). In fp32 whatever
-    the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
+    Differs from gpt_neox: all d features turn, pair i by base ** (-2 i / d) radians per position (Su et al.
+    2021, section 3.2.2): fast pairs tell neighbours apart, slow ones reach far. In fp32 whatever the weights'
+    dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
+
+    >>> cos, sin = rope(torch.tensor([[3]]), head_dim=4, base=10_000.0)
+    >>> torch.atan2(sin, cos)
+    tensor([[[[3.0000, 0.0300]]]])
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (d // 2,)
     theta = 1.0 / base**exponent
@@ -290,9 +320,13 @@ def rope(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
 
-    With q turned by its position m and k by its position n, their product depends on m - n alone. The pairs
-    are (i, i + d/2), as Hugging Face stores them; Meta's own files pair (2i, 2i + 1), and the rows of their
-    q_proj and k_proj are brought into this order when the checkpoint is converted.
+    As complex numbers z = x1 + i x2, a turn by m theta is z e^(i m theta). With q at position m and k at n,
+    Re(q e^(i m theta) conj(k e^(i n theta))) = Re(q conj(k) e^(i (m - n) theta)): m - n is all that counts.
+    The pairs are (i, i + d/2), as Hugging Face stores them; conversion reorders Meta's, (2i, 2i + 1).
+
+    >>> quarter = torch.tensor([math.pi / 2, 0])  # turn the pair (1, 3), leave (2, 4)
+    >>> rotate(torch.tensor([1.0, 2, 3, 4]), quarter.cos(), quarter.sin()).round()
+    tensor([-3.,  2.,  1.,  4.])
     """
     x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
@@ -312,4 +346,5 @@ class LayerCache(NamedTuple):
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, H, S, d)
 
 
+# Differs from transformer: there is no memory, only the past.
 Cache = tuple[LayerCache, ...]  # one per layer

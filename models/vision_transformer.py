@@ -1,25 +1,28 @@
 """Vision Transformer (ViT): an encoder that reads an image as a sequence of patches and says what it shows.
 
-New against BERT (bert.py): the tokens are no words but square patches of an image, cut out, flattened and
-mapped to D features; a learned class token stands in front of them, whose last state the classifier reads;
-no padding, so no mask; LayerNorm before each sublayer, as in GPT-2; a position table that stretches to images
-of other sizes. That is all: nothing else in the model knows that an image has two dimensions.
+New against bert:
+- the tokens are patches, not words: squares of an image, flattened and mapped to D features
+- a learned class token stands in front of them; the classifier reads its last state
+- no padding, so no mask
+- LayerNorm before each sublayer, as in GPT-2
+- the position table stretches to images of other sizes; all else knows nothing of two dimensions
 Paper: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words".
 
-    images (B, C, h_px, w_px)
-      patches = unfold(images)                            P = h w squares of C p p numbers each
-      x = [class_token, patch_embed(patches)] + pos_embed            eq. 1
+    images (B, C, h_px, w_px)                                     in ViT-B/16: (B, 3, 224, 224)
+      patches = unfold(images)                                      224 / 16 = 14, so 14 x 14 = 196 patches
+                                                                    of 3 x 16 x 16 = 768 numbers each
+      x = [class_token, patch_embed(patches)] + pos_embed           eq. 1: T = 197 tokens of D = 768
       repeat L times:
-        x = x + attn(attn_norm(x))    H heads, each softmax(q k^T / sqrt(d)) v, over all patches     eq. 2
-        x = x + ffn(ffn_norm(x))      down_proj(gelu(up_proj(x)))                                    eq. 3
+        x = x + attn(attn_norm(x))    eq. 2: H heads, each softmax(q k^T / sqrt(d)) v, over all patches
+        x = x + ffn(ffn_norm(x))      eq. 3: down_proj(gelu(up_proj(x)))
       hidden = final_norm(x)
-    logits (B, Y) = classifier(hidden of the class token)            eq. 4
+    logits (B, Y) = classifier(hidden of the class token)           eq. 4
 
 The numbers of an image are what models/utils/image_processor.py makes of its pixels.
 
 Shapes: B batch, h_px rows of pixels, w_px columns of pixels, h rows of patches, w columns of patches, g rows
     and columns of patches in training, P patches (h w), T tokens (P + 1), d width of a head (D / H).
-Proof: tests/test_vision_transformer.py, against `transformers`.
+Proof: tests/test_vision_transformer.py, against `transformers`. Picture: python show_structure.py vit-b-16
 """
 
 import math
@@ -32,6 +35,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Config:
+    """Differs from bert: sizes of images and patches in place of a vocabulary and a length, and no heads."""
+
     image_size: int  # height and width of the images that it was trained on: 224, some of its kin 384
     patch_size: int  # p: 16 in ViT-B/16, a divisor of image_size
     num_channels: int  # C: 3, red, green and blue
@@ -52,6 +57,8 @@ class Config:
 
 
 class Model(nn.Module):
+    """Differs from bert: embeds patches after a class token, and stretches the table of positions."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -85,10 +92,7 @@ class Model(nn.Module):
         p = self.config.patch_size
         h, w = images.shape[2] // p, images.shape[3] // p
 
-        # Windows that do not overlap; what is left over at the right and at the bottom is not seen.
-        windows = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, h, w, p, p)
-        patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)  # (B, P, C * p * p)
-        x = self.patch_embed(patches)  # (B, P, D)
+        x = self.patch_embed(unfold(images, p))  # (B, P, D)
         class_token = self.class_token.expand(len(x), -1, -1)  # (B, 1, D)
         x = torch.cat([class_token, x], dim=1)  # (B, T, D)
 
@@ -128,7 +132,10 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """Norm, sublayer, add: pre-LN, as in GPT-2. BERT is post-LN: sublayer, add, norm."""
+    """Norm, sublayer, add: pre-LN, so that from the embeddings to final_norm x meets nothing but additions.
+
+    Differs from bert: the norm stands before the sublayer, and there is no mask.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -144,7 +151,12 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Dosovitskiy et al. 2021, appendix A): every patch sees every other."""
+    """Multi-head self-attention (Dosovitskiy et al. 2021, appendix A): every patch sees every other.
+
+    Differs from bert: no mask, since no patch is padding, and q, k and v may lack their biases.
+    Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
+    soft at any width.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -166,7 +178,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
         v = self.v_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
 
-        # Dividing q instead of the scores is the same, and less work where these are more than d per query.
+        # Dividing q gives the same result, and q is smaller than the scores when T > d.
         scores = (q / math.sqrt(d)) @ k.mT  # (B, H, T, T)
         probs = self.dropout(scores.softmax(dim=-1))
         out = probs @ v  # (B, H, T, d)
@@ -174,12 +186,36 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Differs from bert: always the exact GELU, by the error function."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.up_proj = nn.Linear(config.d_model, config.d_ff)
         self.down_proj = nn.Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        # GELU as it is defined, with the error function; GPT-2 has the tanh form of it.
         x = F.gelu(self.up_proj(x))  # (B, T, f)
         return self.down_proj(x)  # (B, T, D)
+
+
+def unfold(images: Tensor, patch_size: int) -> Tensor:
+    """Cut into squares that do not overlap, row by row; what is left over at the right and below is not seen.
+
+    >>> image = torch.arange(20).view(1, 1, 4, 5)  # one channel, 4 x 5 pixels
+    >>> image[0, 0]
+    tensor([[ 0,  1,  2,  3,  4],
+            [ 5,  6,  7,  8,  9],
+            [10, 11, 12, 13, 14],
+            [15, 16, 17, 18, 19]])
+    >>> unfold(image, 2)
+    tensor([[[ 0,  1,  5,  6],
+             [ 2,  3,  7,  8],
+             [10, 11, 15, 16],
+             [12, 13, 17, 18]]])
+    """
+    p = patch_size
+    windows = images.unfold(2, p, p).unfold(3, p, p)  # (B, C, h, w, p, p)
+    # A patch's numbers side by side: channel by channel, row by row.
+    patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(start_dim=3)  # (B, h, w, C * p * p)
+    # The patches one after the other, as words are.
+    return patches.flatten(1, 2)  # (B, P, C * p * p)

@@ -5,9 +5,10 @@ that row t gives to column s; each row sums to one. The large picture is the mea
 layer, the small ones below it are the same of every layer. Bahdanau et al. 2015 (arXiv:1409.0473, figure 3)
 drew such alignments first.
 
-The model returns logits and no probabilities. But these are made of q and k alone, and what a module returns
-can be overheard: forward hooks on q_proj and k_proj keep both while the model reads source and target once.
+The model returns logits, not probabilities. But these are made of q and k alone, and a forward hook sees what
+a module returns: hooks on q_proj and k_proj keep both while the model reads source and target once.
 
+Shapes: L layers, H heads, T target tokens, S source tokens, D features.
 Proof: tests/test_run_transformer.py, against the cross_attentions of `transformers`.
 """
 
@@ -32,8 +33,8 @@ def cross_attention(model, source, target):
         heard[module] = output
 
     attentions = [layer.cross_attn for layer in model.decoder_layers]
-    overheard = [module for each in attentions for module in (each.q_proj, each.k_proj)]
-    handles = [module.register_forward_hook(keep) for module in overheard]
+    hooked = [module for each in attentions for module in (each.q_proj, each.k_proj)]
+    handles = [module.register_forward_hook(keep) for module in hooked]
     device = model.lm_head.weight.device
     try:
         model(torch.tensor([source], device=device), torch.tensor([target], device=device))

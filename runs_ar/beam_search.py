@@ -22,7 +22,7 @@ When to stop? A source is done when K hypotheses are finished and
                              a guess, since with length_penalty > 0 a longer one may still win
     early_stopping "never"   the same; with length_penalty > 0 as if it ended at the greatest length: no guess
 
-Shapes: B sources, K beams, V vocabulary, N candidates kept, M tokens at most.
+Shapes: B sources, K beams, V vocabulary, N candidates kept, Y tokens of the longest target, n places.
 Proof: tests/test_run_transformer.py, against `transformers`, token for token.
 """
 
@@ -55,7 +55,7 @@ class Beams:
 class Hypotheses(NamedTuple):
     """A number of sequences for each source. A score of -inf marks an empty place."""
 
-    tokens: Tensor  # (B, N, M), -1 where nothing is written yet
+    tokens: Tensor  # (B, N, Y), -1 where nothing is written yet
     scores: Tensor  # (B, N): sums while they run, divided by the length penalty once they are finished
 
     def take(self, places):

@@ -17,10 +17,12 @@ FIRST_SLOTS = 2048
 
 
 class Conversation:
-    def __init__(self, model, tokenizer, eos_ids=()):
+    def __init__(self, model, tokenizer, eos_ids=(), system=None):
+        """system: what the model is told before the first question; it is never forgotten."""
         self.model, self.tokenizer = model, tokenizer
         self.eos_ids = frozenset(eos_ids) | end_of_turn_ids(tokenizer)
-        self.messages = []
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.num_kept = len(self.messages)
         self.cache, self.num_slots = None, 0
         self.cached = []  # the tokens whose keys and values the cache holds
 
@@ -59,8 +61,8 @@ class Conversation:
         context = self.model.config.max_seq_len
         longest = context - min(max_new_tokens, context // 4)
         prompt = self.tokenizer.encode_chat(self.messages)
-        while len(prompt) > longest and len(self.messages) > 2:
-            del self.messages[:2]
+        while len(prompt) > longest and len(self.messages) > self.num_kept + 2:
+            del self.messages[self.num_kept : self.num_kept + 2]
             prompt = self.tokenizer.encode_chat(self.messages)
         return prompt
 
@@ -81,7 +83,7 @@ class Conversation:
 
 
 def end_of_turn_ids(tokenizer):
-    """The special token that the template puts behind an assistant's turn, read off an example."""
+    """The special token that the template puts after an assistant's turn, as an example shows it."""
     chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
     question = tokenizer.encode_chat(chat[:1])
     whole = tokenizer.encode_chat(chat, add_generation_prompt=False)

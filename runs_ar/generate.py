@@ -1,13 +1,25 @@
-"""Generation: fill the cache with the prompt, then pick a token, append it, feed it, and so on.
+"""Generation: predict the next token, append it, and begin again. For one prompt, a list of token ids:
 
-    prompts --prefill--> cache, logits --pick--> one token per row --model--> logits --> ...
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([tokens]))[0, -1]   # the whole text again, for the sake of its last token
+        tokens.append(logits.argmax().item())           # the most probable token, or one drawn by chance
+        if tokens[-1] in eos_ids:
+            break
+
+That is all. Below is the same with a cache, a batch and ends:
+
+    prompts --1 prefill--> cache, logits --2 pick--> a token per row --3 end?--> --4 feed--> logits --2--> ...
 
 The prompt goes through the model once, all its tokens together; lm_head, the largest matrix of a small
 model, is applied only to the last of them. After that each step feeds one token per row: the cache holds
 the keys and values of everything before it.
 
 `generate` knows token ids and no text; `TextStream` makes its tokens into text that can be shown at once.
-Any decoder of the zoo runs on this page. Proof: tests/test_generate.py.
+Any decoder of the zoo runs on this page.
+
+Shapes: B rows, T positions in a call, D features, V vocabulary.
+Proof: tests/test_generate.py.
 """
 
 import torch
@@ -20,6 +32,7 @@ from models.utils.sampling import GREEDY, Sampling, pick
 # squared. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
 # the cache's slots; a later one has a mask of PREFILL_CHUNK x num_slots.
 PREFILL_CHUNK = 512
+NOT_FINITE = "the model computes NaN or infinity; try --dtype float32, or convert it again"
 
 
 @torch.inference_mode()
@@ -45,26 +58,30 @@ def generate(
     cache = model.new_cache(len(prompts), num_slots) if cache is None else cache
     finished = [False] * len(prompts) if finished is None else finished
 
-    logits = model.lm_head(prefill(model, prompts, cache, num_cached))
+    # 1. Prefill: the prompts fill the cache, and their last tokens give the first logits.
+    logits = model.lm_head(prefill(model, prompts, cache, num_cached))  # (B, V)
     positions = torch.tensor([[len(prompt)] for prompt in prompts], device=logits.device)
     for step in range(1, max(room) + 1):
-        tokens = pick(logits, sampling, generators)
+        # 2. Pick the next token of each row.
+        tokens = pick(logits, sampling, generators)  # (B,)
         new = [None if finished[row] else token for row, token in enumerate(tokens.tolist())]
+        # 3. End the rows that are done.
         for row, token in enumerate(new):
             finished[row] = finished[row] or token in eos_ids or step == room[row]
         yield new
         if all(finished):
             return
-        logits = model(tokens[:, None], positions, cache)[:, -1]
-        # A row that ended goes on in silence, as long as others do, and must stay inside the cache.
+        # 4. Feed the new tokens, and these alone. A row that ended goes on unseen as long as others do, and
+        # must stay inside the cache.
+        logits = model(tokens[:, None], positions, cache)[:, -1]  # (B, V)
         positions = (positions + 1).clamp(max=num_slots - 1)
 
 
 def prefill(model, prompts, cache, num_cached=0):
     """Write the prompts into the cache; the hidden state of the last token of each: (B, D).
 
-    Shorter prompts are padded on the right: no token of a prompt looks ahead to a pad, and what a pad writes
-    into the cache, the row's new tokens overwrite before they attend to it.
+    Shorter prompts are padded on the right. No token of a prompt looks ahead to a pad, and what a pad writes
+    into the cache is overwritten by the row's new tokens before they attend to it.
     """
     longest = max(len(prompt) for prompt in prompts)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
@@ -81,7 +98,7 @@ def prefill(model, prompts, cache, num_cached=0):
 
     last = torch.stack(last)
     if not last.isfinite().all():
-        raise UserError("the model computes NaN or infinity; try --dtype float32, or convert it again")
+        raise UserError(NOT_FINITE)
     return last
 
 
@@ -110,7 +127,7 @@ def check_vocabulary(config, token_ids):
 def generate_text(model, prompt, stream, **options):
     """Continue one prompt; yield (token, text to show) step by step. `options` are those of `generate`.
 
-    The last text is the caller's to fetch, from stream.finish(): also after an interruption.
+    Call stream.finish() at the end, also after Ctrl-C: it returns what was held back.
     """
     for (token,) in generate(model, [prompt], **options):
         yield token, stream.push(token)
@@ -121,8 +138,8 @@ def generate_text(model, prompt, stream, **options):
 class TextStream:
     """The text of one row as its tokens come in, up to the first stop string.
 
-    `push` returns what can be shown already. It holds back half a character, and an end that may be the
-    beginning of a stop string; `finish` returns what was held back in vain.
+    `push` returns what can be shown already. It holds back half a character, and an end that may turn out to
+    be the beginning of a stop string; `finish` returns what is still held back.
     """
 
     def __init__(self, tokenizer, prompt=(), stop_strings=()):

@@ -11,6 +11,7 @@ more. A small stride takes long and gives the lowest figure; stride = window mak
     perplexity    = exp(nats / tokens counted)      depends on how the tokenizer cuts the text
     bits per byte = nats / ln 2 / bytes of text     does not, so that models can be compared
 
+Shapes: T tokens of a window, D features.
 Proof: tests/test_run.py, against the cross-entropy that `transformers` computes.
 """
 

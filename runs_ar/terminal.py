@@ -6,18 +6,20 @@ Proof: tests/test_run.py.
 
 import dataclasses
 import json
+import math
 import os
 import stat
 import sys
 
 from tqdm import tqdm
 
-from models.utils.errors import UserError
+from models.utils.errors import UserError, report
 from models.utils.files import decode_utf8, read_text
 from models.utils.machine import Stopwatch
 from models.utils.sampling import seeded_generators
 from runs_ar.chat import FIRST_SLOTS, Conversation, require_template
 from runs_ar.generate import (
+    NOT_FINITE,
     TextStream,
     check_prompts,
     check_vocabulary,
@@ -30,25 +32,25 @@ DEFAULT_PROMPT = "def"  # without a space, which would be a token of its own
 LARGEST_WINDOW = 4096  # of --score, for models with a longer context than papers score with
 
 
-def run_decoder(args, folder, config, tokenizer, load, way=None):
+def run_decoder(args, checkpoint, way=None):
     """Continue, chat or score, as the options say.
 
-    `load(num_slots)` returns the model and is slow: what can be wrong with the input is found out before.
+    checkpoint.load(num_slots) is slow: what can be wrong with the input is found out before.
     """
     for option in ("beams", "attention"):
         if getattr(args, option) is not None:
             raise UserError(f"--{option}: for a model that translates; this one continues text")
     if args.score:
-        score(args, config, tokenizer, load)
+        score(args, checkpoint)
     elif args.chat:
-        chat(args, config, tokenizer, load, generation_options(args, folder, tokenizer))
+        chat(args, checkpoint, generation_options(args, checkpoint))
     else:
-        continue_text(args, config, tokenizer, load, generation_options(args, folder, tokenizer), way)
+        continue_text(args, checkpoint, generation_options(args, checkpoint), way or Plain())
 
 
-def generation_options(args, folder, tokenizer):
+def generation_options(args, checkpoint):
     """What `generate` needs to know: the checkpoint's own values where the command line gives none."""
-    sampling, eos_ids = generation_defaults(folder, tokenizer)
+    sampling, eos_ids = generation_defaults(checkpoint.folder, checkpoint.tokenizer)
     names = ("temperature", "top_k", "top_p", "min_p")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if given and sampling.greedy:
@@ -67,6 +69,9 @@ def generation_options(args, folder, tokenizer):
 class Plain:
     """How the tokens of a text are made; runs_ss/terminal.py has another way."""
 
+    def load(self, checkpoint, num_slots):
+        return checkpoint.load(num_slots)
+
     def write(self, model, prompt_ids, stream, **options):
         """(token, text to show) step by step."""
         return generate_text(model, prompt_ids, stream, **options)
@@ -80,13 +85,14 @@ class Plain:
         return {}
 
 
-def continue_text(args, config, tokenizer, load, options, way=None):
-    way = way or Plain()
-    prompt = prompt_text(args)
+def continue_text(args, checkpoint, options, way):
+    prompt, tokenizer = prompt_text(args, checkpoint) or DEFAULT_PROMPT, checkpoint.tokenizer
     prompt_ids = tokenizer.encode(prompt)
-    check_prompts(config, [prompt_ids])
+    check_prompts(checkpoint.config, [prompt_ids])
+    tell_of_marks(tokenizer, prompt)
     stream = TextStream(tokenizer, prompt_ids, args.stop)
-    model = load(min(len(prompt_ids) + args.max_new_tokens, config.max_seq_len))
+    num_slots = min(len(prompt_ids) + args.max_new_tokens, checkpoint.config.max_seq_len)
+    model = way.load(checkpoint, num_slots)
 
     show = ignore if args.json else write
     show(prompt)
@@ -112,6 +118,13 @@ def continue_text(args, config, tokenizer, load, options, way=None):
         sys.exit(130)
 
 
+def tell_of_marks(tokenizer, prompt):
+    """A chat pasted as a prompt is plain text by design: no text a user types becomes a special token."""
+    marks = [name for name in tokenizer.special_tokens if name in prompt]
+    if marks:
+        report(f"{marks[0]} in the prompt is read as plain text; for a conversation use --chat")
+
+
 def write(text):
     print(text, end="", flush=True)
 
@@ -129,9 +142,12 @@ def finish_reason(stream, tokens, options):
     return "max_new_tokens" if len(tokens) == options["max_new_tokens"] else "context full"
 
 
-def prompt_text(args):
-    """--prompt, or else what is piped in, or else a default."""
-    return given_text(args) or DEFAULT_PROMPT
+def prompt_text(args, checkpoint):
+    """--prompt, or else what is piped in, or else the example of the checkpoint; None where it has none."""
+    if text := given_text(args):
+        return text
+    example = checkpoint.example("example.txt")
+    return example and example.read_text(encoding="utf-8")
 
 
 def given_text(args):
@@ -161,11 +177,13 @@ def is_piped(stream):
 # Chat -------------------------------------------------------------------------------------------------------
 
 
-def chat(args, config, tokenizer, load, options):
+def chat(args, checkpoint, options):
+    tokenizer = checkpoint.tokenizer
     require_template(tokenizer)
     eos_ids = options.pop("eos_ids")
     TextStream(tokenizer, stop_strings=args.stop)  # checks the stop strings
-    conversation = Conversation(load(min(FIRST_SLOTS, config.max_seq_len)), tokenizer, eos_ids)
+    model = checkpoint.load(min(FIRST_SLOTS, checkpoint.config.max_seq_len))
+    conversation = Conversation(model, tokenizer, eos_ids, args.system)
     print("Ctrl-C interrupts an answer, Ctrl-D ends the conversation.", file=sys.stderr)
     while (text := ask()) is not None:
         if text.strip():
@@ -206,16 +224,19 @@ def ask():
 # Score ------------------------------------------------------------------------------------------------------
 
 
-def score(args, config, tokenizer, load):
+def score(args, checkpoint):
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
     window, stride = window_and_stride(args, config)
     text = read_text(args.score, "--score")
     token_ids = tokenizer.encode(text)
     if len(token_ids) < 2:
         raise UserError(f"{args.score}: one token only; the first is not counted, so that none is left")
     check_vocabulary(config, token_ids)
-    model = load()
+    model = checkpoint.load()
     with tqdm(total=len(token_ids) - 1, unit=" tokens", desc=args.score) as bar:
         nats, num_tokens = negative_log_likelihood(model, token_ids, window, stride, bar.update)
+    if not math.isfinite(nats):
+        raise UserError(f"{checkpoint.folder}: {NOT_FINITE}")
 
     result = figures(nats, num_tokens, len(text.encode())) | {"window": window, "stride": stride}
     result["bos"] = token_ids[0] == tokenizer.bos_id

@@ -7,6 +7,7 @@ The cache holds the keys and values of the memory, which every token of the targ
 target so far. `generate` picks one token per row and step, greedily or by sampling, and yields it at once;
 runs_ar/beam_search.py follows several targets of each source and returns the best at the end.
 
+Shapes: B rows, V vocabulary.
 Proof: tests/test_run_transformer.py, against `transformers`.
 """
 
@@ -38,7 +39,7 @@ class Rules:
     forced_eos_id: int | None = None  # the last token of a target that has become too long
 
     def apply(self, scores, step):
-        """Rule tokens out of the scores (B, V), in place: these get -inf."""
+        """Set the scores (B, V) of forbidden tokens to -inf, in place."""
         if self.forced_eos_id is not None and step == self.max_new_tokens - 1:
             scores[:] = -math.inf
             scores[:, self.forced_eos_id] = 0
@@ -70,7 +71,7 @@ class Decoder:
     def step(self, tokens):
         """Feed the newest token of each row, (B,); logits for the one after it, (B, V)."""
         if self.num_fed == self.cache.past[0].k.shape[2]:
-            # The same number of slots again behind those that are there.
+            # Twice as many slots: those that are there, and as many after them.
             self.reshape_past(lambda tensor: F.pad(tensor, (0, 0, 0, self.num_fed)))
         positions = torch.full_like(tokens, self.num_fed)
         self.num_fed += 1

@@ -14,18 +14,18 @@ from models.utils.errors import UserError
 from models.utils.files import one_line
 from models.utils.machine import Stopwatch
 from models.utils.sampling import Sampling, seeded_generators
-from models.utils.tokenizer import load_tokenizer
 from models.utils.tokenizers.base import Tokenizer
 from models.utils.tokenizers.marian import LANGUAGE_CODE
 from runs_ar.attention_picture import cross_attention, draw
 from runs_ar.beam_search import Beams, beam_search
 from runs_ar.generate import TextStream
-from runs_ar.terminal import finish_reason, generation_options, given_text, ignore, write
+from runs_ar.terminal import finish_reason, generation_options, ignore, prompt_text, write
 from runs_ar.transformer import Decoder, Rules, check_source, generate, generation_rules
 
 # What follows one hypothesis alone.
 ONE_HYPOTHESIS = dict.fromkeys(("--temperature", "--top-k", "--top-p", "--min-p"), "samples")
 ONE_HYPOTHESIS |= dict.fromkeys(("--draft", "--lookup"), "drafts")
+MOST_BEAMS = 256  # each is a row of the batch, with a cache of its own
 FOR_OTHER_MODELS = ("--chat", "--score", "--window", "--stride")
 
 
@@ -58,21 +58,21 @@ class Translator:
         return {}
 
 
-def run_transformer(args, folder, config, load, make_translator=Translator):
-    """Translate. `load()` is slow: what can be wrong with the input is found out before."""
-    texts = texts_to_translate(args)
-    tokenizer = load_tokenizer(folder)
+def run_transformer(args, checkpoint, make_translator=Translator):
+    """Translate. checkpoint.load() is slow: what can be wrong with the input is found out before."""
+    texts = texts_to_translate(args, checkpoint)
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
     sources = [tokenizer.encode(text) for text in texts]
     for text, source in zip(texts, sources):
         check_language(tokenizer, text)
         check_source(config, source)
 
-    options = generation_options(args, folder, tokenizer)
+    options = generation_options(args, checkpoint)
     max_new_tokens = args.max_new_tokens if "--max-new-tokens" in args.given else None
-    rules, beams = generation_rules(folder, config, options["eos_ids"], max_new_tokens)
+    rules, beams = generation_rules(checkpoint.folder, config, options["eos_ids"], max_new_tokens)
     beams = choose_beams(args, beams)
     TextStream(tokenizer, stop_strings=args.stop)  # checks the stop strings
-    translator = make_translator(load(), tokenizer, rules, beams, options["sampling"])
+    translator = make_translator(checkpoint.load(), tokenizer, rules, beams, options["sampling"])
 
     watch = Stopwatch()
     for number, (text, source) in enumerate(zip(texts, sources)):
@@ -122,12 +122,12 @@ def reason(stream, tokens, rules):
 # What was asked for -----------------------------------------------------------------------------------------
 
 
-def texts_to_translate(args):
+def texts_to_translate(args, checkpoint):
     """The sources; UserError for what a translator does not do."""
     for option in FOR_OTHER_MODELS:
         if option in args.given:
             raise UserError(f"{option}: this model translates; give --prompt TEXT, or pipe lines into run.py")
-    text = given_text(args)
+    text = prompt_text(args, checkpoint)
     if not text:
         raise UserError("there is nothing to translate; give --prompt TEXT, or pipe lines into run.py")
     texts = [text] if args.prompt is not None else text.split("\n")
@@ -144,6 +144,8 @@ def choose_beams(args, beams):
         raise UserError(f"{given[0]} {verb}, --beams {args.beams} searches; give one of them")
     if given:
         return dataclasses.replace(beams, num_beams=1)
+    if args.beams is not None and args.beams > MOST_BEAMS:
+        raise UserError(f"--beams is {args.beams}; give 1 to {MOST_BEAMS}")
     return beams if args.beams is None else dataclasses.replace(beams, num_beams=args.beams)
 
 

@@ -9,9 +9,10 @@ rollout (Abnar and Zuidema 2020, section 3) follows them through all layers:
 
 The small pictures are the heads of the last layer, each by itself.
 
-The model returns no probabilities. But what a module returns can be overheard: here that of the dropout
-behind the softmax, by a forward hook; in eval mode it returns what it gets.
+The model returns no probabilities. But a forward hook sees what a module returns: here the dropout after the
+softmax, which in eval mode returns what it is given.
 
+Shapes: L layers, B images, H heads, T tokens, h rows of patches, w columns of patches.
 Proof: tests/test_run_vision_transformer.py, against the attentions of `transformers`.
 """
 

@@ -9,7 +9,10 @@ What it says depends on the checkpoint's head:
     none                     sentences                         a vector for each, and how similar they are
 
 Several texts (--prompt more than once, or the lines of a pipe) go through the model together, padded to the
-longest of their batch. Proof: tests/test_run_bert.py, against the pipelines of `transformers`.
+longest of their batch.
+
+Shapes: B texts, T tokens, D features.
+Proof: tests/test_run_bert.py, against the pipelines of `transformers`.
 """
 
 import json
@@ -22,9 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.utils.errors import UserError
 from models.utils.files import decode_utf8, one_line, read_json
-from models.utils.tokenizer import load_tokenizer
 from models.utils.tokenizers.wordpiece import WordPieceTokenizer
-from runs_ar.generate import check_vocabulary
+from runs_ar.generate import NOT_FINITE, check_vocabulary
 from runs_ar.terminal import is_piped
 
 OPTIONS = {"--checkpoint", "--device", "--dtype", "--prompt", "--json"}
@@ -42,11 +44,11 @@ DEFAULT_TEXTS = {
 }
 
 
-def run_bert(args, folder, config, load):
-    """`load()` returns the model and is slow: what can be wrong with the input is found out before."""
+def run_bert(args, checkpoint):
+    """checkpoint.load() is slow: what can be wrong with the input is found out before."""
     check_options(args.given)
+    folder, config, tokenizer = checkpoint.folder, checkpoint.config, checkpoint.tokenizer
     texts = texts_of(args, config.head)
-    tokenizer = load_tokenizer(folder)
     if not isinstance(tokenizer, WordPieceTokenizer):
         raise UserError(f"{folder}: this tokenizer does not cut words as BERT does (WordPiece); use its own")
     answer = {
@@ -61,7 +63,7 @@ def run_bert(args, folder, config, load):
     for text, (ids, _) in zip(texts, inputs):
         check_length(config, text, ids)
 
-    results = answer.results(texts, inputs, outputs(load(), inputs))
+    results = answer.results(texts, inputs, outputs(checkpoint.load(), inputs))
     if args.json:
         print(json.dumps(results))
     else:
@@ -75,6 +77,8 @@ def outputs(model, inputs):
         tokens, segments, attention_mask = padded(batch, next(model.parameters()).device)
         with torch.no_grad():
             out = model(tokens, segments, attention_mask).float().cpu()
+        if not out.isfinite().all():
+            raise UserError(NOT_FINITE)
         yield from (row[: len(ids)] if out.dim() == 3 else row for row, (ids, _) in zip(out, batch))
 
 
@@ -99,14 +103,13 @@ def check_options(given):
 def texts_of(args, head):
     """Each --prompt, or else each line that is piped in, or else an example."""
     texts = args.prompts
-    if not texts and is_piped(sys.stdin):
-        print("reading texts from standard input, one a line", file=sys.stderr)
-        lines = decode_utf8(sys.stdin.buffer.read(), "standard input").splitlines()
-        texts = [line.strip() for line in lines if line.strip()]
-    texts = texts or DEFAULT_TEXTS[head]
     if not all(text.strip() for text in texts):
         raise UserError("--prompt is empty; give a text")
-    return texts
+    if not texts and is_piped(sys.stdin):
+        print("reading texts from standard input, one a line", file=sys.stderr)
+        texts = [line.strip() for line in decode_utf8(sys.stdin.buffer.read(), "standard input").splitlines()]
+    # An empty line is a text without words, so that there is a result for each line.
+    return texts if any(text.strip() for text in texts) else DEFAULT_TEXTS[head]
 
 
 def check_length(config, text, ids):
@@ -149,7 +152,7 @@ class FillMask(Answer):
     def encode(self, texts):
         mask = self.tokenizer.mask_token
         for text in texts:
-            if mask not in text:
+            if text and mask not in text:
                 raise UserError(
                     f"{shortened(text)!r} has no {mask}; write {mask} where a word is to be guessed"
                 )

@@ -3,6 +3,7 @@
 Each --image goes through the preprocessing of preprocessor_config.json, and the five most probable labels are
 printed with their probabilities; --attention draws what the answer was made of (attention_picture.py).
 
+Shapes: h rows of patches, w columns of patches.
 Proof: tests/test_run_vision_transformer.py, against `transformers`.
 """
 
@@ -17,6 +18,7 @@ from models.utils.errors import UserError
 from models.utils.files import one_line, read_json
 from models.utils.image_processor import load_image_processor, open_image
 from models.utils.machine import peak_memory, spoken_bytes
+from runs_ar.generate import NOT_FINITE
 from runs_encoder.attention_picture import attention, draw
 
 OPTIONS = {"--checkpoint", "--device", "--dtype", "--image", "--attention", "--json"}
@@ -24,16 +26,19 @@ NUM_GUESSES = 5
 MOST_PATCHES = 10_000  # every patch attends to every other
 
 
-def run_vit(args, folder, config, load):
-    """`load()` returns the model and is slow: what can be wrong with the input is found out before."""
+def run_vit(args, checkpoint):
+    """checkpoint.load() is slow: what can be wrong with the input is found out before."""
+    if not args.images and (example := checkpoint.example("example.png")):
+        args.images = [example]
     check_options(args)
+    folder, config = checkpoint.folder, checkpoint.config
     processor = load_image_processor(folder, config.num_channels)
     labels = read_json(folder / "labels.json") if config.num_labels else None
     inputs = [processor(open_image(path, config.num_channels)) for path in args.images]
     for path, image in zip(args.images, inputs):
         check_size(path, image, config)
 
-    model = load()
+    model = checkpoint.load()
     start, results = time.perf_counter(), []
     for path, image in zip(args.images, inputs):
         results.append(result(path, look(model, image), labels))
@@ -52,6 +57,8 @@ def run_vit(args, folder, config, load):
 def look(model, image):
     """What the model says to one image: a logit for each label, or else its vector for the whole image."""
     out = model(image.to(model.pos_embed))[0].float().cpu()
+    if not out.isfinite().all():
+        raise UserError(NOT_FINITE)
     return out if out.dim() == 1 else out[0]  # the class token's, where hidden states come out
 
 

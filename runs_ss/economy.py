@@ -13,10 +13,10 @@ plain step to be the same)
     speedup = (1 - a^(k+1)) / (1 - a) * plain / (k * draft + verify)
 
 and it breaks even at the a that makes this 1. There is none if even k + 1 tokens a round, all accepted, cost
-more than plain steps. a is counted over the drafts that were judged: those behind a rejection never were.
+more than plain steps. a is counted over the drafts that were judged: those after a rejection never were.
 
-That is what to expect. Texts are not so even: easy places stand beside easy places, and where lookup finds
-nothing a round is a plain step. So the speedup is also counted, from what the rounds really brought.
+That is an estimate. Real texts have easy stretches and hard ones, and where lookup finds nothing a round is a
+plain step. So the speedup is also computed from what the rounds really brought.
 Proof: tests/test_economy.py.
 """
 
@@ -63,7 +63,7 @@ class Account:
         self.num_tokens += len(tokens)
         self.num_drafted += len(drafts)
         self.num_accepted += num_accepted
-        # The token behind the accepted drafts is there because the next draft, if there was one, failed.
+        # The token after the accepted drafts is there because the next draft, if there was one, failed.
         self.num_judged += min(len(tokens), len(drafts))
 
     def figures(self):

@@ -3,11 +3,10 @@
     text      ... for name in names: print(name) ... for name in
     draft                                                        names: print(name)
 
-Code, summaries and answers that quote their question repeat themselves, and there it drafts well at the cost
-of a search in a dictionary; elsewhere it finds nothing, and the round is a plain step. There is no second
-model.
+Code, summaries and answers that quote their question repeat themselves: there it drafts well, without a
+second model, for a search in a dictionary. Elsewhere it finds nothing, and the round is a plain step.
 
-A draft that was looked up is no draw: its distribution q has probability 1 on this token. By the rule of
+A draft that was looked up is not drawn: its distribution q has probability 1 on this token. By the rule of
 speculate.py it is accepted with probability p(x), and the residual is p without x.
 
 Papers: Yang et al. 2023, Inference with Reference (arXiv:2304.04487); Saxena 2023, Prompt Lookup Decoding.
@@ -47,7 +46,7 @@ class Index:
         self.num_known = 0
 
     def continuation(self, text, num_tokens):
-        """The tokens that stand behind the last place where the text read as it does at its end."""
+        """The tokens that followed the last time that the text's last tokens stood in it before."""
         for end in range(self.num_known, len(text)):
             for length in range(SHORTEST, min(LONGEST, end) + 1):
                 self.places[tuple(text[end - length : end])] = end

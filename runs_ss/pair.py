@@ -1,8 +1,8 @@
 """Whether two checkpoints can work as a pair: the same id must mean the same token in both.
 
 A draft is a list of token ids. Two vocabularies of the same size are not enough: if id 17 is " the" in one
-and "ing" in the other, every draft is nonsense to the target. It would still write what it writes by itself,
-only slowly, and nobody would know why. So the tokens are compared, one by one.
+and "ing" in the other, every draft is nonsense to the target. It would reject them all and write as it does
+alone, only slower, and nobody would know why. So the tokens are compared, one by one.
 
 Proof: tests/test_run_speculate.py.
 """
@@ -30,5 +30,5 @@ def meaning(tokenizer, id):
     if id in tokenizer.special_ids:
         return next((name for name, special in tokenizer.special_tokens.items() if special == id), None)
     content = tokenizer.token_bytes(id)
-    # Where bytes are not known, the text behind another token tells whether there is a space in front.
+    # Where bytes are not known, the text after another token tells whether there is a space in front.
     return tokenizer.decode([tokenizer.anchor, id]) if content is None else content

@@ -4,11 +4,16 @@
 
 To decode a token, all weights must be read from memory; five tokens at once cost hardly more. So each round
 drafts k tokens, and its verification yields from 1 to k + 1 tokens, which are distributed exactly as if the
-target had made them one by one. The drafter decides the speed and never the text.
+target had made them one by one. The drafter changes the speed: greedily the text is the same with any
+drafter, sampled it is another text of the same distribution.
 
 The rule. At one place, let p be target_probs and q draft_probs. The draft x, drawn from q, is accepted with
 probability min(1, p(x) / q(x)). If it is not, the place's token is drawn from the residual, max(0, p - q)
-divided by its sum, and the drafts behind it are void. If all k are accepted, one more is drawn from p.
+divided by its sum, and the drafts after it are dropped. If all k are accepted, one more is drawn from p.
+
+An example. Two tokens, p = (.5, .5) and q = (.8, .2). The first is drafted .8 of the time and accepted
+.5 / .8 = .625 of these times: it comes out .5 of the time. The second is drafted .2 of the time and always
+accepted. In the .3 that are left the first was rejected, and the residual is the second: .2 + .3 = .5.
 
 Why it follows p. Since p = min(p, q) + max(0, p - q), there are two ways for a token x to come out:
 
@@ -16,15 +21,18 @@ Why it follows p. Since p = min(p, q) + max(0, p - q), there are two ways for a 
     by the residual        r max(0, p(x) - q(x)) / r        = max(0, p(x) - q(x))
 
 where r, the probability that a draft is rejected, is 1 - sum min(p, q) = sum max(0, p - q). The two add up to
-p(x). The options of sampling (temperature, top-k, ...) change p and q before the rule. Greedily nothing is
-left to chance: a draft must be the token that the target itself finds most probable.
+p(x). The options of sampling (temperature, top-k, ...) change p and q before the rule. Greedily there is no
+chance: a draft must be the token that the target itself finds most probable.
 
-A rejection costs nothing to undo: the cache is written at `positions`, so that the next round, which begins
-behind the last accepted token, writes over the rest.
+A rejection costs nothing to undo: the cache is written at `positions`, and the next round, which begins after
+the last accepted token, writes over the rest.
 
 Papers: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192;
 the rule: section 2.3, the proof: appendix A.1); Chen et al. 2023, Accelerating Large Language Model Decoding
-with Speculative Sampling (arXiv:2302.01318, theorem 1). Proof: tests/test_speculate.py.
+with Speculative Sampling (arXiv:2302.01318, theorem 1).
+
+Shapes: B rows, k drafts, V vocabulary.
+Proof: tests/test_speculate.py.
 """
 
 from typing import NamedTuple
@@ -68,7 +76,7 @@ def speculate(
 ):
     """Continue every prompt, as `generate` in runs_ar; yield the Round of each pass of the target.
 
-    The prompt is the first pass: it drafts nothing, and the token behind it is picked. Every row accepts its
+    The prompt is the first pass: nothing is drafted, and the token after it is picked. Every row accepts its
     own number of drafts and is what it would be alone, up to rounding.
     """
     check_prompts(model.config, prompts)
@@ -79,7 +87,7 @@ def speculate(
 
     cache = model.new_cache(len(prompts), max(ends))
     first = pick(model.lm_head(prefill(model, prompts, cache)), sampling, generators)
-    yield texts.append([[]] * len(prompts), [0] * len(prompts), first.tolist())
+    yield texts.advance([[]] * len(prompts), [0] * len(prompts), first.tolist())
     drafter.start(prompts, max(ends))
 
     def verify(tokens, positions):
@@ -91,20 +99,20 @@ def speculate(
 def rounds(verify, drafter, texts, sampling, generators, num_draft_tokens):
     """Rounds until all texts have ended. The last token of a text is the one not yet fed to the target."""
     while not all(texts.finished):
-        # Draft. At most as many as leave room for the token behind them. A row takes the same count of random
-        # numbers in every round, for drafting, accepting and resampling: how many its company needs is
-        # nothing to it.
+        # 1. Draft, leaving room for the token after the drafts. Each row draws 2 k + 1 uniforms a round:
+        # u[:, :k] draft, u[:, k:2k] accept, u[:, 2k] resample; always as many, so that rows do not affect
+        # each other.
         u = None if sampling.greedy else uniform(generators, 2 * num_draft_tokens + 1)
         room = texts.room()
         draft = drafter.draft(texts.tokens, min(num_draft_tokens, max(room)), sampling, u)
         counts = [min(pair) for pair in zip(draft.counts, room)]
         drafts, real = draft.tokens[:, : max(counts)], mask_of(counts, draft.tokens.device)
 
-        # Verify. The target sees the last token and the drafts in one pass: the logits at place n follow
-        # the n-th draft, or for n = 0 the last token.
-        logits = verify(*texts.behind(drafts))
+        # 2. Verify: the target reads the last token and the drafts in one pass. The logits at place n are for
+        # the token after the n-th draft, at place 0 for the one after the last token.
+        logits = verify(*texts.verification_inputs(drafts))
 
-        # Accept. In order, up to the first draft that fails.
+        # 3. Accept: in order, up to the first draft that fails.
         if sampling.greedy:
             choices = most_probable(logits)
             accepted = drafts == choices[:, :-1]
@@ -114,7 +122,7 @@ def rounds(verify, drafter, texts, sampling, generators, num_draft_tokens):
             accepted = accept(target_probs, draft_probs, drafts, u[:, num_draft_tokens:])
         num_accepted = (accepted & real).long().cumprod(dim=1).sum(dim=1)
 
-        # Resample. The place behind the accepted drafts gets a token of the target's own.
+        # 4. Resample: the place after the accepted drafts gets a token of the target's own.
         if sampling.greedy:
             own = choices.gather(1, num_accepted[:, None])
         else:
@@ -124,7 +132,7 @@ def rounds(verify, drafter, texts, sampling, generators, num_draft_tokens):
             own = token_at(residual(target_probs[place], draft_probs[place]), u[:, -1])
 
         drafts = [row[:count] for row, count in zip(drafts.tolist(), counts)]
-        yield texts.append(drafts, num_accepted.tolist(), own.flatten().tolist())
+        yield texts.advance(drafts, num_accepted.tolist(), own.flatten().tolist())
 
 
 def accept(target_probs, draft_probs, drafts, u):
@@ -137,7 +145,14 @@ def accept(target_probs, draft_probs, drafts, u):
 
 
 def residual(target_probs, draft_probs):
-    """What the target wants more often than the drafter gives it: (B, V), not divided by its sum."""
+    """What the target wants more often than the drafter gives it: (B, V), not divided by its sum.
+
+    >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.8, 0.2]])
+    >>> residual(p, q)
+    tensor([[0.0000, 0.3000]])
+    >>> q * (p / q).clamp(max=1) + residual(p, q)  # drafted and accepted, or by the residual: together p
+    tensor([[0.5000, 0.5000]])
+    """
     rest = (target_probs - draft_probs).clamp(min=0)
     # Two distributions that are equal but for rounding may leave nothing; then either of them will do.
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, target_probs)
@@ -161,20 +176,20 @@ class Texts:
         rows = zip(self.tokens, self.ends, self.finished)
         return [0 if finished else end - len(tokens) - 1 for tokens, end, finished in rows]
 
-    def behind(self, drafts):
-        """(tokens, positions) of a verification, each (B, k + 1): the last token of each row and its drafts.
+    def verification_inputs(self, drafts):
+        """(tokens, positions), each (B, k + 1): the last token of each row and its drafts.
 
-        A row with fewer drafts than others has pads behind them, and one that has ended goes on in silence.
-        What these write is written over before anyone attends to it, or it stands in the very last slot,
-        which is nobody's: the last token of a text is never fed.
+        A row with fewer drafts than others has pads after them, and one that has ended goes on unseen. What
+        these write into the cache is overwritten before anyone attends to it, or stands in the very last
+        slot, which no token needs: the last token of a text is never fed.
         """
         last = torch.tensor([tokens[-1:] for tokens in self.tokens], device=drafts.device)
         starts = torch.tensor([[len(tokens) - 1] for tokens in self.tokens], device=drafts.device)
         positions = starts + torch.arange(drafts.shape[1] + 1, device=drafts.device)
         return torch.cat([last, drafts], dim=1), positions.clamp(max=max(self.ends) - 1)
 
-    def append(self, drafts, num_accepted, own):
-        """Append each row's accepted drafts and the target's own token, up to an EOS; the Round of it."""
+    def advance(self, drafts, num_accepted, own):
+        """Append each row's accepted drafts and the target's own token, up to an EOS; returns the Round."""
         result = Round([], [], [])
         for row, tokens in enumerate(self.tokens):
             new = [] if self.finished[row] else [*drafts[row][: num_accepted[row]], own[row]]
@@ -195,7 +210,7 @@ class ModelDrafter:
         self.model, self.vocab_size = model, model.config.vocab_size
 
     def start(self, prompts, num_slots):
-        """Read the prompts. What does not fit into the smaller model's context it does not draft for."""
+        """Read the prompts. Where the text outgrows the smaller model's context, it drafts no more."""
         self.num_slots = min(num_slots, self.model.config.max_seq_len)
         self.cache = self.model.new_cache(len(prompts), self.num_slots)
         prefill(self.model, [prompt[: self.num_slots] for prompt in prompts], self.cache)
@@ -205,8 +220,8 @@ class ModelDrafter:
         return self.model(tokens, positions, self.cache)[:, -1]
 
     def draft(self, texts, num_tokens, sampling, u):
-        # The first step feeds the last two tokens: where the round before accepted everything, the one
-        # before the last is a draft that was made and never fed.
+        # The first step feeds the last two tokens: if the round before accepted everything, the one before
+        # the last is its last draft, which was never fed.
         device = self.model.lm_head.weight.device
         tokens = torch.tensor([text[-2:] for text in texts], device=device)
         positions = torch.tensor([list(range(len(text))[-2:]) for text in texts], device=device)

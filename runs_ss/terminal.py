@@ -1,7 +1,7 @@
 """Speculative sampling at the terminal: what run.py does with --draft FOLDER and with --lookup.
 
-The text is the target model's. What the drafts did for it is said at the end on standard error; with
---show-drafts a terminal shows it in colours as it happens.
+The text is the target model's: greedily the very same, sampled one of the same distribution. How many drafts
+it accepted is said at the end on standard error; with --show-drafts a terminal shows it in colours.
 Proof: tests/test_run_speculate.py.
 """
 
@@ -10,7 +10,6 @@ import sys
 
 from models.utils.errors import UserError
 from models.utils.sampling import seeded_generators
-from models.utils.tokenizer import load_tokenizer
 from runs_ar.generate import TextStream
 from runs_ar.terminal import run_decoder
 from runs_ar.transformer import check_source
@@ -31,31 +30,30 @@ COLOURS = {
 RESET = "\033[0m"
 LEGEND = {
     "accepted": "accepted drafts",
-    "rejected": "a rejected draft and those behind it",
+    "rejected": "a rejected draft and those after it",
     "resampled": "resampled in its place",
     "own": "the target's own, where no draft was rejected",
 }
 
 
-def run_speculative(args, folder, config, load, draft=None):
+def run_speculative(args, checkpoint, draft=None):
     """Continue a text. draft: the Checkpoint of --draft; None: --lookup."""
-    tokenizer = load_tokenizer(folder)
-    speculation = Speculation(args, config, tokenizer, draft)
+    speculation = Speculation(args, checkpoint, draft)
     try:
-        run_decoder(args, folder, config, tokenizer, speculation.loading(load, ModelDrafter), speculation)
+        run_decoder(args, checkpoint, speculation)
     finally:
         speculation.report()
 
 
-def run_speculative_transformer(args, folder, config, load, draft=None):
+def run_speculative_transformer(args, checkpoint, draft=None):
     """Translate."""
-    speculation = Speculation(args, config, load_tokenizer(folder), draft)
+    speculation = Speculation(args, checkpoint, draft)
 
     def make_translator(model, tokenizer, rules, beams, sampling):
         return SpeculativeTranslator(model, tokenizer, rules, beams, sampling, speculation)
 
     try:
-        run_transformer(args, folder, config, load, make_translator)
+        run_transformer(args, checkpoint, make_translator)
     finally:
         speculation.report()
 
@@ -63,28 +61,25 @@ def run_speculative_transformer(args, folder, config, load, draft=None):
 class Speculation:
     """How a run makes its tokens: a way like Plain in runs_ar/terminal.py."""
 
-    def __init__(self, args, config, tokenizer, draft):
+    def __init__(self, args, checkpoint, draft):
+        config, tokenizer = checkpoint.config, checkpoint.tokenizer
         for option in ("chat", "score"):
             if getattr(args, option):
                 raise UserError(f"--{option} takes no drafts; leave out --draft and --lookup")
         check_num_draft_tokens(config, args.num_draft_tokens)
         if draft:
-            check_pair(config, tokenizer, draft.config, load_tokenizer(draft.folder))
+            check_pair(config, tokenizer, draft.config, draft.tokenizer)
         self.num_draft_tokens, self.device = args.num_draft_tokens, args.device
         self.vocab_size, self.tokenizer, self.draft = config.vocab_size, tokenizer, draft
         self.in_colour = args.show_drafts and sys.stdout.isatty() and not args.json
         self.account = Account()
         self.model = None
 
-    def loading(self, load, make_drafter):
-        """`load` for both models."""
-
-        def load_both(num_slots=0):
-            model = load(num_slots)
-            self.start(model, make_drafter, num_slots)
-            return model
-
-        return load_both
+    def load(self, checkpoint, num_slots):
+        """Both models."""
+        model = checkpoint.load(num_slots)
+        self.start(model, ModelDrafter, num_slots)
+        return model
 
     def start(self, model, make_drafter, num_slots=0):
         self.model = TimedModel(model, self.account)
@@ -123,7 +118,7 @@ class Speculation:
                 self.text.append(token)
 
     def paint(self, piece):
-        """The newest token's text in its colour, behind the drafts that it replaces."""
+        """The newest token's text in its colour, after the drafts that it replaces."""
         if not self.in_colour:
             return piece
         parts = [("rejected", self.rejected_text()), (self.newest, piece)]

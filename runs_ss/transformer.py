@@ -38,7 +38,7 @@ def speculate(model, drafter, sources, rules, sampling=GREEDY, generators=None, 
 
 
 def obey(rules, logits, positions):
-    """Rule tokens out, in place. What follows position n is token n of the target, the first counted as 0."""
+    """Forbid tokens, in place. The logits at position n are for token n of the target, counted from 0."""
     for scores, steps in zip(logits, positions.tolist()):
         for place, step in enumerate(steps):
             rules.apply(scores[place : place + 1], step)

@@ -1,16 +1,18 @@
-"""What the model files share and where they differ: copies that stay equal, variants that give a reason.
+"""What the pages of models/ share and where they differ: equal copies, or a sentence that says why.
 
-Every file of models/ stands alone, so some of its code stands in other files too. A name that two files
-define at the top level is in a group, whose files hold the same text, or is a variant with a reason per file.
+Every page stands alone, so some of its code stands in other pages too. A name that two pages define at the
+top level has the same text in both, comments included, or a sentence "Differs from <page>: <why>." in its
+docstring (structure/differences.py reads both). Nothing is listed. The pages that say the same of a name, or
+nothing, are a group, whose texts are equal; one group says nothing, and all sentences lead back to it.
 
     python tests/copies.py                                   check
-    python tests/copies.py --carry models/llama.py RMSNorm   write llama's RMSNorm into the files of its group
+    python tests/copies.py --carry models/llama.py RMSNorm   write llama's RMSNorm into the pages of its group
     python tests/copies.py --table                           the table "how the models differ", in Markdown
 """
 
 import argparse
-import ast
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,102 +20,73 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 sys.path.insert(0, str(ROOT))  # for `python tests/copies.py`
 
-from structure.variants import GROUPS, VARIANTS  # noqa: E402
+from structure.differences import parts_of, read_pages  # noqa: E402
 
-# ---------------------------------------------------------------------------- reading
-
-
-def definitions(source):
-    """Top-level name -> (first line, last line), counted from 1, of the text that defines it.
-
-    Decorators, the comment lines right above and a trailing comment belong to it.
-    """
-    lines, found = source.splitlines(), {}
-    for node in ast.parse(source).body:
-        first = min([node.lineno] + [each.lineno for each in getattr(node, "decorator_list", [])])
-        while first > 1 and lines[first - 2].startswith("#"):
-            first -= 1
-        found |= dict.fromkeys(names_of(node), (first, node.end_lineno))
-    return found
+SENTENCE = re.compile(r"Differs from (\w+): (.+)\.")
 
 
-def names_of(node):
-    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+def parts_by_name(pages):
+    """{name: {page: Part}}; `pages`: {"llama.py": its text}."""
+    found = {}
+    for file, source in pages.items():
+        for name, part in parts_of(source).items():
+            found.setdefault(name, {})[file.removesuffix(".py")] = part
+    return dict(sorted(found.items()))
 
 
-def text_of(source, name):
-    first, last = definitions(source)[name]
-    return "\n".join(source.splitlines()[first - 1 : last])
-
-
-def read_models(folder=MODELS):
-    """File name -> source of every model file."""
-    return {
-        path.name: path.read_text(encoding="utf-8")
-        for path in sorted(Path(folder).glob("*.py"))
-        if path.name != "__init__.py"
-    }
+def groups_of(parts):
+    """{sentence: the pages whose part has it}; the sentence of those that say nothing is ""."""
+    groups = {}
+    for page, part in parts.items():
+        groups.setdefault(part.differs, []).append(page)
+    return groups
 
 
 # ---------------------------------------------------------------------------- the check
 
 
-def problems(sources, groups, variants):
-    """One line for everything that the lists above say and the files do not, or the other way round."""
-    texts = {
-        file: {name: text_of(source, name) for name in definitions(source)}
-        for file, source in sources.items()
-    }
-    found = [problem for group in groups for problem in problems_of_group(texts, group)]
-    for name in sorted({name for names in texts.values() for name in names} | set(variants)):
-        copies = [file for group in groups if group.name == name for file in group.files]
-        found += problems_of_name(texts, name, copies, variants.get(name, {}))
-    return found
+def problems(pages):
+    """One line for each part that is neither a copy nor says why not."""
+    return [problem for name, parts in parts_by_name(pages).items() for problem in problems_of(name, parts)]
 
 
-def problems_of_group(texts, group):
-    missing = [file for file in group.files if group.name not in texts.get(file, {})]
-    if missing:
-        return [f"the group of {group.name} names {file}, which does not define it" for file in missing]
-    first, *others = group.files
-    carry = f"python tests/copies.py --carry models/{first} {group.name}"
-    differing = [file for file in others if texts[file][group.name] != texts[first][group.name]]
-    found = [f"{group.name} in {file} differs from {first}; copy with: {carry}" for file in differing]
-    return found if others else [f"the group of {group.name} has one file, {first}"]
+def problems_of(name, parts):
+    groups = groups_of(parts)
+    if "" not in groups:
+        yield f"{name}: every page says from which it differs, so that none is the first"
+    for sentence, group in groups.items():
+        first, *others = group
+        for other in others:
+            if parts[other].text != parts[first].text:
+                yield (
+                    f"{name} in {other} is no copy of {first}'s: write one into the other (python "
+                    f"tests/copies.py --carry models/{first}.py {name}), or say why in the docstring "
+                    f'("Differs from {first}: ...")'
+                )
+        if sentence:
+            yield from problems_of_sentence(name, parts, first)
 
 
-def problems_of_name(texts, name, copies, reasons):
-    """`copies`: the files of its groups; `reasons`: file -> reason of its variants."""
-    files = [file for file in texts if name in texts[file]]
-    if len(files) < 2:
-        return [f"{name} is a variant, but at most one file defines it"] if reasons else []
-    found = []
-    for file in files:
-        listed = copies.count(file) + (file in reasons)
-        if not listed:
-            found.append(
-                f"{name} in {file} is neither in a group nor a variant; add it to structure/variants.py"
-            )
-        if listed > 1:
-            found.append(f"{name} in {file} is listed {listed} times")
-    for file, reason in reasons.items():
-        twins = [
-            other for other in files if other != file and texts[other][name] == texts.get(file, {}).get(name)
-        ]
-        if file not in files:
-            found.append(f"{name} is a variant in {file}, which does not define it")
-        elif twins:
-            found.append(f"{name} is a variant in {file}, but equals {twins[0]}; make it a group")
-        if not is_sentence(reason):
-            found.append(f"the reason for {name} in {file} is not one sentence")
-    return found
+def problems_of_sentence(name, parts, page):
+    says = SENTENCE.fullmatch(parts[page].differs)
+    if says is None:
+        yield f'{name} in {page}: "{parts[page].differs}" is not "Differs from <page>: <why>."'
+    elif says[1] not in parts:
+        yield f"{name} in {page} differs from {says[1]}, which has none"
+    elif not leads_to_the_first(parts, page):
+        yield f"{name} in {page}: its sentence leads from page to page in a circle"
 
 
-def is_sentence(text):
-    return text[:1].isupper() and text.endswith(".") and ". " not in text and "\n" not in text
+def leads_to_the_first(parts, page):
+    """Whether the sentences lead from a page to one that has none."""
+    passed = set()
+    while page in parts and page not in passed:
+        passed.add(page)
+        says = SENTENCE.fullmatch(parts[page].differs)
+        if says is None:
+            return True
+        page = says[1]
+    return page not in parts
 
 
 # ---------------------------------------------------------------------------- the commands
@@ -123,51 +96,47 @@ class CarryError(Exception):
     """A copy that cannot be carried."""
 
 
-def carry(file, name, folder=MODELS, groups=None):
-    """Write the text of `name` in `file` into the other files of its group; returns those that changed."""
-    sources = read_models(folder)
-    group = next((each for each in groups or GROUPS if each.name == name and file in each.files), None)
-    if group is None:
-        raise CarryError(f"no group of {name} holds {file}; the groups stand in structure/variants.py")
-    missing = [other for other in group.files if name not in definitions(sources.get(other, ""))]
-    if missing:
-        raise CarryError(f"{missing[0]} does not define {name}; write it there once, by hand, in its place")
-
-    text, changed = text_of(sources[file], name), []
-    for other in group.files:
-        if text_of(sources[other], name) != text:
-            first, last = definitions(sources[other])[name]
-            lines = sources[other].splitlines()
-            lines[first - 1 : last] = text.splitlines()
-            replace_file(Path(folder) / other, "\n".join(lines) + "\n")
-            changed.append(other)
+def carry(file, name, folder=MODELS):
+    """Write the text of `name` in `file` into the other pages of its group; returns those that changed."""
+    pages, page = read_pages(folder), file.removesuffix(".py")
+    parts = parts_by_name(pages).get(name, {})
+    group = groups_of(parts)[parts[page].differs] if page in parts else []
+    if len(group) < 2:
+        raise CarryError(f"models/{file} has no copy of {name} in another page; `--table` shows the copies")
+    changed = [f"{other}.py" for other in group if parts[other].text != parts[page].text]
+    for other in changed:
+        lines, part = pages[other].splitlines(), parts[other.removesuffix(".py")]
+        lines[part.first - 1 : part.last] = parts[page].text.splitlines()
+        replace_file(Path(folder) / other, "\n".join(lines) + "\n")
     return changed
 
 
 def replace_file(path, text):
-    """Write beside, then rename: a model file is never half written."""
+    """Write beside, then rename: a page is never half written."""
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
 
-def table(groups, variants):
-    """How the models differ, for readers: a row for each variant, then the parts that are the same."""
-    rows = ["| part | in | how it differs |", "|---|---|---|"]
-    for name, reasons in variants.items():
-        rows += [f"| `{name}` | {file} | {reason} |" for file, reason in reasons.items()]
-    rows += ["", "| part | the same text in |", "|---|---|"]
-    rows += [f"| `{group.name}` | {', '.join(group.files)} |" for group in groups]
-    return "\n".join(rows)
+def table(pages):
+    """How the models differ, for readers: a row for each sentence, then the parts that are the same."""
+    differences, copies = ["| part | in | differs from | by |", "|---|---|---|---|"], []
+    for name, parts in parts_by_name(pages).items():
+        for sentence, group in groups_of(parts).items():
+            if says := SENTENCE.fullmatch(sentence):
+                differences.append(f"| `{name}` | {', '.join(group)} | {says[1]} | {says[2]} |")
+            if len(group) > 1:
+                copies.append(f"| `{name}` | {', '.join(group)} |")
+    return "\n".join([*differences, "", "| part | the same text in |", "|---|---|", *copies])
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What the model files share and where they differ.")
+    parser = argparse.ArgumentParser(description="What the pages of models/ share and where they differ.")
     parser.add_argument("--carry", nargs=2, metavar=("FILE", "NAME"), help="copy NAME from FILE to its group")
-    parser.add_argument("--table", action="store_true", help="print the table of the variants")
+    parser.add_argument("--table", action="store_true", help="print how the models differ")
     options = parser.parse_args()
     if options.table:
-        print(table(GROUPS, VARIANTS))
+        print(table(read_pages()))
         return 0
     if options.carry:
         try:
@@ -177,8 +146,8 @@ def main():
             return 2
         print(f"changed: {', '.join(changed)}" if changed else "all copies are equal")
         return 0
-    found = problems(read_models(), GROUPS, VARIANTS)
-    print("\n".join(found) or "every copy is equal and every variant has its reason")
+    found = problems(read_pages())
+    print("\n".join(found) or "every part that pages share is a copy or says why not")
     return 1 if found else 0
 
 

@@ -71,6 +71,10 @@ class DecoderProof(ModelProof):
             assert_close(first[row, :length], alone[:length])
             assert_close(torch.stack([step[row, 0] for step in steps]), alone[length:])
 
+    def test_positions_without_a_cache_are_refused(self, model):
+        with pytest.raises(ValueError, match="positions are slots of a cache: give the cache too"):
+            model(random_tokens(model, 1, 3), torch.tensor([[4, 5, 6]]))
+
     def test_no_look_ahead(self, model):
         tokens = random_tokens(model, 1, 30)
         changed = tokens.clone()

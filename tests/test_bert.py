@@ -145,7 +145,7 @@ class TestBert(ModelProof):
 
     def test_positions_end_with_the_table(self, model):
         model(self.inputs(model, 1, 64)[0])
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="65 tokens are more than the 64 of the position table"):
             model(self.inputs(model, 1, 65)[0])
 
     def test_the_logits_of_some_tokens_only(self, model):

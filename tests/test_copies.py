@@ -1,4 +1,4 @@
-"""Copies among the model files are equal, variants have reasons, and a change is carried over exactly."""
+"""Parts that pages of models/ share are copies or say why not, and a change is carried over exactly."""
 
 import subprocess
 import sys
@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from structure.variants import GROUPS, VARIANTS, Group
-from tests.copies import (
-    CarryError,
-    carry,
-    definitions,
-    problems,
-    read_models,
-    table,
-    text_of,
-)
+from structure.differences import parts_of, read_pages
+from tests.copies import CarryError, carry, problems, table
 
 A = '''"""A."""
 
@@ -39,7 +31,11 @@ B = '''"""B."""
 
 
 def rope(x):
-    """Turned the other way."""
+    """Turned the other way.
+
+    Differs from a: one is
+    subtracted. That is all.
+    """
     return x - 1
 
 
@@ -50,115 +46,109 @@ class Norm:
     eps = 1  # small
 
 
+# Differs from a: has a type.
 SIZE: int = 3  # of both
 '''
-SOURCES = {"a.py": A, "b.py": B}
-NORM = Group("Norm", ("a.py", "b.py"))
-REASONS = {
-    "rope": {"a.py": "Turns left.", "b.py": "Turns right."},
-    "SIZE": {"a.py": "Has no type.", "b.py": "Has a type."},
-}
+C = '''"""C."""
 
 
-def test_the_model_files():
-    assert problems(read_models(), GROUPS, VARIANTS) == []
+# Differs from b: a constant.
+def rope(x):
+    """Differs from b: always the same."""
+    return 0
+
+
+# Differs from a: has a type.
+SIZE: int = 3  # of both
+'''
+PAGES = {"a.py": A, "b.py": B, "c.py": C}
+
+
+def test_the_pages_of_the_zoo():
+    assert problems(read_pages()) == []
 
 
 def test_the_samples_are_right():
-    assert definitions(A) == {"Norm": (5, 9), "rope": (12, 13), "SIZE": (16, 16), "ONLY_A": (17, 17)}
-    assert problems(SOURCES, [NORM], REASONS) == []
+    assert problems(PAGES) == []
 
 
 @pytest.mark.parametrize(
-    "sources, groups, variants, report",
+    "file, old, new, report",
     [
-        (
-            {"b.py": B.replace("small", "tiny")},
-            [NORM],
-            {},
-            "Norm in b.py differs from a.py; copy with: python",
-        ),
-        ({"b.py": B.replace("# What every", "# That every")}, [NORM], {}, "Norm in b.py differs from a.py"),
-        ({"b.py": B.replace("    # Keeps the scale.\n", "")}, [NORM], {}, "Norm in b.py differs from a.py"),
-        (
-            {"b.py": B.replace("class Norm", "class Other")},
-            [NORM],
-            {},
-            "names b.py, which does not define it",
-        ),
-        ({}, [Group("Norm", ("a.py", "c.py"))], {}, "names c.py, which does not define it"),
-        ({}, [Group("Norm", ("a.py",))], {"Norm": {"b.py": "Copied."}}, "the group of Norm has one file"),
-        ({}, [], {}, "Norm in a.py is neither in a group nor a variant"),
-        ({"c.py": "SIZE = 4\n"}, [NORM], {}, "SIZE in c.py is neither in a group nor a variant"),
-        ({}, [NORM, NORM], {}, "Norm in a.py is listed 2 times"),
-        ({}, [NORM], {"Norm": {"a.py": "Is special."}}, "Norm in a.py is listed 2 times"),
-        (
-            {},
-            [],
-            {"Norm": {"a.py": "One.", "b.py": "Two."}},
-            "variant in a.py, but equals b.py; make it a group",
-        ),
-        ({}, [NORM], {"ONLY_A": {"a.py": "Alone."}}, "ONLY_A is a variant, but at most one file defines it"),
-        ({}, [NORM], {"gone": {"a.py": "Was here."}}, "gone is a variant, but at most one file defines it"),
-        (
-            {"c.py": "x = 1\n"},
-            [NORM],
-            {"rope": REASONS["rope"] | {"c.py": "Is not."}},
-            "c.py, which does not",
-        ),
-        ({}, [NORM], {"rope": REASONS["rope"] | {"a.py": "turns left"}}, "rope in a.py is not one sentence"),
-        (
-            {},
-            [NORM],
-            {"rope": REASONS["rope"] | {"a.py": "Turns. Left."}},
-            "rope in a.py is not one sentence",
-        ),
+        ("b.py", "small", "tiny", "Norm in b is no copy of a's"),
+        ("b.py", "# What every", "# That every", "Norm in b is no copy of a's"),
+        ("b.py", "    # Keeps the scale.\n", "", "Norm in b is no copy of a's"),
+        ("b.py", "# Differs from a: has a type.\n", "", "SIZE in b is no copy of a's"),
+        ("c.py", "SIZE: int = 3", "SIZE: int = 4", "SIZE in c is no copy of b's"),
+        ("c.py", '    """Differs from b: always the same."""\n', "", "rope in c is no copy of a's"),
+        ("b.py", "Differs from a: one", "Differs from d: one", "rope in b differs from d, which has none"),
+        ("b.py", "Differs from a: one", "Differs from a page: one", "is not \"Differs from <page>: <why>.\""),
+        ("b.py", "Differs from a: one", "Differs from c: one", "rope in b: its sentence leads from page"),
+        ("a.py", "ONLY_A", "# Differs from b: alone.\nONLY_A", "ONLY_A in a differs from b, which has none"),
+        ("a.py", "return x + 1", '"""Differs from c: more."""', "every page says from which it differs"),
     ],
-)
-def test_what_is_wrong_is_reported(sources, groups, variants, report):
-    assert any(report in problem for problem in problems(SOURCES | sources, groups, REASONS | variants))
+)  # fmt: skip
+def test_what_is_wrong_is_reported(file, old, new, report):
+    assert old in PAGES[file]
+    assert any(report in problem for problem in problems(PAGES | {file: PAGES[file].replace(old, new)}))
 
 
-def written(tmp_path, **sources):
-    for file, source in (SOURCES | {name + ".py": source for name, source in sources.items()}).items():
-        (tmp_path / file).write_text(source)
+def test_what_one_page_alone_has_needs_nothing():
+    assert not any("ONLY_A" in problem for problem in problems(PAGES))
+
+
+def written(folder, **changed):
+    for file, source in (PAGES | {f"{name}.py": source for name, source in changed.items()}).items():
+        (folder / file).write_text(source)
 
 
 def test_a_change_is_carried_and_nothing_else_moves(tmp_path):
-    changed = A.replace(
-        "# Keeps the scale.\n    eps = 1  # small", "# Keeps it.\n    eps = 2\n    more = 3  # too"
-    )
-    written(tmp_path, a=changed)
-    assert carry("a.py", "Norm", tmp_path, [NORM]) == ["b.py"]
-    after = (tmp_path / "b.py").read_text()
-    assert text_of(after, "Norm") == text_of(changed, "Norm") != text_of(B, "Norm")
-    assert after == B.replace(text_of(B, "Norm"), text_of(changed, "Norm"))
-    assert (tmp_path / "a.py").read_text() == changed
-    assert carry("a.py", "Norm", tmp_path, [NORM]) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "b.py"]
+    old, new = "# Keeps the scale.\n    eps = 1  # small", "# Keeps it.\n    eps = 2\n    more = 3  # too"
+    written(tmp_path, a=A.replace(old, new))
+    assert carry("a.py", "Norm", tmp_path) == ["b.py"]
+    assert read_pages(tmp_path) == {"a.py": A.replace(old, new), "b.py": B.replace(old, new), "c.py": C}
+    assert carry("a.py", "Norm", tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "b.py", "c.py"]
 
 
-def test_what_cannot_be_carried_is_refused(tmp_path):
-    written(tmp_path, b=B.replace("class Norm", "class Other"))
-    with pytest.raises(CarryError, match="b.py does not define Norm"):
-        carry("a.py", "Norm", tmp_path, [NORM])
-    with pytest.raises(CarryError, match="no group of rope holds a.py"):
-        carry("a.py", "rope", tmp_path, [NORM])
+def test_a_change_stays_in_its_group(tmp_path):
+    """Those that say the same share their text; the first, from which they differ, keeps its own."""
+    written(tmp_path, c=C.replace("SIZE: int = 3", "SIZE: int = 5"))
+    assert carry("c.py", "SIZE", tmp_path) == ["b.py"]
+    texts = [parts_of(source)["SIZE"].text for source in read_pages(tmp_path).values()]
+    assert texts[0] == "SIZE = 3  # of both" and texts[1] == texts[2] and "= 5" in texts[1]
 
 
-def test_the_table_has_every_reason_and_every_group():
-    rendered = table([NORM], REASONS)
-    assert "| `rope` | a.py | Turns left. |" in rendered
-    assert "| `Norm` | a.py, b.py |" in rendered
-    assert len(rendered.splitlines()) == 2 + 4 + 3 + 1
+@pytest.mark.parametrize(
+    "file, name", [("a.py", "rope"), ("a.py", "ONLY_A"), ("a.py", "none"), ("d.py", "Norm")]
+)
+def test_what_cannot_be_carried_is_refused(file, name, tmp_path):
+    written(tmp_path)
+    with pytest.raises(CarryError, match=f"models/{file} has no copy of {name}"):
+        carry(file, name, tmp_path)
+
+
+def test_the_table_has_every_sentence_and_every_group():
+    assert table(PAGES).splitlines() == [
+        "| part | in | differs from | by |",
+        "|---|---|---|---|",
+        "| `SIZE` | b, c | a | has a type |",
+        "| `rope` | b | a | one is subtracted |",
+        "| `rope` | c | b | always the same |",
+        "",
+        "| part | the same text in |",
+        "|---|---|",
+        "| `Norm` | a, b |",
+        "| `SIZE` | b, c |",
+    ]
 
 
 @pytest.mark.parametrize(
     "arguments, status, text",
     [
-        ([], 0, "every copy is equal"),
-        (["--table"], 0, "| part | in | how it differs |"),
-        (["--carry", "models/gpt2.py", "nothing"], 2, "error: no group of nothing holds gpt2.py"),
+        ([], 0, "every part that pages share is a copy or says why not"),
+        (["--table"], 0, "| part | in | differs from | by |"),
+        (["--carry", "models/gpt2.py", "nothing"], 2, "error: models/gpt2.py has no copy of nothing"),
     ],
 )
 def test_the_command(arguments, status, text):

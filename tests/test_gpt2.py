@@ -58,7 +58,7 @@ class TestGPT2(DecoderProof):
         assert not torch.allclose(actual, model(tokens), atol=0.1)
 
     def test_positions_end_with_the_table(self, model):
-        with pytest.raises(IndexError):
+        with pytest.raises(ValueError, match="65 tokens are more than the 64 of the position table"):
             model(random_tokens(model, 1, 65))
 
 

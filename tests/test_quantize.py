@@ -24,6 +24,7 @@ from models.utils.calibration import input_products
 from models.utils.errors import UserError
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
 from models.utils.tokenizer import load_tokenizer
+from models.utils.weights import load_weights
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
 from runs_train.text_data import is_held_out
 
@@ -550,7 +551,7 @@ def test_quantizing_on_loading_holds_one_matrix_at_a_time(fresh, monkeypatch):
 def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        checkpoint, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1]
+        checkpoint, "load_weights", lambda *args: loaded.append(load_weights(*args)) or loaded[-1]
     )
     options = ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5", "--temperature", "0"]
     run.main(["--checkpoint", str(fresh / "llama"), "--quantize", "int4", "--group-size", "64", *options])
@@ -565,14 +566,14 @@ def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
 
 def test_run_calibrates_target_and_draft_on_loading(fresh, capsys, monkeypatch):
     loaded = []
-    monkeypatch.setattr(checkpoint, "load_model", lambda *args: loaded.append(args) or load_model(*args))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *args: loaded.append(args) or load_weights(*args))
     folder, options = str(fresh / "llama"), ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5"]
     words = ["--checkpoint", folder, "--draft", folder, "--quantize", "int4", "--calibrate", str(TEXT)]
     run.main([*words, *options])
     assert capsys.readouterr().out.startswith("def f(")
     expected = windows_of("llama", fresh)
     assert [window.shape for window in expected] == [(1, 512)] * 32
-    for _, _, _, quantization, windows in loaded:
+    for *_, quantization, windows in loaded:
         assert quantization == INT4 and all(map(torch.equal, windows, expected))
     assert len(loaded) == 2
 
@@ -591,7 +592,7 @@ def test_a_calibration_text_that_is_none(content, message, main, fresh, tmp_path
     path, out = tmp_path / "text", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("loaded before the text was read"))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("loaded before the text was read"))
     words = ["--quantize", "int4", "--calibrate", str(path)]
     with pytest.raises(UserError, match=message):
         if main == "run":

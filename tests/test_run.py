@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import run
-from conversion import checkpoint
+from conversion import checkpoint, find
 from models import load_model
 from models.utils import machine
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
+from models.utils.weights import load_weights
 from runs_ar import score
 from tests import tiny_checkpoints
 from tests.tiny_checkpoints import BOS, EOS, MAX_SEQ_LEN
@@ -177,7 +179,7 @@ def test_a_text_that_is_piped_in_is_the_prompt(gpt2, start, tmp_path, monkeypatc
 def test_other_dtypes(llama, start, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        checkpoint, "load_model", lambda *args: loaded.append(load_model(*args)) or loaded[-1]
+        checkpoint, "load_weights", lambda *args: loaded.append(load_weights(*args)) or loaded[-1]
     )
     for dtype in ("bfloat16", "float16"):
         output = start(llama[1], "--dtype", dtype, "--max-new-tokens", 5)
@@ -276,7 +278,7 @@ def test_a_question_that_is_too_long_does_not_end_the_conversation(llama, start,
 
 
 def test_wrong_input_is_one_line(llama, gpt2, tmp_path, start, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the input is checked before this"))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("checked too late"))
     start_of = {"llama": llama[1], "gpt2": gpt2[1]}
     for folder in start_of.values():
         checkpoint.find_checkpoint(folder)
@@ -286,6 +288,7 @@ def test_wrong_input_is_one_line(llama, gpt2, tmp_path, start, monkeypatch):
     (tmp_path / "one").write_text("")
     for name, options, message in [
         ("llama", ["--prompt", ""], "--prompt is empty"),
+        ("llama", ["--system", "x"], "--system goes with --chat"),
         ("llama", ["--prompt", "é" * 60], "the prompt has 1.. tokens, the model's context only 96"),
         ("llama", ["--prompt", "\udcff"], "surrogate"),
         ("llama", ["--temperature", "-1"], "temperature is -1"),
@@ -299,8 +302,8 @@ def test_wrong_input_is_one_line(llama, gpt2, tmp_path, start, monkeypatch):
         ("llama", ["--max-new-tokens", "many"], "--max-new-tokens: invalid int"),
         ("llama", ["--seed", "-1"], "--seed is -1"),
         ("llama", ["--seed", str(2**70)], "--seed is "),
-        ("llama", ["--stop", ""], "a stop string is empty"),
-        ("llama", ["--chat", "--stop", ""], "a stop string is empty"),
+        ("llama", ["--stop", ""], "--stop is empty"),
+        ("llama", ["--chat", "--draft", ""], "--draft is empty"),
         ("llama", ["--device", "quantum"], "device 'quantum' is not on this machine"),
         ("llama", ["--device", "cuda:99"], "device 'cuda:99' is not on this machine"),
         ("llama", ["--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
@@ -330,12 +333,15 @@ def test_wrong_checkpoints(llama, gpt2, tmp_path, start, monkeypatch):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    monkeypatch.setattr(checkpoint, "CHECKPOINTS", tmp_path)
-    assert "there are: none yet" in message("checkpoints/gpt2")
+    monkeypatch.setattr(find, "CHECKPOINTS", tmp_path)
+    assert "there are: none yet" in message("checkpoints/mine")
+    assert "python convert_hf_checkpoint.py openai-community/gpt2" in message("gpt2")
     assert "python convert_hf_checkpoint.py openai-community/gpt2" in message("openai-community/gpt2")
     shutil.copytree(gpt2[1], tmp_path / "gpt2-large")
-    assert f"did you mean {tmp_path / 'gpt2-large'}?" in message("openai-community/gpt2-lage")
-    assert f"did you mean {tmp_path / 'gpt2-large'}?" in message(tmp_path / "gpt2larg")
+    (tmp_path / "else" / "gpt2-xl").mkdir(parents=True)
+    assert "did you mean gpt2-large?" in message("openai-community/gpt2-lage")
+    assert "did you mean gpt2-large?" in message("gpt2larg")
+    assert f"did you mean {tmp_path / 'else' / 'gpt2-xl'}?" in message(tmp_path / "else" / "gpt2xl")
 
     (tmp_path / "gpt2-large" / "converted" / "tokenizer.model").unlink(missing_ok=True)
     (tmp_path / "gpt2-large" / "tokenizer.model").unlink()
@@ -344,8 +350,18 @@ def test_wrong_checkpoints(llama, gpt2, tmp_path, start, monkeypatch):
     assert "config.json" in message(tmp_path / "nothing")
 
 
+def test_nan_is_no_score(llama, tmp_path, start):
+    folder = shutil.copytree(checkpoint.find_checkpoint(llama[1]), tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["final_norm.weight"][0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    for words in (["--score", __file__], ["--score", __file__, "--json"], ["--prompt", "def"]):
+        with pytest.raises(UserError, match="NaN"):
+            start(folder, *words)
+
+
 def test_what_does_not_fit_is_not_loaded(llama, start, monkeypatch):
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("loaded what does not fit"))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("loaded what does not fit"))
     checkpoint.find_checkpoint(llama[1])
     monkeypatch.setattr(checkpoint, "available_memory", lambda device: 100_000)
     with pytest.raises(UserError, match=r"164 kB of weights .* do not fit into the 100 kB"):
@@ -356,13 +372,9 @@ def test_what_does_not_fit_is_not_loaded(llama, start, monkeypatch):
 
 
 def test_the_memory_that_is_announced_is_the_memory_that_is_taken(llama, start, capsys):
-    class Args:
-        dtype, device, quantization = "bfloat16", torch.device("cpu"), None
-
-    folder = checkpoint.find_checkpoint(llama[1])
-    model_name, config = run.config_from_dict(run.read_json(folder / "config.json"), folder)
-    checkpoint.check_memory(folder, model_name, config, 50, Args)
-    model = run.load_model(folder, "cpu", torch.bfloat16)
+    opened = checkpoint.open_checkpoint(llama[1], "cpu", torch.bfloat16)
+    opened.check_memory(50)
+    model = load_model(opened.folder, "cpu", torch.bfloat16)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     cache = sum(tensor.nbytes for layer in model.new_cache(1, 50) for tensor in layer)
     weights, cache = machine.spoken_bytes(weights), machine.spoken_bytes(cache)

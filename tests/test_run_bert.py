@@ -8,10 +8,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import run
 from conversion import checkpoint
 from models.utils.errors import UserError
+from models.utils.tokenizer import load_tokenizer
 from runs_encoder import bert
 
 MAX_SEQ_LEN = 40
@@ -130,7 +132,7 @@ def test_what_looks_like_another_special_token_is_text(masked, result):
     _, tokenizer, folder = masked
     pieces = ["[", "sep", "]"]
     assert result(folder, ["[SEP] [MASK]"])[0]["masks"]
-    ((ids, segments),) = bert.FillMask(folder, bert.load_tokenizer(folder)).encode(["[SEP] [MASK]"])
+    ((ids, segments),) = bert.FillMask(folder, load_tokenizer(folder)).encode(["[SEP] [MASK]"])
     plain = tokenizer(" ".join(pieces), add_special_tokens=False)["input_ids"]
     assert ids == [tokenizer.cls_token_id, *plain, tokenizer.mask_token_id, tokenizer.sep_token_id]
     assert segments == [0] * len(ids)
@@ -301,7 +303,8 @@ def test_lines_that_are_piped_in_are_texts(masked, result, tmp_path, monkeypatch
     piped.write_text(f"{WITH_MASKS[0]}\n\n  {WITH_MASKS[1]}\r\n", encoding="utf-8")
     with open(piped) as file:
         monkeypatch.setattr(sys, "stdin", file)
-        assert [one["text"] for one in result(masked[2], [])] == WITH_MASKS[:2]
+        # A result for each line, also for the empty one.
+        assert [one["text"] for one in result(masked[2], [])] == [WITH_MASKS[0], "", WITH_MASKS[1]]
         assert [one["text"] for one in result(masked[2], WITH_MASKS[2:])] == WITH_MASKS[2:]
 
 
@@ -312,11 +315,21 @@ def test_every_head_has_an_example(make, masked, sentences, result):
         assert result(make(f"BertFor{name}")[2], [])
 
 
+@pytest.mark.parametrize("words", [["--json"], []])
+def test_nan_is_no_answer(masked, tmp_path, start, words):
+    folder = shutil.copytree(checkpoint.find_checkpoint(masked[2]), tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["token_embed.weight"][5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(UserError, match="NaN"):
+        start(folder, WITH_MASKS[:1], *words)
+
+
 # What is wrong is said in one line, before anything is loaded -----------------------------------------------
 
 
 def test_wrong_input_is_one_line(masked, sentences, make, start, monkeypatch, tmp_path):
-    monkeypatch.setattr(checkpoint, "load_model", lambda *_: pytest.fail("the input is checked before this"))
+    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("checked too late"))
     long = "[MASK] " * (MAX_SEQ_LEN - 1)
     binary = tmp_path / "binary"
     binary.write_bytes("Größe".encode("latin-1"))

@@ -205,7 +205,7 @@ def test_a_translation_in_colours(folders, start, monkeypatch):
     "options, message",
     [
         (["--draft", "gpt2", "--lookup"], "--draft and --lookup both guess ahead"),
-        (["--show-drafts"], "--show-drafts goes with --draft FOLDER or --lookup"),
+        (["--show-drafts"], "--show-drafts goes with --draft CHECKPOINT or --lookup"),
         (["--num-draft-tokens", 2], "--num-draft-tokens goes with"),
         (["--lookup", "--num-draft-tokens", 0], "num_draft_tokens is 0; give 1 to 95"),
         (["--lookup", "--num-draft-tokens", 96], "num_draft_tokens is 96; give 1 to 95"),
@@ -214,8 +214,8 @@ def test_a_translation_in_colours(folders, start, monkeypatch):
         (["--draft", "gpt2", "--score", __file__], "--score takes no drafts"),
         (["--lookup", "--beams", 2], "--beams: for a model that translates"),
         (["--lookup", "--prompt", "x " * 200], "context"),
-        (["--draft", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["--draft", "marian"], "holds a transformer model, which cannot draft here"),
+        (["--draft", "/no/such/folder"], "/no/such/folder: no such checkpoint"),
+        (["--draft", "marian"], "is an encoder-decoder, which cannot draft for a decoder"),
         (["--draft", "other"], "its tokenizer is not that of .*token .* is .*, not"),
     ],
     ids=str,
@@ -231,7 +231,7 @@ def test_bad_options(folders, start, options, message):
     "options, message",
     [
         (["--draft", "marian", "--beams", 3], "--draft drafts, --beams 3 searches; give one of them"),
-        (["--draft", "llama"], "holds a llama model, which cannot draft here"),
+        (["--draft", "llama"], "is a decoder, which cannot draft for an encoder-decoder"),
         (["--lookup", "--num-draft-tokens", 64], "num_draft_tokens is 64; give 1 to 63"),
     ],
     ids=str,

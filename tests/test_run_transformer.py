@@ -472,7 +472,7 @@ def test_the_picture_shows_the_translation(checkpoint, start, tmp_path, monkeypa
         (["--prompt", TEXT, "--beams", 2, "--top-p", 0.5], "--top-p samples, --beams 2 searches"),
         (["--prompt", "the house " * 40], "only 64"),
         (["--prompt", ">>xyz<< the house"], ">>xyz<<: .*>>fra<< >>rus<<"),
-        (["--prompt", TEXT, "--stop", ""], "stop string is empty"),
+        (["--prompt", TEXT, "--stop", ""], "--stop is empty"),
         (["--prompt", TEXT, "--attention", f"{__file__}/x.png"], "--attention .*cannot be written"),
         (["--prompt", "  ", "--attention", "x.png"], "one text"),
     ],

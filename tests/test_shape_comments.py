@@ -84,7 +84,7 @@ def run_transformer(model, recorder, B, T, S, d, n, w):
     recorder.running(config, B=B, T=n, S={S, n}, **free)
     cache = model.new_cache(memory, S)
     recorder.running(config, B=B, T=T, S={T, S, n}, **free)
-    model.decode(target, cache=cache)
+    model.decode(target, None, cache)
     recorder.running(config, B=B, T=1, S={S, n}, **free)
     model.decode(target[:, :1], T - torch.arange(B)[:, None] % 2, cache)
     recorder.running(config, B=B, T=S - T, S={S, n}, **free)
@@ -281,7 +281,14 @@ CASES = {
         sizes={"B": 7, "T": 11, "S": 19, "d": 10, "n": 13, "w": 15},
         same={("H", "d")},
         # In the encoder T = S, since all attend to all; the memory's keys and values are n, for T and for S.
-        true_too={("(B, T, D)", "(B, S, D)"), ("(B, n)", "(B, S)"), ("(B, n)", "(B, T)")},
+        true_too={
+            ("(B, T, D)", "(B, S, D)"),
+            ("(B, n)", "(B, S)"),
+            ("(B, n)", "(B, T)"),
+            ("(B, 1, T, T)", "(B, 1, S, T)"),
+            ("(B, 1, T, T)", "(B, 1, T, S)"),
+            ("each (B, H, T, d)", "each (B, H, S, d)"),
+        },
     ),
     "transformer_lm.py": Case(transformer_lm_configs, run_transformer_lm, {"B": 7, "T": 11, "S": 13}),
 }

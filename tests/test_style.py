@@ -1,4 +1,4 @@
-"""Every model file keeps the rules of STYLE.md that a machine can check; a file that breaks one is found."""
+"""Every page keeps the rules of STYLE.md that a machine can check; a page that breaks one is found."""
 
 import ast
 import io
@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-MODELS = Path(__file__).parent.parent / "models"
+from models import load_config
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "models"
 FILES = sorted(path.name for path in MODELS.glob("*.py") if path.name != "__init__.py")
 
 MAX_COLUMNS, MAX_DOCSTRING, MAX_FUNCTION, MAX_NESTING = 110, 30, 30, 2
@@ -76,9 +79,11 @@ class Style:
             self.breaks(1, f"the docstring has more than {MAX_DOCSTRING} lines")
         if not docstring.split("\n\n")[0].endswith("."):
             self.breaks(1, "the docstring begins with no sentence")
-        for part in "\nShapes: ", f"tests/test_{self.file}":
+        for part in "\nShapes: ", f"tests/test_{self.file}", "Picture: python show_structure.py ":
             if part not in docstring:
                 self.breaks(1, f"the docstring does not have `{part.strip()}`")
+        if not re.search(r"^New against [^:]+:\n(- .*\n){2}", docstring, re.M):
+            self.breaks(1, "the docstring does not list what is new, `New against <page>:`, one line each")
 
     def imports(self):
         """The standard library and torch, at the top."""
@@ -187,10 +192,75 @@ def test_the_model_files(file):
     assert Style((MODELS / file).read_text(encoding="utf-8"), file).broken == []
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_what_a_docstring_names_is_there(file):
+    """The page that it is new against, and a picture of this page."""
+    docstring = ast.get_docstring(ast.parse((MODELS / file).read_text(encoding="utf-8")))
+    for page in re.findall(r"^New against (\w+):", docstring, re.M):
+        assert f"{page}.py" in FILES and page != file.removesuffix(".py")
+    config = re.search(r"show_structure.py ([\w-]+)", docstring)[1]
+    assert load_config(config)[0] == file.removesuffix(".py")
+
+
+def test_one_page_begins_the_reading_order():
+    """All others say which page they are new against."""
+    first = [file for file in FILES if not re.search(r"^New against \w+:", (MODELS / file).read_text(), re.M)]
+    assert first == ["transformer.py"]
+
+
+# Letters of shapes outside models/ --------------------------------------------------------------------------
+
+ROOMS = ("runs_ar", "runs_encoder", "runs_ss")
+DIM = r"(?:\d+|[A-Za-z])(?: [-+*/x] (?:\d+|[A-Za-z]))*"
+SHAPE = re.compile(rf"\((?:{DIM}, )+{DIM}\)|\({DIM},\)")
+
+
+def undeclared_letters(source):
+    """The letters of shapes in comments and docstrings that no line "Shapes:" of the page declares."""
+    tree = ast.parse(source)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts += [token.string for token in tokens if token.type == tokenize.COMMENT]
+    shapes = [shape for text in texts for shape in SHAPE.findall(text) if re.search("[A-Z]", shape)]
+    used = {letter for shape in shapes for letter in re.findall("[A-Za-z]", shape.replace(" x ", " * "))}
+    line = re.search(r"^Shapes: ((?:.+\n)+?)(?=\S|\n|\Z)", texts[0] + "\n", re.M)
+    declared = {item.split()[0] for item in line[1].rstrip(".\n").split(", ")} if line else set()
+    return sorted(used - declared)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))],
+    ids=lambda path: path.name,
+)
+def test_every_page_declares_the_letters_of_its_shapes(path):
+    assert undeclared_letters(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source, letters",
+    [
+        ('"""Shapes: B rows, V vocabulary."""\nx = 1  # (B, V)\n', []),
+        ('"""Shapes: B rows."""\nx = 1  # (B, V)\n', ["V"]),
+        ('"""A page."""\ndef f(x):\n    """Gives (B x K, T + 1)."""\n', ["B", "K", "T"]),
+        ('"""A page."""\n# (T,) of them, f(x, y) and a call g(B)\n', ["T"]),
+    ],
+)
+def test_an_undeclared_letter_is_found(source, letters):
+    assert undeclared_letters(source) == letters
+
+
+# A page that is good, and what breaks it --------------------------------------------------------------------
+
 GOOD = '''"""A model: nothing more.
 
+New against other:
+- less
+- not more
+
 Shapes: B batch.
-Proof: tests/test_sample.py
+Proof: tests/test_sample.py. Picture: python show_structure.py sample
 """
 
 import math
@@ -231,6 +301,9 @@ def test_a_good_file_is_good():
     [
         ("return x", "return x  # " + 100 * "-", "columns"),
         ("Proof:", 27 * "More.\n" + "Proof:", "docstring has more than 30 lines"),
+        ("Picture:", "Drawn:", "does not have `Picture: python"),
+        ("- less\n", "", "does not list what is new"),
+        ("New against", "New beside", "does not list what is new"),
         ("nothing more.", "nothing more", "begins with no sentence"),
         ("Shapes:", "Sizes:", "does not have `Shapes:`"),
         ("test_sample", "test_other", "does not have `tests/test_sample.py`"),

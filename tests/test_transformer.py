@@ -221,7 +221,7 @@ def test_cached_equals_full(model):
     """A prefill, chunks of several tokens and single tokens give what the whole pass gives."""
     source, target = texts(PAD, 101, 3, 33)
     cache = model.new_cache(model.encode(source), 41)
-    pieces = [model.decode(target[:, :10], cache=cache)]
+    pieces = [model.decode(target[:, :10], None, cache)]
     for start, end in CHUNKS:
         pieces.append(model.decode(target[:, start:end], positions_of(3, start, end), cache))
     assert_close(torch.cat(pieces, dim=1), model(source, target))
@@ -230,7 +230,7 @@ def test_cached_equals_full(model):
 def test_going_back_is_calling_with_smaller_positions(model):
     (source, target), (_, draft) = texts(PAD, 101, 2, 23), texts(PAD, 101, 2, 9, seed=1)
     cache = model.new_cache(model.encode(source), 26)
-    model.decode(target[:, :10], cache=cache)
+    model.decode(target[:, :10], None, cache)
     model.decode(draft, positions_of(2, 10, 16), cache)
     again = model.decode(target[:, 10:], positions_of(2, 10, 20), cache)
     assert_close(again, model(source, target)[:, 10:])
@@ -241,7 +241,7 @@ def test_a_batch_equals_each_row_alone(model):
     source, target = texts(PAD, 101, 3, 23)
     lengths = torch.tensor([11, 4, 7])
     cache = model.new_cache(model.encode(source), 24)
-    first = model.decode(target[:, :11], cache=cache)
+    first = model.decode(target[:, :11], None, cache)
     steps = []
     for n in range(5):
         positions = (lengths + n)[:, None]
@@ -279,7 +279,7 @@ def test_rows_of_a_cache_can_be_reordered(model):
     """As beam search does: every tensor of a cache has the batch first."""
     source, target = texts(PAD, 101, 3, 20)
     cache = model.new_cache(model.encode(source), 20)
-    model.decode(target[:, :9], cache=cache)
+    model.decode(target[:, :9], None, cache)
     order = torch.tensor([2, 0, 0, 1])
     cache = tree_map(lambda tensor: tensor.index_select(0, order), cache)
     logits = model.decode(target[order, 9:17], positions_of(4, 9, 17), cache)
@@ -290,10 +290,10 @@ def test_a_cache_that_is_just_long_enough(model):
     source, target = texts(PAD, 101, 2, 15)
     memory = model.encode(source)
     cache = model.new_cache(memory, 12)
-    model.decode(target[:, :5], cache=cache)
+    model.decode(target[:, :5], None, cache)
     assert_close(model.decode(target[:, 5:], positions_of(2, 5, 12), cache), model(source, target)[:, 5:])
     with pytest.raises(AssertionError, match="slots"):
-        model.decode(texts(PAD, 101, 2, 16)[1], cache=model.new_cache(memory, 12))
+        model.decode(texts(PAD, 101, 2, 16)[1], None, model.new_cache(memory, 12))
 
 
 def test_a_prefill_does_not_depend_on_the_size_of_the_cache(model):
@@ -301,9 +301,16 @@ def test_a_prefill_does_not_depend_on_the_size_of_the_cache(model):
     source, target = texts(PAD, 101, 1, 16)
     cache = model.new_cache(model.encode(source), 1009)
     with LargestResults() as results:
-        model.hidden(target, cache=cache)
+        model.hidden(target, None, cache)
     assert not [shape for shape in results.fresh_shapes if 1009 in shape]
     assert (1, 13, 60) in results.fresh_shapes, "the recorder saw the pass"
+
+
+def test_positions_need_a_cache_with_slots(model):
+    source, target = texts(PAD, 101, 1, 9)
+    cache = model.new_cache(model.encode(source), 0)
+    with pytest.raises(ValueError, match="positions are slots of a cache; this one has none"):
+        model.decode(target, positions_of(1, 0, target.shape[1]), cache)
 
 
 def test_a_step_does_not_project_the_memory_again(model):
@@ -355,7 +362,7 @@ def test_exports(name):
     assert_close(program(*others), model(*others))
 
     cache = model.new_cache(model.encode(source), 16)
-    model.decode(target[:, :8], cache=cache)
+    model.decode(target[:, :8], None, cache)
     step = target[:, 8:9], torch.tensor([[8], [8]]), cache
     program = torch.export.export(Exported(model), step, strict=False).module()
     assert_close(program(*step), model.decode(*step))
@@ -516,18 +523,17 @@ def test_rope_turns_pairs_as_complex_numbers():
     """One attention whose scores are the real part of q k* e^(i (m - n) theta): Su et al. 2021, eq. 12."""
     model = variant("rope")
     attn, x = model.encoder_layers[0].attn, torch.randn(2, 15, 60)
-    d, places = 10, torch.arange(15)
+    d, positions = 10, torch.arange(15)
     q, k = (linear(x).view(2, 15, 6, d).transpose(1, 2) for linear in (attn.q_proj, attn.k_proj))
     q, k = (torch.complex(*pair.chunk(2, dim=-1)) for pair in (q, k))
     theta = 10000 ** (-torch.arange(0, d, 2) / d)
-    turn = torch.polar(torch.ones(15, 15, 5), (places[:, None] - places)[..., None] * theta)
+    turn = torch.polar(torch.ones(15, 15, 5), (positions[:, None] - positions)[..., None] * theta)
     scores = torch.einsum("bhmi,bhni,mni->bhmn", q, k.conj(), turn).real / math.sqrt(d)
     v = attn.v_proj(x).view(2, 15, 6, d).transpose(1, 2)
     expected = attn.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).reshape(2, 15, 60))
 
-    slots = places.expand(2, 15)
-    bias, rotation = model.places(torch.ones(2, 1, 1, 15, dtype=torch.bool), slots, slots)
-    assert_close(attn(x, *attn.keys_values(x, rotation), bias, rotation), expected)
+    mask, relative = model.options(torch.ones(2, 1, 1, 15, dtype=torch.bool), positions.expand(2, 15))
+    assert_close(attn(x, *attn.keys_values(x), mask, relative), expected)
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "alibi", "rope"])

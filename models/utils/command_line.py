@@ -7,6 +7,7 @@ from models.utils.errors import UserError
 
 CHECKPOINTS = Path(__file__).parents[2] / "checkpoints"
 DTYPES = ("float32", "bfloat16", "float16")  # names in torch
+QUANTIZED = ("int8", "int4")  # see quantize.py
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +18,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=command, description=text, formatter_class=layout, allow_abbrev=False, **options
         )
+
+    def parse_args(self, argv=None, namespace=None):
+        args = super().parse_args(argv, namespace)
+        for action in self._actions:
+            values = getattr(args, action.dest, None)
+            # What is piped into a shell's "$variable" may be empty, and then means a mistake.
+            if "" in (values if isinstance(values, list) else [values]):
+                name = "/".join(action.option_strings) or action.metavar or action.dest
+                self.error(f"{name} is empty; give {action.metavar or 'a value'}, or leave it out")
+        return args
 
     def error(self, message):
         raise UserError(f"{message}; see: {self.prog} --help")

@@ -11,6 +11,11 @@ class UserError(Exception):
     """
 
 
+def report(line):
+    """Say something about the run, beside its result."""
+    print(line, file=sys.stderr)
+
+
 def run_main(main):
     """Run a script's `main()` and turn what can go wrong outside the code into an exit status.
 
@@ -22,6 +27,15 @@ def run_main(main):
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name in ("models", "conversion") or error.name.split(".")[0] in sys.stdlib_module_names:
+            raise
+        print(
+            f"error: the package {error.name} is not installed here; run: make run, or if that was done: "
+            "source .venv/bin/activate",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -90,11 +90,20 @@ def remove(path):
 
 def converted_folder(folder):
     """The folder that load_model and load_tokenizer read: `folder`/converted, or `folder` itself."""
+    return read_converted(folder)[0]
+
+
+def read_converted(folder):
+    """(the converted folder, the fields of its config.json) of a checkpoint."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; checkpoints are folders under checkpoints/")
     for candidate in (folder / "converted", folder):
         config = candidate / "config.json"
-        if config.is_file() and "model" in read_json(config):
-            return candidate
-    raise UserError(f"{folder}: not converted yet; run: python convert_hf_checkpoint.py {folder}")
+        if config.is_file() and "model" in (fields := read_json(config)):
+            return candidate, fields
+    raise NotConverted(f"{folder}: not converted yet; run: python convert_hf_checkpoint.py {folder}")
+
+
+class NotConverted(UserError):
+    """A checkpoint as it was published."""

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.utils.calibration import input_products
+from models.utils.command_line import QUANTIZED
 from models.utils.errors import UserError
 
-KINDS = ("int8", "int4")
 GROUP_SIZES = (128, 64, 32)  # that torch's int4 kernel knows
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 WEIGHTS_AT_ONCE = 2**20
@@ -53,8 +53,8 @@ class Quantization:
     group_size: int | None = None  # of int4: weights that share scale and zero; None in int8
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(f"quantization {self.kind!r} is not known; give one of: {', '.join(KINDS)}")
+        if self.kind not in QUANTIZED:
+            raise UserError(f"quantization {self.kind!r} is not known; give one of: {', '.join(QUANTIZED)}")
         if self.kind == "int8" and self.group_size is not None:
             raise UserError("a group size goes with int4; int8 has one scale for a whole row")
         if self.kind == "int4" and self.group_size not in GROUP_SIZES:
