@@ -799,7 +799,7 @@ def test_a_hostile_template_exhausts_nothing(folder_of, tmp_path, monkeypatch, t
     assert load_tokenizer(folder).render_chat(CHAT) == "4"
 
 
-def test_a_broken_off_rendering_does_not_answer_the_next_one(monkeypatch):
+def test_a_broken_off_rendering_does_not_answer_the_next_one():
     process = chat_template.TemplateProcess()
     question = json.dumps({"template": "{{ x }}", "variables": {"x": 1}})
     assert process.ask(question) == {"text": "1"}
@@ -816,6 +816,9 @@ def test_a_broken_off_rendering_does_not_answer_the_next_one(monkeypatch):
     process.process.stdin = Interrupted(process.process.stdin)
     with pytest.raises(KeyboardInterrupt):
         process.ask(json.dumps({"template": "old", "variables": {}}))
+    assert process.ask(question) == {"text": "1"}
+    process.process.kill()
+    process.process.wait()
     assert process.ask(question) == {"text": "1"}
     process.stop()
 
