@@ -15,6 +15,7 @@ from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close, tolerance
+from tests.shape_cases import Case, run_decoder
 
 
 def rope(fraction=0.3, base=1000.0):
@@ -281,3 +282,29 @@ def test_fresh_weights():
             adds = name.endswith(("o_proj.weight", "down_proj.weight"))
             expected = 2 / (4 * 320**0.5) if adds else (2 / (5 * 320)) ** 0.5
             assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """Parallel and sequential, without and with everything that is optional."""
+    for on in False, True:
+        yield module.Config(
+            vocab_size=23,
+            max_seq_len=29,
+            d_model=30,
+            num_layers=2,
+            num_heads=3,
+            d_ff=17,
+            norm_eps=1e-5,
+            rotary_dim=8,
+            rope_base=10_000.0,
+            parallel_residual=on,
+            gelu_approximation="none",
+            attn_bias=on,
+            tied_head=on,
+        )
+
+
+SHAPES = Case(shape_configs, run_decoder, {"B": 7, "T": 11, "S": 13, "d": 10}, same={("H", "d")})

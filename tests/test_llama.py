@@ -12,6 +12,7 @@ from models import llama as page
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
 from tests.oracle import redraw
+from tests.shape_cases import Case, run_decoder
 
 SCALING = {
     "rope_type": "llama3",
@@ -202,3 +203,31 @@ def test_a_config_that_cannot_be():
         config_from_dict({"model": "llama", **fields, "num_kv_heads": 4}, "here")
     with pytest.raises(Exception, match="head_dim must be even"):
         config_from_dict({"model": "llama", **fields, "head_dim": 63}, "here")
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """Without and with everything that is optional."""
+    for on in False, True:
+        yield module.Config(
+            vocab_size=31,
+            max_seq_len=25,
+            d_model=16,
+            num_layers=2,
+            num_heads=12,
+            num_kv_heads=3,
+            head_dim=10,
+            d_ff=29,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            rope_scaling=module.RopeScaling(4.0, 1.0, 4.0, 64) if on else None,
+            qkv_bias=on,
+            o_bias=on,
+            ffn_bias=on,
+            tied_head=on,
+        )
+
+
+SHAPES = Case(shape_configs, run_decoder, {"B": 7, "T": 11, "S": 13})

@@ -12,8 +12,9 @@ from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize
 from structure.capture.capture import capture
 from structure.facts import DTYPES, add, describe, evaluate, product_of, scaled, totals, walk
 from structure.table import table
+from tests import zoo
 
-SUBJECTS = {
+SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
     "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),
     "gpt2": ("tiny-gpt2-python", {}),
     "gpt_neox": ("tiny-neox-python", {}),

@@ -26,6 +26,7 @@ from models.utils.errors import UserError
 from models.utils.files import read_json
 from tests.decoder_proof import LargestResults
 from tests.model_proof import ModelProof, assert_close, assert_rounded_alike
+from tests.shape_cases import Case
 
 PAD = 100
 
@@ -788,3 +789,72 @@ def test_what_marian_lacks_is_not_written(change):
     config = config_to_dict("transformer", create_model("opus-mt", **{**SMALL, **change}).config)
     with pytest.raises(UserError, match=f"Marian.* has {next(iter(change))}"):
         to_hf_config("transformer", config)
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """The paper's, and one with all that is optional for each of the other positions."""
+    for positions in "sinusoidal", "alibi", "rope":
+        on = positions != "sinusoidal"
+        yield module.Config(
+            vocab_size=54,
+            max_seq_len=34,
+            d_model=30,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            num_heads=3,
+            d_ff=28,
+            norm_eps=1e-5,
+            dropout=0.1,
+            activation="relu",
+            positions=positions,
+            window=4 if on else None,
+            cross_downsample=2 if on else 1,
+            scale_embedding=not on,
+            output_bias=on,
+            pad_id=53,
+        )
+
+
+def run_shapes(model, recorder, B, T, S, d, n, w):
+    """Encoding, the whole pass in training and in evaluation, and the decoder's ways with a cache."""
+    config, factor = model.config, model.config.cross_downsample
+    length = factor * (n - 1) + 1  # the last of the n states is the mean of one
+    source, target = torch.randint(config.vocab_size, (B, length)), torch.randint(config.vocab_size, (B, T))
+    source[1:3, 5:] = config.pad_id
+    slots = torch.arange(S).expand(B, S)
+    free = {"d": d, "n": n, "w": config.d_model // 2 if config.positions == "sinusoidal" else d // 2}
+
+    recorder.running(config, B=B, T=length, S=length, **free)
+    memory = model.encode(source)
+    recorder.running(config, B=B, T={length, T, n}, S={length, T, n}, **free)
+    model.train()(source, target).sum().backward()
+    model.eval()(source, target)
+
+    recorder.running(config, B=B, T=n, S={S, n}, **free)
+    cache = model.new_cache(memory, S)
+    recorder.running(config, B=B, T=T, S={T, S, n}, **free)
+    model.decode(target, None, cache)
+    recorder.running(config, B=B, T=1, S={S, n}, **free)
+    model.decode(target[:, :1], T - torch.arange(B)[:, None] % 2, cache)
+    recorder.running(config, B=B, T=S - T, S={S, n}, **free)
+    model.hidden(target[:, T - S :], slots[:, T:], cache)
+
+
+SHAPES = Case(
+    shape_configs,
+    run_shapes,
+    {"B": 7, "T": 11, "S": 19, "d": 10, "n": 13, "w": 15},
+    same={("H", "d")},
+    # In the encoder T = S, since all attend to all; the memory's keys and values are n, for T and for S.
+    true_too={
+        ("(B, T, D)", "(B, S, D)"),
+        ("(B, n)", "(B, S)"),
+        ("(B, n)", "(B, T)"),
+        ("(B, 1, T, T)", "(B, 1, S, T)"),
+        ("(B, 1, T, T)", "(B, 1, T, S)"),
+        ("each (B, H, T, d)", "each (B, H, S, d)"),
+    },
+)

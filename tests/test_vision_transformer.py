@@ -13,6 +13,7 @@ from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from models.utils.files import read_json
 from tests.model_proof import ModelProof, assert_close
+from tests.shape_cases import Case
 
 
 def dropout(p):
@@ -287,3 +288,50 @@ def test_a_config_that_is_not_implemented(change, message):
 def test_sizes_that_do_not_fit(change, message):
     with pytest.raises(UserError, match=message):
         create_model("vit-b-16", **change)
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """With a classifier, with a pooler, and with neither."""
+    for pooler, num_labels in (False, 23), (True, None), (False, None):
+        yield module.Config(
+            image_size=85,
+            patch_size=5,
+            num_channels=37,
+            d_model=38,
+            num_layers=7,
+            num_heads=19,
+            d_ff=29,
+            norm_eps=1e-5,
+            qkv_bias=pooler,
+            dropout=0.1,
+            pooler=pooler,
+            num_labels=num_labels,
+        )
+
+
+def run_shapes(model, recorder, B, h_px, w_px, g, **free):
+    """Images that stretch the position table and leave pixels over; then those of its own size."""
+    config = model.config
+    images = torch.randn(B, config.num_channels, h_px, w_px)
+    recorder.running(config, B=B, h_px=h_px, w_px=w_px, g=g, **free)
+    model.train()(images).sum().backward()
+    model.eval()(images)
+    recorder.running(config, B=1, h_px=h_px, w_px=w_px, g=g, **free)
+    model(images[:1])
+
+    size = config.image_size
+    free |= {"h": g, "w": g, "P": g * g, "T": g * g + 1}
+    recorder.running(config, B=B, h_px=size, w_px=size, g=g, **free)
+    model(torch.randn(B, config.num_channels, size, size))
+
+
+SHAPES = Case(
+    shape_configs,
+    run_shapes,
+    # Y, the labels, is Config's letter, and has no size where there is no classifier.
+    {"B": 11, "h_px": 67, "w_px": 18, "h": 13, "w": 3, "g": 17, "P": 39, "T": 40, "d": 2, "Y": 23},
+    same={("H", "d"), ("h", "w")},
+)
