@@ -380,6 +380,7 @@ def states():
         "settings that are none": keep(lambda state: state.update(settings=3)),
         "of another model": keep(lambda state: state["model"].popitem()),
         "a step that is a word": keep(lambda state: state.update(step="3")),
+        "seconds that are a word": keep(lambda state: state.update(seconds="3")),
         "more steps than losses": keep(lambda state: state.update(step=5)),
         "means of other shapes": keep(
             lambda state: (

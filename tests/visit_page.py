@@ -166,7 +166,7 @@ def trains(visit):
         "--vocab-size",
         VOCAB_SIZE,
     ]
-    options += ["--steps", 4, "--warmup", 1, "--batch-size", 2, "--device", "cpu", "--float32"]
+    options += ["--steps", 4, "--warmup", 1, "--batch-size", 2, "--device", "cpu", "--dtype", "float32"]
     with contextlib.redirect_stdout(io.StringIO()):
         language_model.main([*map(str, options)])
 
