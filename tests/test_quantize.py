@@ -17,7 +17,7 @@ import convert_hf_checkpoint
 import run
 from conversion import checkpoint
 from conversion.convert import calibration_windows, convert, reverse
-from models import MODEL_NAMES, build_model, load_model
+from models import MODEL_NAMES, build_model, config_from_dict, load_model
 from models.transformer_lm import Linear
 from models.utils import calibration, quantize
 from models.utils.calibration import input_products
