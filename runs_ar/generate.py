@@ -76,7 +76,7 @@ def generate(
         yield new
         if all(finished):
             return
-        # 4. Feed the new tokens, and these alone.
+        # 4. Feed the new tokens, and these alone. A row that ended goes on unseen as long as others do.
         logits = model(tokens[:, None], positions, cache)[:, -1]  # (B, V)
         positions = next_positions(positions, finished, num_slots, keeps_states(model))
 

@@ -188,11 +188,10 @@ class Texts:
     def verification_inputs(self, drafts, counts):
         """(tokens, positions), each (B, k + 1): the last token of each row and its drafts.
 
-        counts: of each row, how many of the drafts are its own.
-
-        A row with fewer drafts than others has pads after them, and one that has ended goes on unseen. What
-        these write into the cache is overwritten before anyone attends to it, or stands in the very last
-        slot, which no token needs: the last token of a text is never fed.
+        counts: of each row, how many of the drafts are its own. A row with fewer drafts than others has pads
+        after them, and one that has ended goes on unseen. What these write into the cache is overwritten
+        before anyone attends to it, or stands in the very last slot, which no token needs: the last token of
+        a text is never fed.
         """
         last = torch.tensor([tokens[-1:] for tokens in self.tokens], device=drafts.device)
         starts = torch.tensor([[len(tokens) - 1] for tokens in self.tokens], device=drafts.device)

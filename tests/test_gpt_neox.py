@@ -80,6 +80,12 @@ class TestGPTNeoX(DecoderProof):
         assert torch.equal(turned[..., 6:], x[..., 6:])
         assert (turned[0, 0, 1:, :6] != x[0, 0, 1:, :6]).all()
 
+    def test_angles_are_exact_in_bf16_too(self, model):
+        """bf16 has no number between 256 and 258."""
+        cos, sin = neox().rope(torch.tensor([[256, 257, 100_001]]), model.config)
+        assert cos.dtype == sin.dtype == torch.float32
+        assert (cos[0, 0, 0] != cos[0, 0, 1]).all() and (sin[0, 0, 0] != sin[0, 0, 1]).all()
+
     def test_attention_is_the_four_lines_of_its_docstring(self, model):
         attn, config = model.layers[0].attn, model.config
         x, positions = torch.randn(2, 7, config.d_model), torch.arange(7).expand(2, 7)

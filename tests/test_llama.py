@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from models import build_model, config_from_dict, create_model, load_config
+from models import build_model, config_from_dict, create_model, load_config, transformer_lm
 from models import llama as page
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
@@ -145,6 +146,18 @@ class TestLlama(DecoderProof):
         assert half(tokens).dtype == torch.bfloat16
         agreement = torch.nn.functional.cosine_similarity(half(tokens).float(), model(tokens), dim=-1)
         assert agreement.min() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page", [page, transformer_lm], ids=["llama", "transformer_lm"])
+def test_the_norm_is_the_oracles_to_the_bit(page, dtype):
+    """It divides in fp32, rounds to the dtype of x, and is multiplied by the weight then."""
+    ours, theirs = page.RMSNorm(70, 1e-5), LlamaRMSNorm(70, 1e-5)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, generator=generator).to(dtype) for size in (70, (50, 70)))
+    for norm in ours, theirs:
+        norm.weight.data = weight
+    assert torch.equal(ours(4 * x), theirs(4 * x)) and ours(x).dtype == dtype
 
 
 def config_without_scaling(config):

@@ -18,6 +18,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def avx512(monkeypatch):
+    """What this page chooses where there is AVX-512, and gives everywhere."""
+    monkeypatch.setattr(onednn, "instructions", lambda: ["avx2", "avx512"])
+
+
 def draw(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -81,7 +87,7 @@ def test_a_compiler_sees_f_linear():
 
 
 @zoo.every_model
-def test_a_model_says_what_it_said(model_name):
+def test_a_model_says_what_it_said(model_name, avx512):
     model = zoo.small_model(model_name, vocab_size=4001, d_model=192, num_heads=6, d_ff=2048)
     other = copy.deepcopy(model)
     onednn.choose_products(other)
@@ -92,7 +98,7 @@ def test_a_model_says_what_it_said(model_name):
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_large_matrices_go_to_onednn_and_small_ones_lie_in_columns():
+def test_large_matrices_go_to_onednn_and_small_ones_lie_in_columns(avx512):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -115,14 +121,30 @@ def test_large_matrices_go_to_onednn_and_small_ones_lie_in_columns():
     assert type(model.large) is nn.Linear and model.small.weight.is_contiguous()
 
 
-def test_without_one_of_the_libraries_nothing_changes(monkeypatch):
+def test_without_one_of_the_libraries_nothing_changes(monkeypatch, avx512):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(8, 16))
     onednn.choose_products(model)
     assert type(model[0]) is nn.Linear and model[1].weight.is_contiguous()
 
 
-def test_load_model_chooses():
-    model = load_model(find_checkpoint("checkpoints/tiny-llama-python"), dtype=torch.float32)
+def test_without_avx512_nothing_changes(monkeypatch):
+    monkeypatch.setattr(onednn, "instructions", lambda: ["avx2"])
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(8, 16))
+    onednn.choose_products(model)
+    assert type(model[0]) is nn.Linear and model[1].weight.is_contiguous()
+
+
+def test_load_model_chooses(avx512):
+    folder = find_checkpoint("tiny-llama-python")
+    model = load_model(folder, dtype=torch.float32)
     assert type(model.lm_head) is onednn.Linear
     assert not model.layers[0].attn.q_proj.weight.is_contiguous()
+    model = load_model(folder, dtype=torch.float32, arranged=False)
+    assert type(model.lm_head) is nn.Linear and model.layers[0].attn.q_proj.weight.is_contiguous()
+
+
+def test_a_step_reads_rows(avx512):
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(8, 16))
+    onednn.choose_products(model, by_columns=False)
+    assert type(model[0]) is onednn.Linear and model[1].weight.is_contiguous()

@@ -61,6 +61,7 @@ def quantized(layer, quantization):
     """The layer that takes its place in a model."""
     model = torch.nn.Sequential(layer)
     quantize_layers(model, quantization)
+    quantize.prepare(model)
     return model[0]
 
 
@@ -533,7 +534,7 @@ def test_quantizing_on_loading_holds_one_matrix_at_a_time(fresh, monkeypatch):
 def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        checkpoint, "load_weights", lambda *args: loaded.append(load_weights(*args)) or loaded[-1]
+        checkpoint, "load_weights", lambda *args, **kw: loaded.append(load_weights(*args, **kw)) or loaded[-1]
     )
     options = ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5", "--temperature", "0"]
     run.main(["--checkpoint", str(fresh / "llama"), "--quantize", "int4", "--group-size", "64", *options])
@@ -548,7 +549,9 @@ def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
 
 def test_run_calibrates_target_and_draft_on_loading(fresh, capsys, monkeypatch):
     loaded = []
-    monkeypatch.setattr(checkpoint, "load_weights", lambda *args: loaded.append(args) or load_weights(*args))
+    monkeypatch.setattr(
+        checkpoint, "load_weights", lambda *args, **kw: loaded.append(args) or load_weights(*args, **kw)
+    )
     folder, options = str(fresh / "llama"), ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5"]
     words = ["--checkpoint", folder, "--draft", folder, "--quantize", "int4", "--calibrate", str(TEXT)]
     run.main([*words, *options])
@@ -574,7 +577,9 @@ def test_a_calibration_text_that_is_none(content, message, main, fresh, tmp_path
     path, out = tmp_path / "text", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("loaded before the text was read"))
+    monkeypatch.setattr(
+        checkpoint, "load_weights", lambda *_, **__: pytest.fail("loaded before the text was read")
+    )
     words = ["--quantize", "int4", "--calibrate", str(path)]
     with pytest.raises(UserError, match=message):
         if main == "run":
@@ -610,6 +615,10 @@ def test_options_that_make_no_sense(words, message):
         run.main(words)
 
 
+def test_groups_of_32_where_nothing_is_said():
+    assert quantize.quantization_of("int4", None) == quantize.Quantization("int4", 32)
+
+
 def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeypatch):
     out = tmp_path / "small"
     convert(TINY / "tiny-llama-python-draft", out=out, progress=False, quantization=INT8)
@@ -624,7 +633,7 @@ def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeyp
     monkeypatch.setattr(
         "sys.argv", ["convert", str(TINY / "tiny-gpt2-python"), "--reverse", "--quantize", "int4"]
     )
-    with pytest.raises(UserError, match="--reverse writes none"):
+    with pytest.raises(UserError, match="--quantize says nothing to --reverse, which writes .* unquantized"):
         convert_hf_checkpoint.main()
 
 

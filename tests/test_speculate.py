@@ -412,6 +412,15 @@ def test_a_perfect_drafter_is_never_rejected():
     assert drafted == accepted == 50 * 16 and len(rounds) == 5
 
 
+def test_the_ends_of_the_random_numbers():
+    """What the target never says is not accepted at u = 0, what it says as often as drafted at every u."""
+    target_probs = torch.tensor([[[0.0, 0.4, 0.6], [0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]])
+    draft_probs = torch.tensor([[[0.5, 0.5, 0.0], [0.2, 0.5, 0.3]]])
+    drafts = torch.tensor([[0, 1]])
+    for u, accepted in [(0.0, [False, True]), (1 - 2**-24, [False, True])]:
+        assert page.accept(target_probs, draft_probs, drafts, torch.full((1, 4), u)).tolist() == [accepted]
+
+
 def test_distributions_that_differ_by_rounding_alone():
     """A rejected draft whose residual is 0 everywhere: a token of probability 0 must not come out."""
     p = torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.2, 0.8]])

@@ -4,7 +4,9 @@
     torch.ops.zoo.row_linear                                                   is there, if reason is None
 
 torch.utils.cpp_extension does the same and asks for ninja, and for Python's headers; a page that sees only
-ATen's tensors is one call of the compiler. Proof: tests/test_tiled_linear.py.
+ATen's tensors is one call of the compiler. The compiler is told what this processor has, and a page asks what
+that is (#ifdef __AVX512VNNI__). ZOO_CPU=avx2 in the environment takes what is newer away (machine.py), to try
+how the pages do elsewhere. Proof: tests/test_tiled_linear.py.
 """
 
 import hashlib
@@ -18,8 +20,17 @@ from pathlib import Path
 
 import torch
 
+from models.utils.machine import instructions
+
 TORCH = Path(torch.__file__).parent
 # Vectors wider than a CPU's registers are passed in a way of which GCC warns (psabi); here they never are.
+# What the compiler calls the instructions of machine.py; it needs to know nothing of the others.
+OPTIONS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw"],
+    "avx512_vnni": ["-mavx512vnni"],
+    "avx512_bf16": ["-mavx512bf16"],
+}
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]
 
 
@@ -42,9 +53,10 @@ def load_library(source: Path, shape_of):
 
 
 def build(source):
-    """The path of the library, compiled unless it is there for this source, torch and compiler."""
+    """The path of the library, compiled unless it is there for this source, torch, compiler and processor."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    command = [*compiler, *FLAGS, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
+    flags = FLAGS + [option for name in instructions() for option in OPTIONS.get(name, [])]
+    command = [*compiler, *flags, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
     recipe = "\n".join([source.read_text(), torch.__version__, *command])
     library = cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if library.exists():
