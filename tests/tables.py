@@ -73,7 +73,7 @@ def link(name, path, folder):
 def models(folder):
     """A line per model: its page, what it is, its sizes, how long it takes to read."""
     rows = []
-    for name in MODEL_NAMES:
+    for name in sorted(MODEL_NAMES, key=place_in_reading_order):
         page = Path("models", f"{name}.py")
         num_lines = len((ROOT / page).read_text(encoding="utf-8").splitlines())
         minutes = max(5, 5 * round(num_lines / LINES_A_MINUTE / 5))
@@ -82,6 +82,13 @@ def models(folder):
             (link(f"{name}.py", page, folder), first_sentence(docstring(page)), configs, f"{minutes} min")
         )
     return table(("page", "what it is", "sizes in configs/", "to read"), rows)
+
+
+def place_in_reading_order(model_name):
+    """Where models/README.md names the page first; what it does not name comes last."""
+    text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    place = text.find(f"[{model_name}.py]({model_name}.py)")
+    return place if place >= 0 else len(text)
 
 
 def configs(folder):
