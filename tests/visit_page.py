@@ -1,6 +1,6 @@
 """Does with a page all that the project does with one: the other half of tests/test_strange_pages.py.
 
-    python -m tests.visit_page routed_decoder FOLDER [STEP ...]        writes into FOLDER, leaves steps out
+    python -m tests.visit_page routed_decoder FOLDER        writes into FOLDER
 
 It prints a JSON object: for each of the steps below null where it succeeded, {"refused": one sentence} where
 the project says that it cannot, or {"error": traceback}. One process does it all, since torch takes seconds
@@ -166,7 +166,7 @@ def trains(visit):
         "--vocab-size",
         VOCAB_SIZE,
     ]
-    options += ["--steps", 4, "--warmup", 1, "--batch-size", 2, "--device", "cpu", "--float32"]
+    options += ["--steps", 4, "--warmup", 1, "--batch-size", 2, "--device", "cpu", "--dtype", "float32"]
     with contextlib.redirect_stdout(io.StringIO()):
         language_model.main([*map(str, options)])
 
@@ -188,7 +188,4 @@ def visit(model_name, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    page, place, *left_out = sys.argv[1:]
-    for each in left_out:
-        del STEPS[each]
-    print(json.dumps(visit(page, Path(place))))
+    print(json.dumps(visit(sys.argv[1], Path(sys.argv[2]))))
