@@ -86,6 +86,8 @@ def keeps_states(model):
 
     Such a model's new_cache takes num_undo: how many tokens earlier than the last one a call may begin.
     """
+    while hasattr(model, "model"):  # one that is compiled, or timed
+        model = model.model
     return "num_undo" in inspect.signature(model.new_cache).parameters
 
 
