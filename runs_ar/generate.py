@@ -90,7 +90,7 @@ def keeps_states(model):
 
 
 def next_positions(positions, finished, num_slots, has_states):
-    """One further, (B, 1). A row that ended must stay inside the cache, and a state must not see it."""
+    """One further. A row that ended goes on unseen as long as others do, and must do no harm."""
     if has_states:
         is_over = torch.tensor(finished, device=positions.device)[:, None]
         return (positions + 1).masked_fill(is_over, -1)
@@ -101,8 +101,8 @@ def prefill(model, prompts, cache, num_cached=0):
     """Write the prompts into the cache; the hidden state of the last token of each: (B, D).
 
     Shorter prompts are padded on the right. No token of a prompt looks ahead to a pad, and what a pad writes
-    into the cache is overwritten by the row's new tokens before they attend to it. A state would not forget
-    a pad: it is told of them.
+    into the cache is overwritten by the row's new tokens before they attend to it. A state would not forget a
+    pad, so the model is told of it: its position is -1.
     """
     longest = max(len(prompt) for prompt in prompts)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]

@@ -10,12 +10,11 @@ from PIL import Image
 
 from models import build_model, load_config
 from show_structure import ZOO
-from structure.capture.blocks import Box, Edge, Shape
+from structure.capture.blocks import Box, Edge, Shape, prepared
 from structure.capture.capture import capture
-from structure.drawn import prepared
-from structure.picture import ink, layout, legend, picture
-from structure.picture.grid import Grid
-from structure.picture.words import count
+from structure.picture import arrange, ink, legend, picture, place
+from structure.picture.arrange import Grid
+from structure.picture.sheet import count
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "structure_images"
@@ -29,7 +28,7 @@ def box_of(name, **changes):
 
 @lru_cache
 def sheet_of(name):
-    return layout.lay_out(box_of(name))
+    return place.lay_out(box_of(name))
 
 
 def info_of(name):
@@ -138,9 +137,9 @@ def test_every_line_ends_on_its_boxes_and_turns_at_right_angles(name):
             tile = tiles.get(id)
             if tile is None or (tile.kind == "region" and not on_border(point, tile)):
                 # From the name of an input, or to the answer.
-                assert abs(point[1] - layout.MOUTH) < 12 or point[1] > sheet.top - 2 * layout.MOUTH, line
+                assert abs(point[1] - arrange.MOUTH) < 12 or point[1] > sheet.top - 2 * arrange.MOUTH, line
             elif tile.kind == "frame" and not on_border(point, tile):
-                assert abs(point[1] - (tile.top - layout.HEADER)) < 0.01, line  # below the frame's name
+                assert abs(point[1] - (tile.top - arrange.HEADER)) < 0.01, line  # below the frame's name
             else:
                 assert on_border(point, tile), line
 

@@ -2,9 +2,9 @@
 
     python -m tests.visit_page routed_decoder FOLDER [STEP ...]        writes into FOLDER, leaves steps out
 
-It prints a JSON object that has, for each of the steps below, null where it succeeded, or {"refused": one sentence} where the
-project says that it cannot, or {"error": traceback}. One process does it all, since torch takes seconds to
-come up. Steps are those of a reader: convert, run, draft, quantize, draw, measure, train.
+It prints a JSON object: for each of the steps below null where it succeeded, {"refused": one sentence} where
+the project says that it cannot, or {"error": traceback}. One process does it all, since torch takes seconds
+to come up. The steps are those of a reader: convert, run, draft, quantize, draw, measure, train.
 """
 
 import contextlib

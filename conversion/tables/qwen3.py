@@ -2,7 +2,7 @@
 
 import math
 
-from conversion.config_fields import DECODER, HFType, renamed, words
+from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
 from conversion.tables.llama import LLAMA_TYPE, num_kv_heads, rope_base, rope_parameters
 from conversion.tensor_table import Layout, table
@@ -74,7 +74,7 @@ QWEN3_TYPE = HFType(
     },
     must_equal={
         **DECODER,
-        "hidden_act": ("silu",),
+        "hidden_act": spellings("silu"),
         "attention_bias": (False,),
         "use_sliding_window": (False,),
         "layer_types": ("full_attention", None),

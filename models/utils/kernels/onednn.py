@@ -10,9 +10,10 @@ many. Milliseconds per product, with 24 weights of 3072 x 768 in turn, so that e
     oneDNN                   .38    .46    .55    .62   1.11   3.22  11.46
 
 (MKL does need longer for two rows than for five.) On one with AVX2 alone oneDNN was slower, a tenth for a
-prompt and a sixth for a step; so where there is no AVX-512 everything stays as torch has it. A call of oneDNN takes about 10 us before it multiplies. In
-a small model, whose matrices stay in the processor's caches, that is more than it gains; so matrices of less
-than a megabyte stay with F.linear, and are stored column by column, which is faster for one row.
+prompt and a sixth for a step; so where there is no AVX-512 everything stays as torch has it. A call of oneDNN
+takes about 10 us before it multiplies. In a small model, whose matrices stay in the processor's caches, that
+is more than it gains; so matrices of less than a megabyte stay with F.linear, and are stored column by
+column, which is faster for one row.
 
 The operator is torch's own, but an internal one: Inductor calls it in what it compiles. It has no gradient,
 and while a compiler traces a layer, compile.py wants to see F.linear; in both cases the layer is F.linear.
