@@ -5,7 +5,6 @@ import json
 import sys
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -429,7 +428,3 @@ def test_a_model_without_heads_has_none_in_its_legend(captured):
         box, info, *_ = captured(name)
         drawn = {text.get_text() for text in picture.draw(box, info).axes[0].texts}
         assert texts <= drawn and "Heads" not in drawn
-
-
-def test_the_folder_of_pages_is_not_the_projects(folder):
-    assert Path(__file__).parents[1] not in folder.parents

@@ -179,6 +179,7 @@ def described(box, facts, leaves):
         "tied_to": box.tied_to,
         "weights": [[name, list(shape), list(names)] for name, shape, names in box.weights],
         "output": box.output and [box.output.letters, list(box.output.numbers)],
+        "attends": box.attends,
         "leaves": [[shape.letters, list(shape.numbers)] for shape in leaves],
         **facts,
     }
