@@ -211,12 +211,12 @@ function weightsOf(box) {
   return make("div", { class: "weights" }, ...rows.map(row));
 }
 
-/** A docstring: prose as prose, what is indented as it stands. */
+/** A docstring: prose as prose, what is indented or an example as it stands. */
 function words(doc) {
   const parts = doc.split(/\n\s*\n/).map((part) => {
     const lines = part.split("\n");
     const margin = Math.min(...lines.map((each) => each.search(/\S|$/)));
-    if (!margin) return make("p", {}, lines.join(" "));
+    if (!margin && !lines[0].startsWith(">>>")) return make("p", {}, lines.join(" "));
     return make("pre", { tabindex: 0 }, lines.map((each) => each.slice(margin)).join("\n"));
   });
   return make("div", { class: "words" }, ...parts);
