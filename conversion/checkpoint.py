@@ -152,6 +152,8 @@ def read_or_convert(folder):
     try:
         return read_converted(folder)
     except NotConverted:
+        if line := unfinished_run(folder):
+            raise UserError(line) from None
         report(f"{folder} is not converted yet; converting it first")
         convert(folder)
     return read_converted(folder)

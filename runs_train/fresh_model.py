@@ -17,8 +17,7 @@ from models import (
     kind_of,
     load_config,
 )
-from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.errors import UserError, one_line
 from models.utils.machine import available_memory, spoken_bytes
 
 # For each parameter: itself, its gradient, and Adam's two running means, in fp32.
