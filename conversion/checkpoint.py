@@ -23,6 +23,7 @@ from models.utils.files import NotConverted, plain_file, read_converted
 from models.utils.machine import available_memory, choose_device, choose_dtype, spoken_bytes
 from models.utils.quantize import Quantization, parts_of, plan_layers, spoken, stored_quantization
 from models.utils.tokenizer import load_tokenizer
+from models.utils.training_notes import unfinished_run
 from models.utils.weights import load_weights, main_dtype
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from conversion.convert import written_before_markers
 from conversion.tables import to_hf_config, to_hf_state
 from models import config_to_dict
+from models.utils.errors import one_line
 from models.utils.files import refuse_to_replace, remove
 from runs_train.folder import ALWAYS, remove_other_results, remove_results, write_result
 
