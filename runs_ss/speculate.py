@@ -25,8 +25,8 @@ p(x). The options of sampling (temperature, top-k, ...) change p and q before th
 chance: a draft must be the token that the target itself finds most probable.
 
 A rejection costs nothing to undo: the cache is written at `positions`, and the next round, which begins after
-the last accepted token, writes over the rest. A model that keeps states (runs_ar/generate.py) has those of
-the last few tokens in its cache, and the round goes back to one of them.
+the last accepted token, writes over the rest. Of a model that keeps states (runs_ar/generate.py) the cache
+has those after each of the last few tokens, and the round goes back to one of them.
 
 Papers: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192;
 the rule: section 2.3, the proof: appendix A.1); Chen et al. 2023, Accelerating Large Language Model Decoding

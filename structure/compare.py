@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from structure.capture.blocks import is_region, is_stack, prepared
 from structure.differences import part_at
-from structure.drawn import is_region, is_stack, prepared
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,13 +29,14 @@ class Difference:
 @dataclass(frozen=True)
 class Comparison:
     differences: tuple
+    pairs: tuple  # (id, id) of the boxes that stand for the same
     sentences: tuple  # (part, what the first model's docstring says of it, the second's), "" for nothing
 
 
 def compare(a, b):
     """The Comparison of two captured models."""
     a, b = prepared(a), prepared(b)
-    found, sentences = closest(parts(a), parts(b))
+    found, pairs, sentences = closest(parts(a), parts(b))
     orders = [{box.id: n for n, box in enumerate(boxes_of(model))} for model in (a, b)]
 
     def place(each):
@@ -43,7 +44,7 @@ def compare(a, b):
         sides = zip((each.left, each.right), orders)
         return min(order[ids[0]] / len(order) for ids, order in sides if ids)
 
-    return Comparison(tuple(sorted(merged(found), key=place)), tuple(sentences))
+    return Comparison(tuple(sorted(merged(found), key=place)), tuple(pairs), tuple(sentences))
 
 
 def parts(model):
@@ -52,7 +53,7 @@ def parts(model):
 
 
 def closest(ours, theirs):
-    """(differences, sentences) of an encoder and a decoder with their like.
+    """(differences, pairs, sentences) of an encoder and a decoder with their like.
 
     A model of one part is compared with the one that writes as it does, with a cache, or else without one.
     """
@@ -60,16 +61,16 @@ def closest(ours, theirs):
     if len(ours) != len(theirs):
         alike = [(a, b) for a in ours for b in theirs if writes(a) == writes(b)]
         pairs = alike[:1] or pairs
-    found, sentences = [], []
+    found, same, sentences = [], [], []
     for a, b in pairs:
-        compare_boxes(a, b, found, sentences)
+        compare_boxes(a, b, found, same, sentences)
     alone = [
         [part for part in parts if not any(part is pair[side] for pair in pairs)]
         for side, parts in enumerate((ours, theirs))
     ]
     if any(alone):
         found.append(difference(*alone, tuple(map(names, alone)), "model"))
-    return found, sentences
+    return found, same, sentences
 
 
 def writes(part):
@@ -96,8 +97,9 @@ def merged(differences):
 # ---------------------------------------------------------------------------- one pair of boxes
 
 
-def compare_boxes(a, b, found, sentences, around=(None, None)):
-    """What differs between two boxes that stand for the same, and in them: added to found and sentences."""
+def compare_boxes(a, b, found, same, sentences, around=(None, None)):
+    """What differs between two boxes that stand for the same, and in them: added to the three lists."""
+    same.append((a.id, b.id))
     before, outer = len(found), len(sentences)
     for says in zip(aspects(a, around[0]), aspects(b, around[1])):
         if all(says) and says[0] != says[1]:
@@ -105,7 +107,7 @@ def compare_boxes(a, b, found, sentences, around=(None, None)):
     if a.children and b.children:
         pairs, left, right = aligned(a.children, b.children)
         for x, y in pairs:
-            compare_boxes(x, y, found, sentences, (a, b))
+            compare_boxes(x, y, found, same, sentences, (a, b))
         for kind in dict.fromkeys(kind_of(box, a) for box in left + right):
             ours, theirs = ([box for box in boxes if kind_of(box, a) == kind] for boxes in (left, right))
             if names(ours) or names(theirs):

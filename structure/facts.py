@@ -1,7 +1,7 @@
 """What a model costs: memory, work, and the time that its memory allows, box by box and in all.
 
 Work is counted in FLOPs, two for a multiplication and its addition, of matrix products, convolutions and
-attention (flops.py). What depends on the call is kept as terms: [[16384, "B*T*S"], [33554432, "B*T"]] is the
+attention (flops_of). What depends on the call is kept as terms: [[16384, "B*T*S"], [33554432, "B*T"]] is the
 sum 16384 B T S + 33554432 B T, which anyone can evaluate for other sizes, a page in its browser too:
 
     prefill           B rows of T tokens, which attend to each other: S = T
@@ -39,29 +39,77 @@ def stored_bytes(model):
     return sizes
 
 
+# Work -------------------------------------------------------------------------------------------------------
+
+
+def flops_of(op):
+    """The numbers whose sum an operation costs in FLOPs, each a product of its dimensions.
+
+    Norms, activations, softmax and additions are left out, as by torch's FlopCounterMode: they are a few
+    hundredths of the work. Attention counts every pair of a query and a slot, masked or not.
+    """
+    shapes = [argument.shape for argument in op.arguments]
+    if op.target == "linear":
+        return [2 * math.prod(op.shape) * shapes[1][-1]]
+    if op.target in ("matmul", "bmm", "mm"):
+        return [2 * math.prod(op.shape) * shapes[0][-1]]
+    if op.target == "einsum":
+        # One matrix product: what both have is summed over, or goes along.
+        return [2 * math.prod(op.shape) * shapes[0][-1]]
+    if op.target == "scaled_dot_product_attention":
+        q, k, v = shapes[:3]
+        pairs = math.prod(q[:-1]) * k[-2]
+        return [2 * pairs * q[-1], 2 * pairs * v[-1]]
+    if op.target in ("conv1d", "conv2d", "conv3d"):
+        return [2 * math.prod(op.shape) * math.prod(shapes[1][1:])]
+    return []
+
+
+# Boxes ------------------------------------------------------------------------------------------------------
+
+
 def describe(name, model_name, config, box):
     """What a picture, a page or a table says of a model besides its boxes; plain data.
 
-    facts: of each box by its id, see facts_of. read: bytes of weights that one decoded token reads, by dtype.
+    active: the parameters that work for a token. facts: of each box by its id, see facts_of. read: bytes of
+    weights that one decoded token reads, by dtype. experts: how many a layer has and a token uses, and the
+    bytes of all of them; None without any.
     """
-    facts = {}
+    facts, fields = {}, asdict(config)
     facts_of(box, 1, facts)
-    config = {"model": model_name, **asdict(config)}
-    return {"name": name, "model": model_name, "config": config, "facts": facts, "read": read_by_a_step(box)}
+    read, experts = read_by_a_step(box), None
+    if box.used < box.parameters:
+        experts = {"all": fields["num_experts"], "active": fields["num_active_experts"]}
+        share = experts["active"] / experts["all"]
+        experts["bytes"] = bytes_of_experts(box, share)
+        read = {
+            dtype: round(number - (1 - share) * experts["bytes"][dtype]) for dtype, number in read.items()
+        }
+    return {
+        "name": name,
+        "model": model_name,
+        "config": {"model": model_name, **fields},
+        "parameters": box.parameters,
+        "active": box.used,
+        "facts": facts,
+        "read": read,
+        "experts": experts,
+    }
 
 
 def facts_of(box, around, facts):
     """The facts of a box and of all in it, into `facts`; around: how often what it stands in stands there.
 
-    Of one member, with all that it holds: parameters, bytes by dtype, flops of the whole call, decode where a
-    decoded token needs other terms, activation (the numbers of all results, in inference never kept at once),
-    cache (numbers that it keeps). repeat: how many of it the whole model has.
+    Of one member, with all that it holds: parameters, active (those that work for a token), bytes by dtype,
+    flops of the whole call, decode where a decoded token needs other terms, activation (the numbers of all
+    results, in inference never kept at once), cache (numbers that it keeps). repeat: how many of it the whole
+    model has.
     """
     children = [(child, facts_of(child, around * box.repeat, facts)) for child in box.children]
     own = {
         "flops": box.flops,
         "decode": () if box.once else box.flops,
-        "activation": [product_of(box.output.numbers)] if computes(box) else [],
+        "activation": [product_of((*box.output.numbers, box.times or 1))] if computes(box) else [],
         "cache": box.kept,
     }
     fact = {
@@ -73,7 +121,7 @@ def facts_of(box, around, facts):
         + sum(inner["bytes"][dtype] * child.repeat for child, inner in children)
         for dtype in DTYPES
     }
-    facts[box.id] = {"parameters": box.parameters, "repeat": around * box.repeat, **fact}
+    facts[box.id] = {"parameters": box.parameters, "active": box.used, "repeat": around * box.repeat, **fact}
     return facts[box.id]
 
 
@@ -83,7 +131,7 @@ def computes(box):
 
 
 def read_by_a_step(box):
-    """{dtype: bytes} of the weights that a decoded token takes from memory.
+    """{dtype: bytes} of the weights that a decoded token takes from memory, of experts those of all.
 
     That is all of them, but for what runs once for a source, and for tables, of which it takes a few rows
     (unless a head is tied to them, which takes them all).
@@ -95,6 +143,21 @@ def read_by_a_step(box):
         if not table and not each.once:
             total = {dtype: total[dtype] + repeat * each.bytes.get(dtype, 0) for dtype in DTYPES}
     return total
+
+
+def bytes_of_experts(box, share, around=1, inside=False):
+    """{dtype: bytes} of all experts of a model, of which each token uses a share."""
+    around, inside = around * box.repeat, inside or box.active > 0
+    parts = [bytes_of_experts(child, share, around, inside) for child in box.children]
+    # Experts whose matrices stand in one tensor are told by what a token does not use of it.
+    own = box.parameters - sum(child.parameters * child.repeat for child in box.children)
+    used = box.used - sum(child.used * (child.active or child.repeat) for child in box.children)
+    together = (own - used) / (1 - share) / own if own else 0
+    part = around * (1 if inside else together)
+    return {
+        dtype: round(part * box.bytes.get(dtype, 0)) + sum(inner[dtype] for inner in parts)
+        for dtype in DTYPES
+    }
 
 
 def walk(box, around=1):
@@ -156,7 +219,7 @@ def totals(info, dtype="bf16", batch=1, prompt=1024, cached=1024, source=1024, b
     weights = root["bytes"][dtype]
     prefill = evaluate(root["flops"], T=prompt, **{**keys, "S": prompt})
     step = evaluate(root["decode"], T=1, **keys)
-    read = info["read"][dtype] + cache
+    read = info["read"][dtype] + more_experts(info, dtype, batch) + cache
     return {
         "weights": weights,
         "cache": cache,
@@ -168,3 +231,11 @@ def totals(info, dtype="bf16", batch=1, prompt=1024, cached=1024, source=1024, b
         "tokens_per_second": batch * bandwidth * 1e9 / read,
         "fits": {memory: weights + cache <= memory * 1e9 for memory in MEMORIES},
     }
+
+
+def more_experts(info, dtype, batch):
+    """Bytes of the experts that a batch reads besides those of one token, if rows choose by chance."""
+    if not info["experts"]:
+        return 0
+    share = info["experts"]["active"] / info["experts"]["all"]
+    return info["experts"]["bytes"][dtype] * (1 - (1 - share) ** batch - share)

@@ -16,7 +16,8 @@ def table(box, info, batch=1, length=1024, bandwidth=100):
     rows = [header, *rows_of(box, info, length, batch, step)]
     widths = [max(len(row[n]) for row in rows) for n in range(len(header))]
     lines = ["  ".join(aligned(row, widths)).rstrip() for row in rows]
-    return [*lines, "", *summary(info, sizes, step)]
+    used = [f"{box.used:,} of {box.parameters:,} parameters are active for a token", ""]
+    return [*lines, "", *(used if box.used < box.parameters else []), *summary(info, sizes, step)]
 
 
 def aligned(row, widths):
@@ -30,6 +31,7 @@ def rows_of(box, info, length, batch, step, depth=0):
     fact = info["facts"][box.id]
     sizes = {"B": batch, "T": length, "S": length, "N": length}
     repeat = f" x {box.repeat}" if box.repeat > 1 else ""
+    repeat += f", {box.active} active" if box.active else ""
     tied = f"tied to {box.tied_to}" if box.tied_to else ""
     cells = [
         "  " * depth + box.label + repeat,

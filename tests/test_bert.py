@@ -425,7 +425,7 @@ def test_inspect_shows_what_becomes_of_everything(tmp_path, capsys):
         ("BertModel", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("BertModel", {"hidden_act": "silu"}, "hidden_act is 'silu'; models/bert.py implements gelu,"),
         ("BertModel", {"hidden_act": 3}, "hidden_act is 3, where a word was expected"),
-        ("BertModel", {"hidden_dropout_prob": 0.3}, "one dropout rate for both"),
+        ("BertModel", {"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0, where a number from 0"),
         ("BertModel", {"embedding_size": 128}, "does not know embedding_size"),
         ("BertModel", {"intermediate_size": 90}, "where the config asks for"),
     ],

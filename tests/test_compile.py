@@ -23,6 +23,7 @@ from models.utils.kernels.tiled_linear import TiledLinear, tile_layers, why_not_
 from models.utils.quantize import Quantization, prepare, quantize_int8, quantize_layers
 from runs_ar.generate import generate
 from runs_ss.speculate import ModelDrafter, speculate
+from tests import zoo
 from tests.test_speculate import disturbed, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -142,9 +143,9 @@ def assert_same_steps(model, compiled, batch_size, width, tolerance):
             torch.testing.assert_close(ours.v, theirs.v, rtol=0, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "transformer_lm"])
-def test_a_step_is_the_models(name, said):
-    model = small(name)
+@zoo.every_decoder
+def test_a_step_is_the_models(model_name, said):
+    model = small(model_name)
     assert_same_steps(model, compile_decoding(copy.deepcopy(model), report=said.append), 1, 1, 1e-5)
     assert len(said) == 1 and "compiling" in said[0]
 

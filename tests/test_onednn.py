@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from conversion.checkpoint import find_checkpoint
-from models import create_model, load_model
+from models import load_model
 from models.utils.kernels import onednn
+from tests import zoo
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
@@ -85,15 +86,14 @@ def test_a_compiler_sees_f_linear():
     assert called == ["aten.linear.default"]
 
 
-@pytest.mark.parametrize("config", ["pythia-14m", "transformer-lm-15m", "gpt2", "vit-b-16"])
-def test_a_model_says_what_it_said(config, avx512):
-    size = {"num_labels": 9} if config == "vit-b-16" else {"vocab_size": 4001}
-    model = create_model(config, num_layers=2, **size).eval()
+@zoo.every_model
+def test_a_model_says_what_it_said(model_name, avx512):
+    model = zoo.small_model(model_name, vocab_size=4001, d_model=192, num_heads=6, d_ff=2048)
     other = copy.deepcopy(model)
     onednn.choose_products(other)
-    inputs = draw(2, 3, 224, 224) if config == "vit-b-16" else torch.arange(40).view(2, 20)
+    inputs = zoo.small_inputs(model, batch_size=2, length=20)
     with torch.inference_mode():
-        assert torch.allclose(other(inputs), model(inputs), atol=1e-4)
+        assert torch.allclose(other(*inputs), model(*inputs), atol=1e-4)
     ours, theirs = model.state_dict(), other.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

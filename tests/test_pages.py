@@ -1,4 +1,4 @@
-"""Every page of models/ has what belongs to a page: a table, a config, a test that proves it and its shapes."""
+"""Every page of models/ has what belongs to a page: a table, a config, a test that proves it."""
 
 from pathlib import Path
 

@@ -17,7 +17,7 @@ import convert_hf_checkpoint
 import run
 from conversion import checkpoint
 from conversion.convert import calibration_windows, convert, reverse
-from models import build_model, config_from_dict, load_model
+from models import MODEL_NAMES, build_model, config_from_dict, load_model
 from models.transformer_lm import Linear
 from models.utils import calibration, quantize
 from models.utils.calibration import input_products
@@ -27,6 +27,7 @@ from models.utils.tokenizer import load_tokenizer
 from models.utils.weights import load_weights
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
 from runs_train.text_data import is_held_out
+from tests import zoo
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints"
@@ -352,17 +353,8 @@ def test_own_linear_of_transformer_lm_is_swapped():
     assert relative_error(out, layer(x)) < 0.02
 
 
-def inputs_of(model_name, config):
-    generator = torch.Generator().manual_seed(2)
-    if model_name == "vision_transformer":
-        size = (2, config.num_channels, config.image_size, config.image_size)
-        return (torch.rand(size, generator=generator),)
-    tokens = torch.randint(3, 60, (2, 24), generator=generator)
-    return (tokens, tokens.flip(1)) if model_name == "transformer" else (tokens,)
-
-
 def logits_of(model):
-    out = model(*inputs_of(type(model).__module__.split(".")[1], model.config))
+    out = model(*zoo.small_inputs(model, length=24, seed=2))
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
@@ -370,31 +362,21 @@ def logits_of(model):
 def fresh(tmp_path_factory):
     """Folders of all kinds of model: the tiny trained ones, and what has none, with fresh weights."""
     root = tmp_path_factory.mktemp("fresh")
-    names = {"gpt2": "tiny-gpt2-python", "llama": "tiny-llama-python-draft", "bert": "tiny-bert-python"}
-    names |= {"transformer": "tiny-transformer-dates", "vision_transformer": "tiny-vit-digits"}
-    for kind, name in names.items():
-        convert(TINY / name, out=root / kind, progress=False)
-    sizes = {"vocab_size": 61, "max_seq_len": 64, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 96}
-    others = {
-        "transformer_lm": {"head_dim": 16, "norm_eps": 1e-5, "rope_base": 1e4, "tied_head": False},
-        "gpt_neox": json.loads((ROOT / "configs" / "pythia-70m.json").read_text()) | sizes,
-    }
-    for kind, fields in others.items():
-        fields = {"model": kind, **sizes, **fields}
-        _, config = config_from_dict(fields, kind)
-        model = build_model(kind, config, device="cpu")
+    for kind in MODEL_NAMES:
+        trained = ["tiny-llama-python-draft"] if kind == "llama" else zoo.checkpoints_of(kind)
+        if trained:
+            convert(TINY / trained[0], out=root / kind, progress=False)
+            continue
+        model = build_model(kind, zoo.small_config(kind, d_model=64, d_ff=96, head_dim=16), device="cpu")
         torch.manual_seed(0)
         model.init_weights()
         (root / kind).mkdir()
-        (root / kind / "config.json").write_text(json.dumps(fields))
+        (root / kind / "config.json").write_text(json.dumps(zoo.fields_of(kind, model.config)))
         save_file(dict(model.named_parameters()), root / kind / "model.safetensors")
     return root
 
 
-KINDS = ["gpt2", "gpt_neox", "llama", "transformer_lm", "transformer", "bert", "vision_transformer"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_NAMES)
 def test_every_kind_of_model_stays_close_to_full_precision(kind, fresh):
     # The tokens are random, which no model has learned, so errors are larger than on text; two layers mixed
     # up would make them larger than 1.
@@ -684,7 +666,7 @@ def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeyp
     monkeypatch.setattr(
         "sys.argv", ["convert", str(TINY / "tiny-gpt2-python"), "--reverse", "--quantize", "int4"]
     )
-    with pytest.raises(UserError, match="--reverse writes none"):
+    with pytest.raises(UserError, match="--quantize says nothing to --reverse, which writes .* unquantized"):
         convert_hf_checkpoint.main()
 
 

@@ -18,10 +18,11 @@ from structure.capture.sizes import Sizes, letters_of_numbers, letters_of_specs
 from structure.capture.source import page_of_class, shapes_in
 from structure.capture.trace import trace
 from structure.facts import product_of, walk
+from tests import zoo
 
 PROJECT = Path(__file__).parents[1]
 # Every model, and what its config can change in the picture.
-SUBJECTS = {
+SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
     "llama": ("tiny-llama-python", {}),
     "llama-biases": ("llama-3.1-8b", {"qkv_bias": True, "d_ff": 1000, "head_dim": 64, "num_layers": 3}),
     "gpt2": ("tiny-gpt2-python", {}),
@@ -279,6 +280,14 @@ SPINES = {
 }
 
 
+@zoo.every_decoder
+def test_the_residual_stream_of_any_decoder(model_name):
+    root = captured(model_name)
+    whole = spine(root)
+    assert whole[0] == "token_embed" and whole[-3:] == ["Layer", "final_norm", "lm_head"]
+    assert set(spine(next(child for child in root.children if child.repeat > 1))) == {"add"}
+
+
 @pytest.mark.parametrize("name", SPINES)
 def test_the_residual_stream(name):
     root = captured(name)
@@ -527,12 +536,42 @@ def test_a_model_that_cannot_be_recorded_is_one_line(branching, capfd):
     assert "\n" not in str(error.value) and capfd.readouterr().err == ""
 
 
+# Masks ------------------------------------------------------------------------------------------------------
+
+
+def attends(name):
+    """{id of a box: its rows} of all masks that say something."""
+    return {box.id: box.attends for box in boxes(captured(name)) if box.attends}
+
+
+CAUSAL = tuple("1" * (n + 1) + "0" * (9 - n) for n in range(6))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "transformer_lm"])
+def test_a_mask_says_who_attends_to_whom(name):
+    """Six tokens of a prompt to those up to their own, of ten slots; the token after them to seven."""
+    assert attends(name) == {"model:mask": (CAUSAL, ("1111111000",))}
+
+
+def test_the_masks_of_an_encoder_decoder():
+    """A source without pads is seen by all; what is laid over scores is no mask of its own."""
+    assert attends("transformer") == {
+        "encoder:mask": (("111111",), ("111111",)),
+        "decoder:mask": (CAUSAL, ("1111111000",)),
+    }
+
+
+def test_a_window_reaches_no_further():
+    """Five tokens back and no more: the seventh sees the second, and no longer the first."""
+    assert attends("transformer-alibi")["decoder:window_mask"] == (CAUSAL, ("0111111000",))
+
+
 # The size of the work ---------------------------------------------------------------------------------------
 
 
 def test_a_huge_model_is_traced_as_one_layer():
     model_name, config = load_config("llama-3.1-405b")
     traced = trace(build_model(model_name, config))
-    assert len(traced.runs["layers.0"]) == 126
+    assert traced.folds.runs["layers.0"].repeat == 126
     assert len(traced.ops) < 200
     assert all(parameter.is_meta for parameter in traced.model.parameters())

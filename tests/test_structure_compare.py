@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from models import load_config
 from structure.capture.capture import capture, capture_model
 from structure.compare import compare
-from structure.picture import ink, layout, picture
+from structure.picture import ink, picture, place
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,12 +114,15 @@ def test_the_lines_are_those_that_differ():
 
 
 def test_the_sentences_are_those_of_the_docstrings(tmp_path):
-    """Of what differs, and only where a page says something; two words for one part are no difference."""
+    """Of what differs, and only where a page says something."""
     said = {"first": "Differs from gpt2: halves what a feed-forward adds.", "second": ""}
     pages = {name: captured_page(tmp_path / f"{name}.py", text) for name, text in said.items()}
     [(part, *sentences)] = compare(pages["first"], pages["second"]).sentences
     assert (part, sentences) == ("ffn", ["Differs from gpt2: halves what a feed-forward adds.", ""])
-    assert compare(pages["second"], pages["second"]).sentences == ()
+    # Of what is drawn the same, nothing: another word is no difference.
+    (tmp_path / "again").mkdir()
+    again = captured_page(tmp_path / "again" / "third.py", "Differs from gpt2: in words alone.")
+    assert compare(pages["first"], again).sentences == ()
     assert comparison("gpt2", "gpt2-xl").sentences == ()
 
 
@@ -200,8 +203,8 @@ def test_the_picture_has_a_number_for_each_difference_and_no_words_over_words(ot
         renderer = figure.canvas.get_renderer()
         places = [text.get_window_extent(renderer) for text in texts]
     width, height = figure.get_size_inches() * figure.dpi
-    for text, place in zip(texts, places):
-        assert place.x0 > 0 and place.x1 < width and place.y0 > 0 and place.y1 < height, text
+    for text, at in zip(texts, places):
+        assert at.x0 > 0 and at.x1 < width and at.y0 > 0 and at.y1 < height, text
     for n, one in enumerate(places):
         for m, other_place in enumerate(places[:n]):
             wide = min(one.x1, other_place.x1) - max(one.x0, other_place.x0)
@@ -215,7 +218,7 @@ def test_what_is_the_same_is_faded():
         ink.draw_sheet(drawing, sheet, marks)
         return {text.get_text(): text.get_color() for text in drawing.axes.texts}
 
-    sheet = layout.lay_out(box_of("gpt2"))
+    sheet = place.lay_out(box_of("gpt2"))
     plain, marked = colours(None), colours({"pos_embed": [1]})
     assert marked["pos_embed"] == plain["pos_embed"]
     assert marked["token_embed"] != plain["token_embed"]

@@ -165,7 +165,7 @@ def test_images_are_shifted_in_all_directions():
 def test_accuracy_counts_every_image_once():
     """A model that always says 2, on more images than fit into a batch."""
     model = torch.nn.Linear(1, 1)
-    model.forward = lambda images: torch.eye(3)[torch.full((len(images),), 2)]
+    model.forward = lambda images: torch.eye(3)[torch.full((len(images),), 2)] * (not model.training)
     images = Images(np.zeros((7, 1, 2, 2), dtype=np.uint8), torch.tensor([2, 0, 2, 1, 2, 0, 2]))
     processor = image_processor({"image_mean": 0.5, "image_std": 0.5}, 1)
     assert accuracy(model, images, processor, batch_size=3) == pytest.approx(4 / 7)

@@ -233,7 +233,7 @@ def test_the_cache_is_as_exact_in_bf16_as_the_whole_pass(model):
     source, target = texts(PAD, 101, 2, 23)
     half = copy.deepcopy(model).bfloat16()
     cache = half.new_cache(half.encode(source), 20)
-    pieces = [half.decode(target[:, :10], cache=cache)]
+    pieces = [half.decode(target[:, :10], None, cache)]
     pieces += [half.decode(target[:, n : n + 1], positions_of(2, n, n + 1), cache) for n in range(10, 20)]
     assert_rounded_alike(torch.cat(pieces, dim=1), half(source, target), model(source, target))
 
@@ -303,7 +303,7 @@ def test_a_cache_that_is_just_long_enough(model):
     cache = model.new_cache(memory, 12)
     model.decode(target[:, :5], None, cache)
     assert_close(model.decode(target[:, 5:], positions_of(2, 5, 12), cache), model(source, target)[:, 5:])
-    assert_close(model.decode(target[:, :12], cache=cache), model(source, target)[:, :12])
+    assert_close(model.decode(target[:, :12], None, cache), model(source, target)[:, :12])
     with pytest.raises(AssertionError, match="slots"):
         model.decode(texts(PAD, 101, 2, 16)[1], None, model.new_cache(memory, 12))
 

@@ -54,7 +54,7 @@ def hf_type_of(hf_config, model=None):
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in types:
         supported = f"supported{reader}: {', '.join(types)}"
-        by_name = [name for name, page in PAGES.items() if model_type in page.HF_TYPES]
+        by_name = [name for name, page in PAGES.items() if model_type in list(page.HF_TYPES)]
         if by_name and not model:
             supported = f"convert it with convert_hf_checkpoint.py and --model {by_name[0]}"
         raise UserError(f"config.json: model_type is {model_type!r}; {supported}")

@@ -16,7 +16,10 @@ from itertools import count
 from torch import nn
 
 from conversion.config_fields import words
+from structure.capture.blocks import LOOP
+from structure.capture.folding import Cycle
 from structure.capture.roles import HEAVY, label_of_op, role_of_function, role_of_module, role_of_op
+from structure.capture.source import page_of_class
 from structure.capture.trace import Op
 
 # What changes the looks of a tensor and not its numbers, or not when the model is in use.
@@ -37,33 +40,48 @@ LEAVES = ("norm", "embedding", "linear", "position", "head")
 class Spot:
     """What a key stands for."""
 
-    kind: str  # "module", "method", "function", "operation", "parameter"
-    name: str  # of the module, method, function, operation, or parameter
+    kind: str  # "module", "method", "function", "operation", "parameter", "cycle", "loop"
+    name: str  # of the module, method, function, operation, or parameter; the line of a loop
     label: str
     role: str
     ops: list  # of a box that stays closed all, of an open module or method none
     opens: bool = False
     depth: int = 0  # of a function: where in their frames its operations are inside of it
+    cycle: Cycle | None = None  # of layers of several kinds that come in turns
+
+
+def places_of(traced):
+    """The Places of a trace, step by step: each step reads what those before it found."""
+    places = Places(traced)
+    places.find_containers()
+    places.find_methods()
+    places.place_functions()
+    places.place_operations()
+    places.drop_empty()
+    places.merge_asides()
+    places.place_parameters()
+    places.find_insides()
+    return places
 
 
 class Places:
-    def __init__(self, traced, page):
-        self.model, self.page, self.ops = traced.model, page, reached(traced.ops)
+    def __init__(self, traced):
+        self.model, self.folds, self.ops = traced.model, traced.folds, reached(traced.ops)
+        self.page = page_of_class(type(self.model))
         self.modules = dict(self.model.named_modules())
         self.classes = vars(sys.modules[type(self.model).__module__])
-        self.spots = {}
+        self.spots = {}  # key: its Spot
         self.container = {}  # op's name: path of the module that it belongs to
+        self.methods = {}  # path right below the model: its method that runs it; {} where one runs all
         self.around = {}  # op's name: keys of the boxes around it
         self.home = {}  # op's name: around, and the key of its own box; not of what bends
-        for op in self.ops:
-            self.container[op.name] = self.container_of(op)
-        self.methods = self.methods_of_modules()
-        self.place_functions()
-        self.place_operations()
-        self.merge_asides()
-        self.place_parameters()
+        self.inside = {}  # keys of a box: the keys right inside, as they come to an end
 
     # Modules ------------------------------------------------------------------------------------------------
+
+    def find_containers(self):
+        for op in self.ops:  # in the order in which they run: a container may be that of an argument
+            self.container[op.name] = self.container_of(op)
 
     def container_of(self, op):
         """The path of the module that an op belongs to, which need not be the one whose forward runs."""
@@ -94,15 +112,13 @@ class Places:
     def role(self, path):
         return role_of_module(self.modules[path], path.rpartition(".")[2]) if path else "group"
 
-    def methods_of_modules(self):
-        """{path right below the model: the model's method that runs it}; {} where one method runs all."""
-        methods = {}
-        for op in self.ops:
-            inside = [path for path, _ in op.modules if path]
-            if op.frames and inside:
-                methods.setdefault(inside[0], op.frames[0].function)
+    def find_methods(self):
         outermost = {op.frames[0].function for op in self.ops if op.frames}
-        return methods if len(outermost) > 1 else {}
+        if len(outermost) > 1:
+            for op in self.ops:
+                inside = [path for path, _ in op.modules if path]
+                if op.frames and inside:
+                    self.methods.setdefault(inside[0], op.frames[0].function)
 
     def module_keys(self, path, op):
         """The keys of the modules around a path and of itself; each call of a closed one is a box."""
@@ -115,6 +131,7 @@ class Places:
             label = type(self.modules[path]).__name__ if label.isdigit() else label
             opens = not self.is_leaf(path)
             self.spots.setdefault(key, Spot("module", path, label, self.role(path), [], opens))
+        keys = self.with_loop(self.with_cycle(keys, paths), paths, op)
 
         if self.methods:
             inner = paths and not self.is_leaf(paths[0])
@@ -124,6 +141,26 @@ class Places:
             self.spots.setdefault(key, Spot("method", method, METHODS.get(method, method), "group", [], True))
             keys.insert(0, key)
         return tuple(keys)
+
+    def with_cycle(self, keys, paths):
+        """Around the layers of a cycle stands a box for one turn of it."""
+        cycle = self.folds.cycle_of(paths[0]) if paths else None
+        if cycle is None:
+            return keys
+        key, label = f"{cycle.paths[0]}:cycle", f"{cycle.num_layers} layers"
+        self.spots.setdefault(key, Spot("cycle", label, label, "group", [], True, cycle=cycle))
+        return [key, *keys]
+
+    def with_loop(self, keys, paths, op):
+        """In the module that loops over time stands a box for one round of it."""
+        if op.loop is None or op.loop.owner not in paths or self.is_leaf(op.loop.owner):
+            return keys
+        place = len(keys) - len(paths) + paths.index(op.loop.owner) + 1
+        key = f"{op.loop.owner}:loop"
+        if self.spots.get(key, Spot("loop", str(op.loop.line), "", "", [])).name != str(op.loop.line):
+            key += f"#{op.loop.line}"
+        self.spots.setdefault(key, Spot("loop", str(op.loop.line), LOOP, "recurrence", [], True))
+        return [*keys[:place], key, *keys[place:]]
 
     def call_key(self, path, op):
         """A module that runs twice has two keys; torch.export counts the calls."""
@@ -150,9 +187,26 @@ class Places:
             else:
                 self.around[op.name] = self.module_keys(self.container[op.name], op)
         for (container, frames, _), ops in calls.items():
-            for call in components(ops):
+            # Equal functions of one line are told apart; a record's method hangs together by its fields.
+            is_record = ops[0].frames[len(frames)].cls is not None
+            for call in [ops] if is_record else components(ops):
                 container = self.container_of_record(call, container, len(frames))
-                self.place_call(call, len(frames), self.module_keys(container, call[0]))
+                around = self.module_keys(container, call[0])
+                if self.is_left_between(call):
+                    self.around.update((op.name, around) for op in call)
+                else:
+                    self.place_call(call, len(frames), around)
+
+    def is_left_between(self, ops):
+        """Whether a function calls a module between its operations: then it is no box, its operations are."""
+        after = set()  # what is made outside from what the function has made
+        for op in self.ops:
+            made = [argument for argument in op.arguments if argument in after]
+            if op in ops and made:
+                return True
+            if op not in ops and (made or any(argument in ops for argument in op.arguments)):
+                after.add(op)
+        return False
 
     def container_of_record(self, ops, container, depth):
         """A record's method, the cache's above all, belongs where what it is given was made."""
@@ -210,7 +264,6 @@ class Places:
         for (around, *_), ops in statements.items():
             for group in within_statement(ops):
                 self.place_group(group, around)
-        self.drop_empty()
 
     def place_group(self, ops, around):
         sources = {self.home.get(origin.name) for op in ops for origin, _ in origins(op)}
@@ -222,8 +275,21 @@ class Places:
         else:
             telling = telling_op(ops)
             label, role = label_of_op(telling.target), role_of_op(telling.target)
+            if telling.written and telling.written.path.startswith("cache"):
+                label = role = "cache"
+            if role == "attention":
+                role = self.role_here(telling, around)
             home = (*around, self.new_key(around, label, Spot("operation", telling.target, label, role, ops)))
         self.home.update({op.name: home for op in ops})
+
+    def role_here(self, op, around):
+        """What a product or a softmax is: attention, unless it stands in a recurrence or a feed-forward."""
+        roles = [self.spots[key].role for key in around]
+        if "recurrence" in roles:
+            return "recurrence"
+        if "feed_forward" in roles:
+            return "operation" if op.target == "softmax" else "linear"
+        return "attention"
 
     def merge_asides(self):
         """What a mask or a rotation is made from, and nothing else is, goes into its box."""
@@ -273,13 +339,27 @@ class Places:
     def reads_own(self, op):
         return self.is_leaf(self.container[op.name])
 
+    # Boxes --------------------------------------------------------------------------------------------------
+
+    def find_insides(self):
+        for op in reversed(self.ops):
+            home = self.home.get(op.name, ())
+            for depth, key in enumerate(home):
+                inside = self.inside.setdefault(home[:depth], [])
+                if key not in inside:
+                    inside.insert(0, key)
+
 
 # Operations among each other --------------------------------------------------------------------------------
 
 
 def reached(ops):
-    """The ops that the output depends on; what is only asked for its shape or dtype does not count."""
+    """The ops that the output depends on, and those that a cache keeps for the next call.
+
+    What is only asked for its shape or dtype does not count.
+    """
     needed, waiting = set(), [ops[-1]]
+    waiting += [op for op in ops if op.written and op.written.path.startswith("cache")]
     while waiting:
         op = waiting.pop()
         if op not in needed:

@@ -7,11 +7,16 @@ depends on the call, and how: 7 * B is seven numbers for each row of the batch.
 import ast
 import dataclasses
 import math
+from collections import defaultdict
 from fractions import Fraction
+from itertools import count
+
+from structure.capture.blocks import Shape
 
 # N, the source's length, is 12 times a prime: a model that shortens it to a half or a third stays exact.
 LETTERS = {"B": 10_007, "T": None, "S": 20_011, "N": 30_011}
 SOURCE_MULTIPLE = 12
+FEW = 5  # tokens, where each is a round of a loop
 
 
 class Sizes:
@@ -27,9 +32,26 @@ class Sizes:
         # A table of positions ends at max_seq_len.
         longest = min(getattr(config, "max_seq_len", 9_000), 9_000)
         self.primes = {letter: self.free(start or longest) for letter, start in LETTERS.items()}
+        # What depends on data is as long as the tokens of one expert are on average.
+        num_experts = getattr(config, "num_experts", 1)
+        self.share = Fraction(getattr(config, "num_active_experts", num_experts), num_experts)
+        self.chosen = self.free(40_009)
 
     def free(self, start):
         return next(p for p in range(start, 1, -1) if is_prime(p) and not any(n % p == 0 for n in self.taken))
+
+    def few_tokens(self):
+        """Let T be small: a loop over time has as many rounds."""
+        self.primes["T"] = next(
+            p for p in count(FEW) if is_prime(p) and not any(n % p == 0 for n in self.taken)
+        )
+
+    def fixed(self, size):
+        """A captured size as a number, of what depends on data too."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, self.chosen)))
 
     def __getitem__(self, letter):
         return self.primes[letter] * (SOURCE_MULTIPLE if letter == "N" else 1)
@@ -40,16 +62,91 @@ class Sizes:
         The coefficient is a Fraction, which a number of the source's length may need: a third of N.
         """
         coefficient, letters = Fraction(number), []
+        while number and number % self.chosen == 0:
+            number //= self.chosen
+            coefficient *= self.share / self.chosen
+            letters += ["B", "T"]
         for letter, prime in self.primes.items():
             while number and number % prime == 0:
                 number //= prime
                 coefficient /= self[letter]
                 letters.append(letter)
-        return coefficient, "*".join(letters)
+        return coefficient, "*".join(sorted(letters, key=list(LETTERS).index))
 
     def numbers(self, shape):
         """("B", "T", 4096) of a captured shape; "7*B" and "N/3" where it is no letter alone."""
         return tuple(spoken(*self.term(number)) for number in shape)
+
+
+class Shapes:
+    """The Shape of each operation's result: numbers, and the letters that the page's comments give them."""
+
+    def __init__(self, traced, places):
+        self.model, self.sizes, self.known = traced.model, traced.sizes, traced.known
+        self.places, self.page, self.ops = places, places.page, places.ops
+        self.users = defaultdict(list)
+        for op in self.ops:
+            for argument in op.arguments:
+                self.users[argument].append(op)
+        self.letters = {}  # op: of its shape, as they were found
+        self.fixed = self.known | self.numbers_of_letters()
+
+    def shape(self, op):
+        numbers = self.sizes.numbers(op.shape)
+        letters = self.letters_of(op) or letters_of_numbers(numbers, self.fixed)
+        return Shape(letters, numbers)
+
+    def numbers_of_letters(self):
+        """The letters of comments that are one number all over the model: T tokens of an image."""
+        found = defaultdict(set)
+        for op in self.ops:
+            for letter, number in zip(self.letters_of(op).strip("()").split(", "), op.shape):
+                if letter.isidentifier():
+                    found[letter].add(number)
+        numbers = {letter: self.sizes.numbers(sizes)[0] for letter, sizes in found.items() if len(sizes) == 1}
+        return {letter: number for letter, number in numbers.items() if isinstance(number, int)}
+
+    def letters_of(self, op):
+        """From the comment of the statement whose value the tensor is, or from an equal shape before."""
+        if op not in self.letters:
+            specs = self.specs_of(op)
+            equal = [other for other in self.before(op) if other.shape == op.shape]
+            numbers = self.sizes.numbers(op.shape)
+            self.letters[op] = letters_of_specs(specs, op.shape, numbers, self.known) or next(
+                filter(None, map(self.letters_of, equal)), ""
+            )
+        return self.letters[op]
+
+    def specs_of(self, op):
+        if op.target == "input":
+            return self.page.specs_of_input(type(self.model).__name__, op.path)
+        specs = []
+        for n in reversed(range(len(op.frames))):
+            if not self.is_value(op, n):
+                break
+            specs += self.page.specs(op.frames[n].line)
+        return specs
+
+    def is_value(self, op, n):
+        """Whether nothing in the statement of its n-th frame reads the op: it is the statement's value."""
+        around, statement = op.frames[:n], self.page.source(op.frames[n].line)
+        for user in self.users[op]:
+            inside = user.frames[:n] == around and len(user.frames) > n
+            if inside and self.page.source(user.frames[n].line) == statement:
+                return False
+        return True
+
+    def before(self, op):
+        """What an op reads; in a function also what that was made of, back to the function's arguments."""
+        found, waiting, (depth, functions) = [], list(op.arguments), self.places.functions(op)
+        while waiting:
+            other = waiting.pop(0)
+            if other in found:
+                continue
+            found.append(other)
+            if functions and other.frames[: depth + 1] == op.frames[: depth + 1]:
+                waiting += other.arguments
+        return found
 
 
 def spoken(coefficient, letters):

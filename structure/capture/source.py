@@ -28,10 +28,12 @@ class Page:
         self.doc = ast.get_docstring(tree) or ""
         self.comments = trailing_comments(text)
         self.definitions = {node.name: node for node in tree.body if isinstance(node, DEFINITIONS)}
-        self.statements, self.scopes = [], []
+        self.statements, self.scopes, self.rounds = [], [], []
         for node in ast.walk(tree):
             if isinstance(node, SIMPLE):
                 self.statements.append((node.lineno, node.end_lineno, node))
+            if isinstance(node, LOOPS):
+                self.rounds.append(loop_of(node))
         for name, node in self.definitions.items():
             if isinstance(node, ast.ClassDef):
                 methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
@@ -47,6 +49,10 @@ class Page:
         """The statement around a line, as (first line, last line, syntax tree)."""
         around = [entry for entry in self.statements if entry[0] <= line <= entry[1]]
         return min(around, key=lambda entry: entry[1] - entry[0], default=(line, line, None))
+
+    def loops(self, line):
+        """(line of the `for`, names of what it runs over) of the loops around a line, the outermost first."""
+        return [(at, names) for at, names, first, last in self.rounds if first <= line <= last]
 
     def specs(self, line):
         """The shapes that the statement around a line promises, each a tuple of dimensions."""
@@ -65,12 +71,13 @@ class Page:
 
     def specs_of_input(self, cls, path):
         """The shapes of an argument of the model: by its comment, or its field's in a record (cache_0_k)."""
-        name = path.rpartition("_")[2]
         methods = [node for node in self.definitions[cls].body if isinstance(node, ast.FunctionDef)]
         arguments = [shape for method in methods for shape in self.parameters(method).get(path, [])]
         records = [node for node in self.definitions.values() if isinstance(node, ast.ClassDef)]
         fields = [field for record in records for field in record.body if isinstance(field, ast.AnnAssign)]
-        comments = [self.comments.get(field.end_lineno, "") for field in fields if field.target.id == name]
+        ends = [field for field in fields if path.endswith(f"_{field.target.id}")]
+        name = max((field.target.id for field in ends), key=len, default="")
+        comments = [self.comments.get(field.end_lineno, "") for field in ends if field.target.id == name]
         return arguments + [shape for comment in comments for shape in shapes_in(comment)]
 
     def source(self, line):
@@ -87,6 +94,11 @@ class Page:
     def docstring(self, name):
         node = self.definitions.get(name)
         return (ast.get_docstring(node) or "") if node else ""
+
+    def fields(self, cls):
+        """The names of a record's fields."""
+        node = self.definitions.get(cls)
+        return [field.target.id for field in node.body if isinstance(field, ast.AnnAssign)] if node else []
 
     def letters(self, cls="Config"):
         """{field: letter} of a config whose fields are commented "D: the width ..."."""
@@ -115,16 +127,29 @@ class Page:
         return ast.unparse(node)
 
 
+def loop_of(node):
+    """(line of a loop's `for`, names of what it runs over, first and last line of what runs each time)."""
+    if isinstance(node, ast.For):
+        over, first, last = node.iter, node.body[0].lineno, node.end_lineno
+    else:
+        over, first, last = node.generators[0].iter, node.lineno, node.end_lineno
+    names = [each.attr for each in ast.walk(over) if isinstance(each, ast.Attribute)]
+    return node.lineno, names, first, last
+
+
 def is_operation(node, target):
     """Whether a piece of syntax is a call of torch's function, or its sign."""
     if isinstance(node, ast.BinOp):
         return isinstance(node.op, SIGNS.get(target, ()))
+    if isinstance(node, ast.Compare):
+        return isinstance(node.ops[0], SIGNS.get(target, ()))
     called = getattr(node, "func", None)
     return target == getattr(called, "attr", getattr(called, "id", None))
 
 
-SIGNS = {"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div}
+SIGNS = {"add": ast.Add, "sub": ast.Sub, "mul": ast.Mult, "div": ast.Div, "eq": ast.Eq, "ne": ast.NotEq}
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef)
+LOOPS = (ast.For, ast.ListComp, ast.GeneratorExp)
 SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr, ast.Assert)
 
 

@@ -1,7 +1,7 @@
 """A model's calls, recorded: every operation with its module, its shape and its lines of source.
 
-The model stands on the meta device, so that its size costs nothing; of equal layers one is kept; and
-torch.export runs it once. What comes out is a list of Op, in the order in which they run.
+The model stands on the meta device, so that its size costs nothing; of equal layers and experts one is kept
+(folding.py); and torch.export runs it once. What comes out is a list of Op, in the order in which they run.
 """
 
 import inspect
@@ -10,13 +10,15 @@ import warnings
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.utils.errors import UserError
+from structure.capture.folding import Folds, Loop, fold_experts, fold_layers, fold_time, unfold
+from structure.capture.masks import masks_of
 from structure.capture.sizes import Sizes, evaluate
 from structure.capture.source import page_of_class
 
@@ -38,15 +40,18 @@ class Op:
     modules: tuple = ()  # (path, key) of the modules whose forward is running, outermost first
     frames: tuple = ()  # of the model's file, outermost first
     path: str = ""  # of a parameter or an input: its name
+    written: "Op | None" = None  # of what writes in place: the op that made what it writes into
+    loop: Loop | None = None  # the loop over time that it is in; of its T rounds one remains
 
 
 @dataclass
 class Trace:
     model: nn.Module  # with one of each run of equal layers
-    runs: dict  # {path of a layer that was kept: the paths of all that it stands for, in the whole model}
+    folds: Folds  # what its layers and experts stand for
     sizes: Sizes
     known: dict  # what the letters of shape comments are, where the config says it
     ops: list
+    masks: dict  # lines of the page: what the mask that they make says, see masks.py
 
 
 def trace(model):
@@ -55,15 +60,37 @@ def trace(model):
     Changes the model: of equal layers one remains.
     """
     page = page_of_class(type(model))
-    runs = fold_layers(model)
     sizes = Sizes(model.config, [n for parameter in model.parameters() for n in parameter.shape])
     known = {
         letter: getattr(model.config, name)
         for name, letter in page.letters().items()
         if type(getattr(model.config, name)) is int
     }
-    root, inputs = call_of(model, page, sizes, known)
-    return Trace(model, runs, sizes, known, ops_of(exported(root, inputs, page), page, model))
+    cache = cache_of(model, sizes)
+    folds = fold_layers(model)
+    kept = folds.kept_of(cache)
+
+    def count(num_tokens):
+        """How many operations run for so many tokens; None where the meta device is not enough."""
+        few = {letter: sizes[letter] for letter in "BSN"} | {"T": num_tokens}
+        return count_operations(*call_of(model, page, few, known, kept))
+
+    experts = fold_experts(model, folds)
+    if experts and count(2) is None:
+        # A model that asks for an expert by its number cannot do with one of them.
+        unfold(experts, folds)
+        if count(2) is None:
+            fold_experts(model, folds)
+    # The record of a loop over time is as long as the text; what cannot be counted may be one.
+    if count(2) != count(3) or count(2) is None:
+        sizes.few_tokens()
+    program = exported(*call_of(model, page, sizes, known, kept), page)
+    ops = fold_time(ops_of(program, page, sizes), page, model, sizes["T"])
+
+    def small_call(few):
+        return call_of(model, page, few, known, cache_of(model, few))
+
+    return Trace(model, folds, sizes, known, ops, masks_of(page, small_call))
 
 
 def exported(root, inputs, page):
@@ -104,10 +131,22 @@ class EncoderDecoder(nn.Module):
         return self.model.decode(tokens, positions, cache)
 
 
-def call_of(model, page, sizes, known):
-    """(module, its arguments): the call of each kind of model that the project knows, see README.md."""
+def is_encoder_decoder(model):
+    return hasattr(model, "encode") and hasattr(model, "decode")
+
+
+def cache_of(model, sizes):
+    """The cache of a decoder, None for other models."""
+    takes = "cache" in inspect.signature(model.forward).parameters
+    if is_encoder_decoder(model) or not takes or not hasattr(model, "new_cache"):
+        return None
+    return model.new_cache(sizes["B"], sizes["S"])
+
+
+def call_of(model, page, sizes, known, cache):
+    """(module, its arguments): the call of each kind of model, see models/__init__.py."""
     tokens = torch.zeros(sizes["B"], sizes["T"], dtype=torch.long, device="meta")
-    if hasattr(model, "encode") and hasattr(model, "decode"):
+    if is_encoder_decoder(model):
         source = tokens.new_zeros(sizes["B"], sizes["N"])
         root = EncoderDecoder(model, sizes["S"])
         return root.eval(), {"source": source, "tokens": tokens, "positions": tokens.clone()}
@@ -115,8 +154,8 @@ def call_of(model, page, sizes, known):
     inputs = {}
     shapes = page.parameters(page.method(type(model).__name__, "forward"))
     for name in inspect.signature(model.forward).parameters:
-        if name == "cache" and hasattr(model, "new_cache"):
-            inputs[name] = model.new_cache(sizes["B"], sizes["S"])
+        if name == "cache" and cache is not None:
+            inputs[name] = cache
         elif shapes.get(name):
             inputs[name] = argument(name, shapes[name][0], model.config, sizes, known)
     # Positions are where the cache is written; who has no cache may leave them out.
@@ -127,7 +166,7 @@ def call_of(model, page, sizes, known):
 
 def argument(name, dims, config, sizes, known):
     """An input of the shape that the comment behind the parameter gives it."""
-    letters = {**known, **{letter: sizes[letter] for letter in "BTSN"}}
+    letters = {**{letter: sizes[letter] for letter in "BTSN"}, **known}
     # Pixels: as many as in the images of training.
     pixels = getattr(config, "image_size", sizes["T"])
     shape = [evaluate(dim, letters) or pixels for dim in dims]
@@ -135,39 +174,39 @@ def argument(name, dims, config, sizes, known):
     return torch.zeros(shape, dtype=dtype, device="meta")
 
 
-# Layers that are equal --------------------------------------------------------------------------------------
+# How many operations ----------------------------------------------------------------------------------------
 
 
-def fold_layers(model):
-    """Keep the first of each run of equal layers; {its path now: the paths of the run}."""
-    runs = {}
-    for name, layers in list(model.named_children()):
-        if isinstance(layers, nn.ModuleList):
-            alike = [list(group) for _, group in groupby(enumerate(layers), lambda pair: anatomy(pair[1]))]
-            for place, group in enumerate(alike):
-                runs[f"{name}.{place}"] = tuple(f"{name}.{n}" for n, _ in group)
-            setattr(model, name, nn.ModuleList(group[0][1] for group in alike))
-    return runs
+def count_operations(root, inputs):
+    with Counter() as counter, torch.no_grad():
+        try:
+            root(**inputs)
+        except Exception:
+            return None  # whatever is wrong, the exporter says it better
+    return counter.count
 
 
-def anatomy(layer):
-    """What makes two layers look alike: their modules, the shapes of their tensors, their settings."""
-    return [
-        (path, type(module), settings(module), [(name, p.shape) for name, p in module.named_parameters()])
-        for path, module in layer.named_modules()
-    ]
+class Counter(TorchDispatchMode):
+    """Counts operations, and answers what depends on data, of which the meta device has none."""
 
+    def __init__(self):
+        super().__init__()
+        self.count = 0
 
-def settings(module):
-    plain = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    return {name: repr(value) for name, value in plain.items() if not isinstance(value, torch.Tensor)}
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        if function is torch.ops.aten.nonzero.default:
+            return args[0].new_empty((1, args[0].dim()), dtype=torch.long)
+        return function(*args, **(kwargs or {}))
 
 
 # What torch.export says -------------------------------------------------------------------------------------
 
 
-def ops_of(program, page, model):
-    """The graph as a list of Op; what is no tensor (assertions) and what nobody reads falls away."""
+def ops_of(program, page, sizes):
+    """The graph as a list of Op; what is no tensor (assertions) falls away."""
     parameters = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
     ops = {}
     for node in program.graph.nodes:
@@ -177,7 +216,7 @@ def ops_of(program, page, model):
         values = [value] if isinstance(value, torch.Tensor) else value
         if not isinstance(values, (list, tuple)) or not isinstance(values[0], torch.Tensor):
             continue
-        op = Op(node.name, target_of(node), tuple(values[0].shape))
+        op = Op(node.name, target_of(node), tuple(sizes.fixed(size) for size in values[0].shape))
         op.arguments = [ops[argument.name] for argument in node.all_input_nodes if argument.name in ops]
         if node.op == "placeholder":
             op.target = "parameter" if node.name in parameters else "input"
@@ -185,6 +224,8 @@ def ops_of(program, page, model):
         else:
             op.modules = modules_of(node)
             op.frames = frames_of(node, page)
+            if is_in_place(node) and op.arguments:
+                op.written = op.arguments[0].written or op.arguments[0]
         ops[node.name] = op
     ops = list(ops.values())
     results = next(node for node in program.graph.nodes if node.op == "output").all_input_nodes
@@ -192,8 +233,17 @@ def ops_of(program, page, model):
     return ops + [Op("output", "output", output[0].shape, output)]
 
 
+def name_of(node):
+    return getattr(node.target, "__name__", str(node.target)).split(".")[0]
+
+
 def target_of(node):
-    return getattr(node.target, "__name__", str(node.target)).split(".")[0].strip("_")
+    return name_of(node).strip("_")
+
+
+def is_in_place(node):
+    """Whether an operation writes into its first argument, as torch's names say: index_put_."""
+    return name_of(node).endswith("_") and not name_of(node).startswith("_")
 
 
 def modules_of(node):

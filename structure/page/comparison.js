@@ -26,3 +26,21 @@ document.querySelector(".differences ol").addEventListener("pointerleave", () =>
 document.addEventListener("show", ({ detail: { model, id } }) => {
   for (const { element, boxes } of items) element.classList.toggle("lit", boxes[model].includes(id));
 });
+
+/** The box of the other model that stands for the same as this one, or as the closest around it that has such. */
+function twinOf(model, id) {
+  for (let box = elements[model].get(id); box; box = around(box)) {
+    const twin = models[model].twins[box.dataset.id];
+    if (twin) return twin;
+  }
+  return null;
+}
+
+// A click moves both sides.
+document.addEventListener("pin", ({ detail: { model, id } }) => {
+  const twin = twinOf(model, id);
+  if (!twin) return;
+  light(1 - model, [twin]);
+  scrollToBox(visible(1 - model, twin));
+  scrollToLines(1 - model, twin);
+});

@@ -10,6 +10,13 @@ const settings = { B: 1, T: 512, N: 512, S: 2048, dtype: "bf16", bandwidth: 100 
 const generates = root.cache.length > 0; // token by token, with a cache
 const pass = model.letters.includes("T") ? "Prompt" : "A pass";
 let looked = null; // the id of the box whose facts are shown
+let named = null; // which of the modules that it stands for
+
+/** A number of a shape: "B*T/4" for these sizes. */
+function sizeOf(number, sizes) {
+  const [product, divisor = 1] = String(number).split("/");
+  return product.split("*").reduce((n, factor) => n * (sizes[factor] ?? Number(factor)), 1) / divisor;
+}
 
 /** The sum of terms [coefficient, "B*T"], each a coefficient times its letters' sizes. */
 function evaluate(terms, sizes) {
@@ -25,13 +32,14 @@ function numbers() {
   const { B, S, dtype, bandwidth } = settings;
   const weights = root.bytes[dtype];
   const flops = evaluate(root.flops, prompt());
-  const always = { parameters: root.parameters, weights, flops, intensity: flops / weights, needed: weights };
+  const active = root.active < root.parameters ? { active: root.active } : {};
+  const always = { parameters: root.parameters, ...active, weights, flops, intensity: flops / weights, needed: weights };
   if (!generates) return always;
 
   const cache = evaluate(root.cache, token()) * BYTES[dtype];
   const grown = evaluate(root.cache, { ...token(), S: S + 1 }) * BYTES[dtype];
   const stepFlops = evaluate(root.decode, token());
-  const read = model.read[dtype] + cache;
+  const read = model.read[dtype] + moreExperts() + cache;
   return {
     ...always,
     cache,
@@ -41,6 +49,13 @@ function numbers() {
     tokensPerSecond: (B * bandwidth * 1e9) / read,
     needed: weights + cache,
   };
+}
+
+/** Bytes of the experts that a batch reads besides those of one token, if rows choose by chance. */
+function moreExperts() {
+  if (!model.experts) return 0;
+  const share = model.experts.active / model.experts.all;
+  return model.experts.bytes[settings.dtype] * (1 - (1 - share) ** settings.B - share);
 }
 
 // Text ------------------------------------------------------------------------------------------------------
@@ -57,6 +72,8 @@ const flop = (n) => scaled(n, ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLO
 const plain = (n) => n.toLocaleString("en-US", { maximumFractionDigits: n < 10 ? 2 : n < 100 ? 1 : 0 });
 const rate = (n) => `${plain(n)} FLOP/B`;
 
+const coded = (text) => make("code", {}, text);
+
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -65,9 +82,9 @@ function make(tag, attributes = {}, ...children) {
 }
 
 /** A line of a list of facts; data-value is the exact number. */
-function line(list, name, label, value, text, hint = "") {
+function line(list, name, label, value, text) {
   list.append(
-    make("dt", { title: hint }, label),
+    make("dt", {}, label),
     make("dd", { "data-name": name, "data-value": value, title: value.toLocaleString("en-US") }, text),
   );
 }
@@ -78,26 +95,26 @@ function showNumbers() {
   const found = numbers();
   const list = document.getElementById("numbers");
   list.replaceChildren();
-  for (const [name, label, spoken, hint] of [
+  for (const [name, label, spoken] of [
     ["parameters", "Parameters", count],
+    ["active", "Active for a token", count],
     ["weights", "Weights", bytes],
-    ["perToken", "Cache per token", bytes, "keys and values of all layers, for one row"],
-    ["cache", "Cache in all", bytes, "for the batch, at the cached length"],
-    ["flops", pass, flop, "two for each multiplication and its addition"],
-    ["stepFlops", "A token", flop, "one for each row of the batch"],
-    ["intensity", `Intensity, ${pass.toLowerCase()}`, rate, "FLOPs for each byte of weights"],
-    ["stepIntensity", "Intensity, token", rate, "FLOPs for each byte of weights and cache that is read"],
-    ["tokensPerSecond", "At most", (n) => `${plain(n)} tokens/s`, "a step reads weights and cache once"],
+    ["perToken", "Cache per token", bytes],
+    ["cache", "Cache in all", bytes],
+    ["flops", pass, flop],
+    ["stepFlops", "A token", flop],
+    ["intensity", `Intensity, ${pass.toLowerCase()}`, rate],
+    ["stepIntensity", "Intensity, token", rate],
+    ["tokensPerSecond", "At most", (n) => `${plain(n)} tokens/s`],
   ]) {
-    if (name in found) line(list, name, label, found[name], spoken(found[name]), hint);
+    if (name in found) line(list, name, label, found[name], spoken(found[name]));
   }
   const fits = MEMORIES.map((memory) => {
     const enough = found.needed <= memory * 1e9;
     const title = `${bytes(found.needed)} ${enough ? "fit" : "do not fit"} in ${memory} GB`;
     return make("span", { class: enough ? "yes" : "no", "data-memory": memory, title }, `${memory}`);
   });
-  const hint = "weights and cache; activations come on top";
-  list.append(make("dt", { title: hint }, "Fits in GB"), make("dd", { class: "fits" }, ...fits));
+  list.append(make("dt", {}, "Fits in GB"), make("dd", { class: "fits" }, ...fits));
 }
 
 // One box ---------------------------------------------------------------------------------------------------
@@ -113,35 +130,56 @@ function showBox() {
 function factsOf(box) {
   const folded = box.repeat > 1;
   const list = make("dl", { class: folded ? "folded-facts" : "" });
-  const fact = (name, label, value, spoken, hint) => {
+  const fact = (name, label, value, spoken) => {
     if (!value) return;
-    line(list, name, label, value, spoken(value), hint);
+    line(list, name, label, value, spoken(value));
     if (folded) list.append(make("dd", {}, spoken(value * box.repeat)));
   };
   const text = (label, ...content) => list.append(make("dt", {}, label), make("dd", { class: "text" }, ...content));
 
   if (folded) list.append(make("dt"), make("dd", {}, "each"), make("dd", {}, `all ${box.repeat}`));
   fact("parameters", "Parameters", box.parameters, count);
+  if (box.active < box.parameters) fact("boxActive", "Active for a token", box.active, count);
+  const [chosen, among] = box.of;
+  if (chosen) text("Active", `${chosen} of ${among}, chosen for each token`);
   if (box.tied_to) text("Shared with", make("a", { href: "#" + encodeURI(box.tied_to) }, box.tied_to));
   fact("boxFlops", pass, evaluate(box.flops, prompt()), flop);
   if (generates) fact("boxStepFlops", "A token", evaluate(box.decode, token()), flop);
   if (generates && box.once) text("A token", "made once for a source");
   if (box.output) {
-    const sizes = prompt();
-    const [letters, shape] = box.output;
-    const numbers = shape.map((each) => sizes[each] ?? each).join(", ");
-    text("Output", make("code", {}, letters), make("code", {}, `(${numbers})`));
+    const shaped = (numbers, sizes) => `(${numbers.map((each) => sizeOf(each, sizes)).join(", ")})`;
+    const shapes = ([letters, numbers]) => [letters, shaped(numbers, prompt())].filter(Boolean).map(coded);
+    text("Output", ...shapes(box.output));
+    if (generates && !box.once) text("of one more token", coded(shaped(box.output[1], token())));
+    for (const other of box.leaves) text("goes on as", ...shapes(other));
   }
-  const hint = "all results in it for the prompt, of which few are kept at once";
-  fact("activation", "Activations", evaluate(box.activation, prompt()) * BYTES[settings.dtype], bytes, hint);
+  fact("activation", "Activations", evaluate(box.activation, prompt()) * BYTES[settings.dtype], bytes);
   fact("boxCache", "Cache", evaluate(box.cache, token()) * BYTES[settings.dtype], bytes);
 
   const title = make("p", { class: "hint" }, box.title || box.role.replace("_", "-"));
-  const parts = [make("h2", {}, box.label), title, list];
+  const which = named !== looked ? [make("p", { class: "which" }, coded(named))] : [];
+  const parts = [make("h2", {}, box.label), ...which, title, list];
+  if (box.attends.length) parts.push(...attendsOf(box));
   if (box.parameters) parts.push(sizesOf(box));
   if (box.doc) parts.push(words(box.doc));
   if (box.weights.length) parts.push(make("h3", {}, "At Hugging Face"), weightsOf(box));
   return parts;
+}
+
+/** Who attends to whom: a row for each token, a column for what it may look at. */
+function attendsOf(box) {
+  const grid = (rows, label) => {
+    const cells = rows.flatMap((row) => [...row].map((bit) => make("i", bit === "1" ? { class: "on" } : {})));
+    const style = `--columns: ${rows[0].length}`;
+    return make("div", { class: "mask", role: "img", "aria-label": `${label}: ${rows.join(", ")}`, style }, ...cells);
+  };
+  const [prompt, step] = box.attends;
+  const say = (text, rows) => [make("p", { class: "hint" }, text), grid(rows, text)];
+  return [
+    make("h3", {}, "Who attends to whom"),
+    ...say(`a prompt of ${prompt.length} token${prompt.length > 1 ? "s" : ""}, one below the other`, prompt),
+    ...(generates && !box.once ? say("one more token, after it", step) : []),
+  ];
 }
 
 function sizesOf(box) {
@@ -153,18 +191,32 @@ function sizesOf(box) {
   return make("div", { class: "sizes" }, ...["fp32", "bf16", "int8", "int4"].map(cell));
 }
 
+/** A name of the first layer's as that of the module that a link meant: with its numbers. */
+function ofNamed(name) {
+  const [from, to] = [looked.split("."), named.split(".")];
+  const parts = name.split(".");
+  from.forEach((part, n) => {
+    const place = part === to[n] ? -1 : parts.indexOf(part);
+    if (place >= 0) parts[place] = to[n];
+  });
+  return parts.join(".");
+}
+
 function weightsOf(box) {
-  const rows = box.weights.map(([name, shape, theirs]) => [`${name} (${shape.join(", ")})`, ...theirs]);
+  const rows = box.weights.map(([name, shape, theirs]) => [
+    `${ofNamed(name)} (${shape.join(", ")})`,
+    ...theirs.map(ofNamed),
+  ]);
   const row = (names) => make("div", {}, ...names.map((name) => make("code", {}, name)));
   return make("div", { class: "weights" }, ...rows.map(row));
 }
 
-/** A docstring: prose as prose, what is indented as it stands. */
+/** A docstring: prose as prose, what is indented or an example as it stands. */
 function words(doc) {
   const parts = doc.split(/\n\s*\n/).map((part) => {
     const lines = part.split("\n");
     const margin = Math.min(...lines.map((each) => each.search(/\S|$/)));
-    if (!margin) return make("p", {}, lines.join(" "));
+    if (!margin && !lines[0].startsWith(">>>")) return make("p", {}, lines.join(" "));
     return make("pre", { tabindex: 0 }, lines.map((each) => each.slice(margin)).join("\n"));
   });
   return make("div", { class: "words" }, ...parts);
@@ -183,11 +235,21 @@ function overview() {
 
 // Controls --------------------------------------------------------------------------------------------------
 
+/** What is wrong with a field, or what its number means to this model; "" where all is well. */
+function remarkOn(name, value, valid) {
+  if (!valid) return name === "bandwidth" ? "a number above 0" : "a whole number, 1 or more";
+  const most = model.config.max_seq_len;
+  if ("TNS".includes(name) && most && value > most) return `more than the ${plain(most)} it is made for`;
+  return "";
+}
+
 function readControls() {
-  for (const { name, value } of controls.elements) {
+  for (const { name, value, parentElement } of controls.elements) {
     const number = Number(value);
-    const valid = name === "dtype" || (number > 0 && (name === "bandwidth" || Number.isInteger(number)));
+    const valid = name === "dtype" || (number > 0 && (name === "bandwidth" || Number.isSafeInteger(number)));
     controls.elements[name].setAttribute("aria-invalid", String(!valid));
+    const remark = parentElement.querySelector(".remark");
+    if (remark) remark.textContent = remarkOn(name, number, valid);
     if (valid) settings[name] = name === "dtype" ? value : number;
   }
   showNumbers();
@@ -201,7 +263,7 @@ for (const letter of ["B", "T", "N", "S"]) {
 controls.addEventListener("input", readControls);
 controls.addEventListener("submit", (event) => event.preventDefault());
 document.addEventListener("show", ({ detail }) => {
-  looked = detail.id;
+  [looked, named] = [detail.id, detail.name];
   showBox();
 });
 readControls();

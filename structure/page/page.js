@@ -1,13 +1,14 @@
 "use strict";
 // The diagram and the source: what is lit, what is pinned, and the wires between the boxes.
-// Says "show" to the document with {model, id} whenever another box is looked at; id null: none.
+// Says "show" to the document with {model, id, name} whenever another box is looked at; id null: none. name is
+// the module that a link meant, of the many that a folded box stands for. Says "pin" when a box is pinned.
 
 const models = JSON.parse(document.getElementById("data").textContent);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 const trees = all(".tree");
 const elements = trees.map((tree) => new Map(all(".box", tree).map((box) => [box.dataset.id, box])));
 const lines = all(".code").map((code) => all(".line", code));
-let pinned = null; // {model, id}
+let pinned = null; // {model, id, name}
 
 const around = (box) => box.parentElement.closest(".box");
 const isClosed = (box) => box.getAttribute("aria-expanded") === "false";
@@ -58,11 +59,13 @@ function light(model, ids, explained = ids) {
   }
 }
 
+const say = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
+
 /** Look at a box, or at none; `others` are lit with it. */
-function show(model, id, others = []) {
+function show(model, id, others = [], name = id) {
   clear();
   if (id) light(model, [id, ...others], [id]);
-  document.dispatchEvent(new CustomEvent("show", { detail: { model, id } }));
+  say("show", { model, id, name });
 }
 
 /** Bring an element into its pane's window, if it is not there. */
@@ -86,18 +89,19 @@ function scrollToLines(model, id) {
 
 // Pinning ---------------------------------------------------------------------------------------------------
 
-function pin(model, id) {
+function pin(model, id, name = id) {
   release();
-  pinned = { model, id };
+  pinned = { model, id, name };
   const element = elements[model].get(id);
   for (let box = around(element); box; box = around(box)) toggle(box, true);
   element.classList.add("pinned");
   element.setAttribute("aria-selected", "true");
   rove(element);
-  show(model, id);
+  show(model, id, [], name);
   scrollToLines(model, id);
   scrollToBox(element);
-  history.replaceState(null, "", "#" + encodeURI(id));
+  say("pin", { model, id });
+  history.replaceState(null, "", "#" + encodeURI(name));
 }
 
 function release() {
@@ -112,15 +116,22 @@ function release() {
 
 const isPinned = (model, id) => pinned?.model === model && pinned.id === id;
 
-/** The box that a link names: its own id, or that of a module folded into another ("layers.5.attn"). */
+/** The id of the box that a name means: its own, or that of a module folded into another ("layers.5.attn"). */
+function idOf(boxes, name) {
+  if (boxes[name]) return name;
+  for (const [id, { members }] of Object.entries(boxes)) {
+    const member = members.find((each) => name === each || [".", ":"].some((dot) => name.startsWith(each + dot)));
+    const twin = member && id + name.slice(member.length);
+    // An expert of a folded layer is folded twice.
+    if (twin && twin !== name && idOf(boxes, twin)) return idOf(boxes, twin);
+  }
+  return null;
+}
+
 function boxNamed(name) {
   for (const [model, { boxes }] of models.entries()) {
-    if (boxes[name]) return { model, id: name };
-    for (const [id, { members }] of Object.entries(boxes)) {
-      const member = members.find((each) => name === each || [".", ":"].some((dot) => name.startsWith(each + dot)));
-      const twin = member && id + name.slice(member.length);
-      if (boxes[twin]) return { model, id: twin };
-    }
+    const id = idOf(boxes, name);
+    if (id) return { model, id };
   }
   return null;
 }
@@ -133,7 +144,7 @@ function followLink() {
     // No link of ours: no box has such a name.
   }
   const found = boxNamed(name);
-  if (found) pin(found.model, found.id);
+  if (found) pin(found.model, found.id, name);
 }
 addEventListener("hashchange", followLink);
 

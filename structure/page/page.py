@@ -15,8 +15,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, String
 
 from models.utils.files import write_atomically
-from structure.capture.blocks import ROLES
-from structure.capture.colours import COLOURS, GROUND, MUTED, SPINE, TEXT
+from structure.capture.blocks import COLOURS, GROUND, MUTED, ROLES, SPINE, TEXT, repeats
 from structure.compare import compare as compare_models
 from structure.page.rows import arrange, is_circle
 
@@ -55,11 +54,13 @@ def compare(box_a, info_a, box_b, info_b, path):
     comparison = compare_models(box_a, box_b)
     left = [(each.left, each.right) for each in comparison.differences]
     right = [(theirs, ours) for ours, theirs in left]
-    same_a, same_b = same_lines(source_of(info_a).splitlines(), source_of(info_b).splitlines())
+    same_a, same_b = same_lines(source_of(box_a).splitlines(), source_of(box_b).splitlines())
     models = [
         model(box_a, info_a, marked(box_a, left), same_a),
         model(box_b, info_b, marked(box_b, right), same_b),
     ]
+    for side, page in enumerate(models):
+        page["data"]["twins"] = {pair[side]: pair[1 - side] for pair in comparison.pairs}
     panes = {"differences": "Differences", "first": info_a["name"], "second": info_b["name"]}
     title = f"{info_a['name']} and {info_b['name']}"
     summary = "What is the same is faded; sizes do not count."
@@ -94,8 +95,9 @@ def model(box, info, marks=None, same=()):
     marks: {id: numbers of the differences that a box takes part in}, None where nothing is compared.
     same: the lines, counted from 1, that the other model has too.
     """
-    source = source_of(info)
+    source = source_of(box)
     roles = {each.role for each in inside(box) if not is_circle(each)}
+    leaves = shapes_left(box)
     return {
         "info": info,
         "summary": ast.get_docstring(ast.parse(source)).split("\n\n")[0].replace("\n", " "),
@@ -107,16 +109,20 @@ def model(box, info, marks=None, same=()):
             "name": info["name"],
             "root": box.id,
             "config": info["config"],
-            "boxes": {each.id: described(each, info["facts"][each.id]) for each in inside(box)},
+            "boxes": {
+                each.id: described(each, info["facts"][each.id], leaves.get(each.id, ()))
+                for each in inside(box)
+            },
             "letters": letters(info["facts"]),
             "read": info["read"],
+            "experts": info["experts"],
             "wires": {each.id: wires(each) for each in inside(box) if each.children},
         },
     }
 
 
-def source_of(info):
-    return (PROJECT / "models" / f"{info['model']}.py").read_text(encoding="utf-8")
+def source_of(box):
+    return (PROJECT / box.definition.file).read_text(encoding="utf-8")
 
 
 def same_lines(left, right):
@@ -146,7 +152,19 @@ def inside(box):
     return [box, *(each for child in box.children for each in inside(child))]
 
 
-def described(box, facts):
+def shapes_left(box):
+    """{id: the shapes in which a box's result goes on, where they are another view of it: heads apart}."""
+    found = {}
+    for each in inside(box):
+        outputs = {child.id: child.output for child in each.children}
+        for edge in each.edges:
+            output = outputs.get(edge.source)
+            if output and edge.shape.numbers != output.numbers:
+                found.setdefault(edge.source, {})[edge.shape] = None
+    return found
+
+
+def described(box, facts, leaves):
     """A box as page.js reads it; lines are [first, last] in the model's file, terms [coefficient, "B*T"]."""
     return {
         "label": box.label,
@@ -157,9 +175,12 @@ def described(box, facts):
         "definition": box.definition and [box.definition.first, box.definition.last],
         "doc": box.doc,
         "once": box.once,
+        "of": [box.active, box.repeat],
         "tied_to": box.tied_to,
         "weights": [[name, list(shape), list(names)] for name, shape, names in box.weights],
         "output": box.output and [box.output.letters, list(box.output.numbers)],
+        "attends": box.attends,
+        "leaves": [[shape.letters, list(shape.numbers)] for shape in leaves],
         **facts,
     }
 
@@ -191,6 +212,7 @@ def view(box, marks=None, level=1, takes=(), is_open=True):
         "level": level,
         "title": "" if ":" in box.id else box.title,
         "takes": takes,
+        "repeats": repeats(box) + (f", {box.active} active" if box.active else ""),
         "circle": is_circle(box),
         "marks": (marks or {}).get(box.id, []),
         "is_same": marks is not None and box.id not in marks,

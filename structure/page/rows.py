@@ -37,29 +37,40 @@ class Rows:
     num_slots: int  # lanes beside the boxes
 
 
+OUT = Item("port", "out")
+
+
 def arrange(box):
     """The Rows of the children of `box`."""
-    edges = [edge for edge in merged(box.edges) if has_line(edge)]
     linked = {end for edge in box.edges for end in (edge.source, edge.target)}
-    children = after_inputs([child for child in box.children if child.id in linked], edges)
-    spine = {edge.source for edge in edges if edge.residual}
-    adds = {child.id for child in children if child.role == "add"}
-    has_gutter = any(edge.source == "in" and edge.residual and edge.target in adds for edge in edges)
-
-    rows = [[Item("port", name) for name in ports(edges)]]
-    for rank in [[child] for child in children] if has_gutter else ranked(children, edges):
-        places = [place_of(child, spine) if has_gutter else "column" for child in rank]
-        rows.append([Item("box", child.id, place, is_alone(child)) for child, place in zip(rank, places)])
-    far = {edge for edge in edges if comes_from_far(edge, children, rows)}
-    named = [edge for edge in box.edges if edge in far or not has_line(edge)]
-    edges = [edge for edge in edges if edge not in far]
-
-    slots = {}  # source -> the slot of its lane
-    wires = [(wire(edge, rows, spine if has_gutter else set(), slots), edge) for edge in edges]
-    for n, row in enumerate(rows):
-        rows[n] = centred(ordered(row, rows[n - 1] if n else [], edges, slots), spine)
     idle = [child.id for child in box.children if child.id not in linked]
-    return Rows(rows, wires, idle, names_taken(named), has_gutter, len(slots))
+    lines = [edge for edge in merged(box.edges) if has_line(edge)]
+    children = after_inputs([child for child in box.children if child.id in linked], lines)
+    has_gutter = branches_off(children, lines)
+    stream = {edge.source for edge in lines if edge.residual}
+
+    rows = [[Item("port", name) for name in ports(lines)]]
+    if has_gutter:
+        rows += [[Item("box", child.id, place_of(child, stream), is_alone(child))] for child in children]
+    else:
+        rows += [
+            [Item("box", child.id, alone=is_alone(child)) for child in row] for row in ranked(children, lines)
+        ]
+
+    far = {edge for edge in lines if comes_from_far(edge, children, rows)}
+    named = [edge for edge in box.edges if edge in far or not has_line(edge)]
+    lines = [edge for edge in lines if edge not in far]
+
+    lanes = Lanes(rows, stream if has_gutter else set())
+    wires = [(lanes.way(edge), edge) for edge in lines]
+    rows = sorted_rows(lanes.filled_rows(), lines, lanes.slots, stream)
+    return Rows(rows, wires, idle, names_taken(named), has_gutter, len(lanes.slots))
+
+
+def branches_off(children, lines):
+    """Whether the residual stream runs from the top of a box to an addition: then it has a gutter."""
+    adds = {child.id for child in children if child.role == "add"}
+    return any(edge.source == "in" and edge.residual and edge.target in adds for edge in lines)
 
 
 def is_circle(box):
@@ -155,28 +166,57 @@ def ranked(children, edges):
     return rows
 
 
-def wire(edge, rows, spine, slots):
-    """The anchors that an edge passes; lanes are added to the rows between its ends.
+class Lanes:
+    """The lanes of wires in the rows that they pass on their way down.
 
-    What leaves the stream while the stream still holds it branches off right above its target. What passes
-    small boxes goes between them, anything else in a slot at their right.
+    What passes small boxes goes between them, anything else in a slot at their right. A wire that comes from
+    where another did takes its lane.
     """
-    stands = {item.key: (n, item) for n, row in enumerate(rows) for item in row if item.kind != "lane"}
-    first, source = stands[edge.source]
-    last, target = stands.get(edge.target, (len(rows), Item("port", "out")))
-    along = edge.source in spine or (edge.source == "in" and spine)
-    if along and not any(first < n < last for n, item in stands.values() if item.key in spine):
-        return [source.anchor, target.anchor]
-    lanes = []
-    for n in range(first + 1, last):
-        lane = next((item for item in rows[n] if item.kind == "lane" and item.key == edge.source), None)
-        if lane is None:
-            beside = source.alone or source.kind == "port" or any(item.alone for item in rows[n])
-            slot = slots.setdefault(edge.source, len(slots) + 1) if beside else 0
-            lane = Item("lane", edge.source, row=n, slot=slot)
-            rows[n].append(lane)
-        lanes.append(lane.anchor)
-    return [source.anchor, *lanes, target.anchor]
+
+    def __init__(self, rows, stream):
+        """stream: ids of the boxes on the residual stream, if it has a gutter."""
+        self.rows, self.stream = rows, stream
+        self.stands = {item.key: (n, item) for n, row in enumerate(rows) for item in row}
+        self.lanes = {}  # (source, row): Item
+        self.slots = {}  # source: the slot of its lanes
+
+    def way(self, edge):
+        """The anchors that an edge passes, from its source to its target."""
+        first, source = self.stands[edge.source]
+        last, target = self.stands.get(edge.target, (len(self.rows), OUT))
+        if self.leaves_late(edge, first, last):
+            return [source.anchor, target.anchor]
+        passed = [self.lane(source, n).anchor for n in range(first + 1, last)]
+        return [source.anchor, *passed, target.anchor]
+
+    def leaves_late(self, edge, first, last):
+        """What leaves the stream while the stream still holds it branches off right above its target."""
+        if edge.source not in self.stream and not (edge.source == "in" and self.stream):
+            return False
+        return not any(first < n < last for n, item in self.stands.values() if item.key in self.stream)
+
+    def lane(self, source, n):
+        """The lane in the n-th row of what comes from an Item."""
+        if (source.key, n) not in self.lanes:
+            beside = source.alone or source.kind == "port" or any(item.alone for item in self.rows[n])
+            slot = self.slots.setdefault(source.key, len(self.slots) + 1) if beside else 0
+            self.lanes[source.key, n] = Item("lane", source.key, row=n, slot=slot)
+        return self.lanes[source.key, n]
+
+    def filled_rows(self):
+        """The rows, each with the lanes in it."""
+        return [
+            row + [lane for (_, passed), lane in self.lanes.items() if passed == n]
+            for n, row in enumerate(self.rows)
+        ]
+
+
+def sorted_rows(rows, lines, slots, stream):
+    """The rows with their items in order, each row by the one above it."""
+    done = []
+    for row in rows:
+        done.append(centred(ordered(row, done[-1] if done else [], lines, slots), stream))
+    return done
 
 
 def ordered(row, above, edges, slots):

@@ -6,10 +6,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Curve
 
-from structure.capture import colours
-from structure.picture.layout import CARDS
+from structure.capture import blocks
+from structure.picture.arrange import CARDS, RADIUS
 from structure.picture.sheet import Word
-from structure.picture.stack import RADIUS
 
 UNIT = 72 / 100  # points in a unit of the sheet
 MARGIN = 24
@@ -18,11 +17,11 @@ FADED = 0.35  # what is left of a colour
 
 
 class Ink:
-    """Draws on one figure; `dark` picks the second of each pair of colours."""
+    """Draws on one figure; `dark` picks the second of each pair of blocks."""
 
     def __init__(self, width, height, dark):
         self.dark, self.faded = int(dark), False
-        self.ground = colours.GROUND[self.dark]
+        self.ground = blocks.GROUND[self.dark]
         self.figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor=self.ground)
         FigureCanvasAgg(self.figure)
         self.axes = self.figure.add_axes((0, 0, 1, 1))
@@ -30,10 +29,10 @@ class Ink:
         self.axes.axis("off")
 
     def fill(self, role):
-        return self.tone(colours.COLOURS[role][self.dark][0])
+        return self.tone(blocks.COLOURS[role][self.dark][0])
 
     def edge(self, role):
-        return self.tone(colours.COLOURS[role][self.dark][1])
+        return self.tone(blocks.COLOURS[role][self.dark][1])
 
     def tone(self, colour):
         """The colour, or a shade of the ground that only hints at it."""
@@ -50,7 +49,7 @@ class Ink:
         self.axes.add_patch(shape)
 
     def word(self, word, ground=None):
-        tone = {"text": colours.TEXT, "muted": colours.MUTED, "ground": colours.GROUND}[word.tone][self.dark]
+        tone = {"text": blocks.TEXT, "muted": blocks.MUTED, "ground": blocks.GROUND}[word.tone][self.dark]
         text = self.axes.text(
             word.x,
             word.y - 0.36 * word.size,
@@ -166,7 +165,7 @@ def draw_frame(ink, tile):
 
 def draw_junction(ink, tile):
     x, y = tile.middle, tile.y + tile.h / 2
-    colour = colours.SPINE[ink.dark]
+    colour = blocks.SPINE[ink.dark]
     ink.axes.add_patch(
         Circle((x, y), RADIUS, facecolor=ink.fill("add"), edgecolor=colour, linewidth=1.4 * UNIT, zorder=4)
     )
@@ -183,16 +182,16 @@ def draw_junction(ink, tile):
 
 def draw_line(ink, line):
     if line.kind == "spine":
-        ink.line(line.points, ink.tone(colours.SPINE[ink.dark]), 2.6, 3, line.arrow)
+        ink.line(line.points, ink.tone(blocks.SPINE[ink.dark]), 2.6, 3, line.arrow)
     elif line.kind == "memory":
-        ink.line(line.points, ink.tone(colours.SPINE[ink.dark]), 1.6, 2.6, line.arrow)
+        ink.line(line.points, ink.tone(blocks.SPINE[ink.dark]), 1.6, 2.6, line.arrow)
     elif line.kind == "side":
         ink.line(line.points, ink.edge(line.role), 1.1, 2.5, line.arrow)
     else:
-        ink.line(line.points, ink.tone(colours.MUTED[ink.dark]), 1.2, 2.8, line.arrow)
+        ink.line(line.points, ink.tone(blocks.MUTED[ink.dark]), 1.2, 2.8, line.arrow)
 
 
 def draw_badge(ink, x, y, number):
-    colour = colours.SPINE[ink.dark]
+    colour = blocks.SPINE[ink.dark]
     ink.axes.add_patch(Circle((x, y), 7.5, facecolor=colour, edgecolor=ink.ground, linewidth=UNIT, zorder=7))
     ink.word(Word(str(number), x, y, 9.0, "ground", True))

@@ -3,18 +3,20 @@
 from collections import Counter
 
 from structure.capture.blocks import Box
-from structure.picture.sheet import Drawing, Line, Tile, Word
-from structure.picture.words import count, width_of
+from structure.facts import walk
+from structure.picture.sheet import Drawing, Line, Tile, Word, count, width_of
 
 WIDTH = 238.0
 COLUMN = 26.0  # between two columns
 ROW = 16.0
+MOST_SQUARES = 512  # of heads, of experts; more are a number alone
 
 ROLES = {
     "embedding": "embedding",
     "position": "positions",
     "norm": "norm",
     "attention": "attention",
+    "recurrence": "recurrence",
     "feed_forward": "feed-forward",
     "head": "head",
     "linear": "linear map",
@@ -39,7 +41,14 @@ LETTERS = {
     "f": "features in the feed-forward",
     "V": "vocabulary",
     "Y": "labels",
+    "E": "experts",
+    "A": "experts that work for a token",
+    "W": "tokens that a convolution sees",
+    "w": "tokens in the window",
+    "c": "tokens in a chunk",
+    "r": "features of the latent",
 }
+STATE = "features of the state"  # what N is where it is a number
 
 
 LINES = (
@@ -57,13 +66,18 @@ def panel(box, info, sheet, columns=1):
     size = min(24.0, 24.0 * WIDTH / width_of(info["name"], 24.0, True))
     drawing.words.append(Word(info["name"], 0, -12, size, "text", True, "left"))
     drawing.words.append(Word(f"models/{info['model']}.py", 0, -36, 10.5, anchor="left"))
-    parts = (draw_parameters, box), (draw_letters, letters), (draw_heads, letters), (draw_lines, sheet)
-    if columns == 2:
-        parts = parts[0], parts[3], parts[1], parts[2]
+    experts = next((each for each, _ in walk(box) if each.active), None)
+    first, lines = [(draw_parameters, box)], [(draw_lines, sheet)]
+    second = [(draw_letters, letters)]
+    second += [(draw_heads, letters)] if "H" in letters else []
+    second += [(draw_experts, experts)] if experts else []
+    parts = [*first, *lines, None, *second] if columns == 2 else [*first, *second, *lines]
     y = bottom = -66.0
-    for n, (draw, what) in enumerate(parts):
-        if columns == 2 and n == 2:
+    for part in parts:
+        if part is None:
             y, drawing = -66.0, shifted(drawing, -WIDTH - COLUMN)
+            continue
+        draw, what = part
         y = draw(drawing, what, y) - 26
         bottom = min(bottom, y + 18)
     drawing = shifted(drawing, (WIDTH + COLUMN) * (columns - 1), -bottom)
@@ -101,6 +115,10 @@ def draw_parameters(drawing, box, y):
     """A bar of shares, then a row for each colour."""
     by_role, total, x = parameters_by_role(box), box.parameters, 0.0
     heading(drawing, "Parameters", f"{total:,}", y)
+    if box.used < total:
+        y -= ROW + 2
+        row(drawing, 0, "active for a token", y)
+        drawing.words.append(Word(f"{box.used:,}", WIDTH, y, anchor="right", tone="text"))
     y -= 24
     for role in ROLES:
         if by_role[role]:
@@ -162,7 +180,7 @@ def draw_letters(drawing, found, y):
         if letter in found:
             y -= ROW
             drawing.words.append(Word(letter, 0, y, tone="text", bold=True, anchor="left"))
-            row(drawing, 24, meaning, y)
+            row(drawing, 24, STATE if letter == "N" and isinstance(found["N"], int) else meaning, y)
             if isinstance(found[letter], int):
                 drawing.words.append(Word(f"{found[letter]:,}", WIDTH, y, anchor="right", tone="text"))
     return y
@@ -176,6 +194,8 @@ def draw_heads(drawing, letters, y):
     text = f"{H} query heads share {K} key/value heads" if K < H else f"{H} heads, each with keys and values"
     row(drawing, 0, text, y - ROW - 4)
     y -= 2 * ROW
+    if H > MOST_SQUARES:
+        return y + 4
     per_row = next(n for n in range(min(H, 32), 0, -1) if n % (H // K) == 0 or H // K > 32)
     cell = min(WIDTH / per_row, 15.0)
     for first in range(0, H, per_row):
@@ -186,6 +206,22 @@ def draw_heads(drawing, letters, y):
             drawing.tiles.append(swatch("cache", n * cell, y - cell - 6, cell * share - 2, 4))
         y -= cell + 12
     return y + 4
+
+
+def draw_experts(drawing, box, y):
+    """A square for each expert, full for those that work for a token."""
+    heading(drawing, "Experts", "", y)
+    row(drawing, 0, f"{box.active} of {box.repeat} are active, chosen for each token", y - ROW - 4)
+    y -= 2 * ROW
+    if box.repeat > MOST_SQUARES:
+        return y + 4
+    per_row = next(n for n in range(min(box.repeat, 32), 0, -1) if box.repeat % n == 0 or box.repeat > 32)
+    cell = min(WIDTH / per_row, 15.0)
+    for n in range(box.repeat):
+        role = "feed_forward" if n < box.active else "group"
+        x, top = n % per_row * cell, y - n // per_row * cell
+        drawing.tiles.append(swatch(role, x, top - cell, cell - 2, cell - 3))
+    return y - cell * -(-box.repeat // per_row)
 
 
 def draw_lines(drawing, sheet, y):

@@ -1,6 +1,6 @@
 """A decoder whose queries and keys are normed head by head, as in Qwen3.
 
-New against Llama 3 (llama.py):
+New against llama:
 - q and k of each head pass an RMSNorm before RoPE turns them, so that no score grows with training
 - no biases and no scaling of RoPE
 Paper: Yang et al. 2025 (Qwen3, section 2).
@@ -67,7 +67,7 @@ class Model(nn.Module):
         self,
         tokens: Tensor,  # (B, T)
         positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
+        cache: "Past | None" = None,
     ) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
@@ -76,7 +76,7 @@ class Model(nn.Module):
         self,
         tokens: Tensor,  # (B, T)
         positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
+        cache: "Past | None" = None,
     ) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
@@ -85,6 +85,8 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
         mask = None
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
@@ -98,11 +100,11 @@ class Model(nn.Module):
             x = layer(x, rotation, mask, positions, cache[n] if cache else None)
         return self.final_norm(x)
 
-    def new_cache(self, batch_size: int, num_slots: int) -> "Cache":
+    def new_cache(self, batch_size: int, num_slots: int) -> "Past":
         """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens."""
         shape = (batch_size, self.config.num_kv_heads, num_slots, self.config.head_dim)
         zeros = self.token_embed.weight.new_zeros
-        return tuple(LayerCache(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
+        return tuple(KeysAndValues(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
 
     @torch.no_grad()
     def init_weights(self):
@@ -133,6 +135,10 @@ class Attention(nn.Module):
     """Grouped-query attention whose scores cannot grow: after the norms, |q| and |k| are what the norms say.
 
     Differs from llama: q and k of each head are normed before they are turned.
+
+    >>> norm = nn.RMSNorm(2, eps=0.0)
+    >>> torch.allclose(norm(torch.tensor([3.0, 4.0])), norm(torch.tensor([300.0, 400.0])))
+    True
     """
 
     def __init__(self, config: Config):
@@ -153,13 +159,13 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
         mask: Tensor | None,  # (B, 1, T, S) or None: True = attend; None = causal among these T
         positions: Tensor,  # (B, T)
-        cache: "LayerCache | None",
+        cache: "KeysAndValues | None",
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+        q, k = turn(self.q_norm(q), *rotation), turn(self.k_norm(k), *rotation)
 
         if cache is not None:
             cache.write(k, v, positions)
@@ -199,7 +205,7 @@ def rope(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
 
     With q turned by its position m and k by its position n, their product depends on m - n alone. The pairs
@@ -210,7 +216,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
 
-class LayerCache(NamedTuple):
+class KeysAndValues(NamedTuple):
     """The keys and values of one layer's past, K heads each; slot s holds the token at position s."""
 
     k: Tensor  # (B, K, S, d)
@@ -224,4 +230,4 @@ class LayerCache(NamedTuple):
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, K, S, d)
 
 
-Cache = tuple[LayerCache, ...]  # one per layer
+Past = tuple[KeysAndValues, ...]  # one per layer

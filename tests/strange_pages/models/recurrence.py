@@ -1,6 +1,6 @@
 """A decoder without attention: each layer reads the text token by token and keeps a state of fixed size.
 
-New against Llama 3 (llama.py):
+New against llama:
 - no heads, no positions, no scores: a loop over time stands where attention was
 - the cache does not grow with the text: a layer keeps one matrix per row, whatever was read
 - no feed-forward: the layer's gate does its work
@@ -79,6 +79,8 @@ class Model(nn.Module):
             None: these are the text's first T.
         """
         B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are places behind a cache's states: give the cache too")
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         if cache is not None:
@@ -129,6 +131,12 @@ class Mixer(nn.Module):
 
     Without `keep` the state would be the sum of all k v^T, which is attention without softmax. keep, a number
     from 0 to 1 per token and row of the state, lets what is old fade as fast as the text asks for.
+
+    >>> state = 0.0
+    >>> for keep, key_times_value in [(0.5, 8.0), (0.5, 0.0), (0.5, 1.0)]:
+    ...     state = keep * state + key_times_value
+    >>> state
+    3.0
     """
 
     def __init__(self, config: Config):
@@ -193,6 +201,7 @@ class LayerCache(NamedTuple):
         self.num_read[rows, place] = torch.where(is_token, position + 1, kept[1])  # (B, U)
 
 
+# Differs from gpt2: a layer's past is a few states of it.
 Cache = tuple[LayerCache, ...]  # one per layer
 
 

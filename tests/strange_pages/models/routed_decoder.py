@@ -1,6 +1,6 @@
 """A decoder with experts: of E feed-forwards in a layer, a router lets A work on each token, as in Mixtral.
 
-New against Llama 3 (llama.py):
+New against llama:
 - E feed-forwards in place of one; a token passes through A of them, chosen by a linear map of it
 - no biases and no scaling of RoPE
 Paper: Jiang et al. 2024 (Mixtral, section 2.1).
@@ -67,7 +67,7 @@ class Model(nn.Module):
         self,
         tokens: Tensor,  # (B, T)
         positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
+        cache: "Past | None" = None,
     ) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
@@ -76,7 +76,7 @@ class Model(nn.Module):
         self,
         tokens: Tensor,  # (B, T)
         positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
+        cache: "Past | None" = None,
     ) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
@@ -85,6 +85,8 @@ class Model(nn.Module):
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
         B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
         mask = None
         if positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
@@ -98,11 +100,11 @@ class Model(nn.Module):
             x = layer(x, rotation, mask, positions, cache[n] if cache else None)
         return self.final_norm(x)
 
-    def new_cache(self, batch_size: int, num_slots: int) -> "Cache":
+    def new_cache(self, batch_size: int, num_slots: int) -> "Past":
         """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens."""
         shape = (batch_size, self.config.num_kv_heads, num_slots, self.config.head_dim)
         zeros = self.token_embed.weight.new_zeros
-        return tuple(LayerCache(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
+        return tuple(KeysAndValues(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
 
     @torch.no_grad()
     def init_weights(self):
@@ -150,13 +152,13 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
         mask: Tensor | None,  # (B, 1, T, S) or None: True = attend; None = causal among these T
         positions: Tensor,  # (B, T)
-        cache: "LayerCache | None",
+        cache: "KeysAndValues | None",
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = turn(q, *rotation), turn(k, *rotation)
 
         if cache is not None:
             cache.write(k, v, positions)
@@ -173,6 +175,10 @@ class Mixture(nn.Module):
     """The A experts that a token's router likes best, weighted by the softmax over these A.
 
     All E at once would cost E / A times as much and give the router nothing to choose.
+
+    >>> scores, chosen = torch.tensor([1.0, 3.0, 2.0, 3.0]).topk(2)
+    >>> sorted(chosen.tolist()), scores.softmax(dim=-1).tolist()
+    ([1, 3], [0.5, 0.5])
     """
 
     def __init__(self, config: Config):
@@ -232,7 +238,7 @@ def rope(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
 
     With q turned by its position m and k by its position n, their product depends on m - n alone. The pairs
@@ -243,7 +249,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
 
-class LayerCache(NamedTuple):
+class KeysAndValues(NamedTuple):
     """The keys and values of one layer's past, K heads each; slot s holds the token at position s."""
 
     k: Tensor  # (B, K, S, d)
@@ -257,4 +263,4 @@ class LayerCache(NamedTuple):
         self.v[rows, :, positions] = v.transpose(1, 2)  # (B, K, S, d)
 
 
-Cache = tuple[LayerCache, ...]  # one per layer
+Past = tuple[KeysAndValues, ...]  # one per layer

@@ -1,44 +1,63 @@
 """Where everything stands on the sheet: the data runs from the bottom to the top.
 
-(As in figure 1 of "Attention Is All You Need".) Two patterns make every diagram, at each level of the tree:
-
-    a stack    what the residual stream runs through, on one vertical axis, the spine; what leaves the spine
-               and comes back to it, a branch, stands in a lane beside it
-    a grid     all else: rows from the bottom to the top, each box as wide as what it joins (grid.py)
-
-Each part is built around its own axis, then moved into the box around it. A model that reads another one (a
-decoder its encoder) is mirrored, so that the two spines stand outside and what joins the models between.
+(As in figure 1 of "Attention Is All You Need".) Each part of a diagram, a stack or a grid (arrange.py), is
+built around its own axis, then moved into the box around it. A model that reads another one (a decoder its
+encoder) is mirrored, so that the two spines stand outside and what joins the models between.
 """
 
 from dataclasses import dataclass, replace
 
-from structure.drawn import is_junction, is_region, is_stack, prepared, side_key, side_name, side_names
-from structure.picture.grid import COLUMN_GAP, GAP, build_grid
-from structure.picture.sheet import Drawing, Line, Mouth, Port, Tile, Word, straight
-from structure.picture.stack import CHANNEL, LANE_GAP, PADDING, RADIUS, RAIL, Stack, extent
-from structure.picture.words import (
+from structure.capture.blocks import (
+    is_junction,
+    is_region,
+    is_stack,
+    prepared,
+    repeats,
+    side_key,
+)
+from structure.picture.arrange import (
+    CARDS,
+    CHANNEL,
+    COLUMN_GAP,
+    FORK,
+    GAP,
+    HEADER,
+    LANE_GAP,
+    MOUTH,
+    PADDING,
+    RADIUS,
+    RAIL,
+    TURN,
+    Grid,
+    Stack,
+    extent,
+)
+from structure.picture.lines import draw_stack_lines
+from structure.picture.sheet import (
     DETAIL,
     LABEL,
     NAME,
+    REPEAT,
     SHAPE,
     WORD_GAP,
+    Drawing,
+    Line,
+    Port,
+    Tile,
+    Word,
     details,
     labelled,
     name_of,
+    one_line,
     row_of_words,
     shape_lines,
     shape_words,
     stacked,
+    straight,
     tile_height,
     tile_words,
     width_of,
 )
-
-FORK = 23.0  # between rows where a line turns
-HEADER = 25.0  # the strip at the top of a frame that holds its name
-CARDS = 8.0  # how far the frames behind a repeated one look out
-TURN = 6.0  # between lines that turn below a frame
-MOUTH = 48.0  # what the names of inputs take
 
 
 @dataclass
@@ -69,19 +88,34 @@ def lay_out(box, width=0.0):
 
 
 def shared(sheet, mouths):
-    """Two neighbours of one name become one, whose line forks."""
+    """Two neighbours of one name become one, whose line forks; two of other names move apart."""
     found = []
     for mouth in sorted(mouths, key=lambda mouth: mouth.x):
-        near = found[-1] if found and mouth.name == found[-1].name != "out" else None
-        if near and mouth.x - near.x < width_of(mouth.name, NAME, True) + 24:
-            x, low, turn = (near.x + mouth.x) / 2, MOUTH - 8, MOUTH - 2
+        near = found[-1] if found and "out" not in (mouth.name, found[-1].name) else None
+        if near and near.name == mouth.name and mouth.x - near.x < width_of(mouth.name, NAME, True) + 24:
+            x = (near.x + mouth.x) / 2
             for end in (near.x, mouth.x):
-                points = [(x, low), (x, turn), (end, turn), (end, MOUTH)]
-                sheet.lines.append(Line("flow", "", "", points, arrow=False))
+                sheet.lines.append(to_mouth(x, end))
             found[-1] = replace(near, x=x)
-        else:
-            found.append(mouth)
+            continue
+        room = 12 + (mouth_width(near) + mouth_width(mouth)) / 2 if near else 0.0
+        if near and near.name != mouth.name and mouth.x - near.x < room:
+            sheet.lines.append(to_mouth(near.x + room, mouth.x))
+            mouth = replace(mouth, x=near.x + room)
+        found.append(mouth)
     return found
+
+
+def to_mouth(x, end):
+    """From the name of an input up to where it enters the diagram, at another x."""
+    low, turn = MOUTH - 8, MOUTH - 2
+    return Line("flow", "", "", straight([(x, low), (x, turn), (end, turn), (end, MOUTH)]), arrow=False)
+
+
+def mouth_width(mouth):
+    """Of its name and its shape."""
+    lines = [width_of(line, SHAPE) for line in shape_lines(mouth.shape)] if mouth.shape else []
+    return max([width_of(mouth.name, NAME, True), *lines])
 
 
 def mouth_words(mouth, top):
@@ -100,7 +134,7 @@ def mouth_words(mouth, top):
 def build(box, left, right, depth=0, flat=True):
     """A Drawing of the box and what is in it, on y = 0, from -left to right."""
     if is_stack(box):
-        return StackBuilder(box, left, right, depth).framed()
+        return build_stack(box, left, right, depth)
     if box.children:
         return build_frame(box, left + right, depth)
     if is_junction(box):
@@ -150,7 +184,7 @@ def port_of(box, drawing, grid, edge, right):
     """A side input comes from the right, behind those beside the box that read it too; else from below."""
     tile = drawing.tile(edge.target)
     readers = {other.target for other in box.edges if other.source == edge.source}
-    beside = [t.box.id for t in drawing.tiles if t.x > tile.x and t.y < tile.y + tile.h / 2 < t.top]
+    beside = [t.box.id for t in drawing.tiles if t.x >= tile.right and t.y < tile.y + tile.h / 2 < t.top]
     y = tile.y + tile.h / 2
     path = [(right, y), (tile.right, y)]
     if grid.row[edge.target] == 0 or set(beside) - readers:
@@ -164,51 +198,118 @@ def header_words(tile):
     box, y = tile.box, tile.top - HEADER / 2 - 1
     parts = [(name_of(box), NAME, True)] + [(text, DETAIL, False) for text in details(box)]
     if not is_stack(box):
-        return row_of_words(parts, tile.x + 12, y)
+        return row_of_words(parts, tile.x + 12, y) + repeat_words(box, tile.right - 14, y, "right")
     parts += [("each", DETAIL, False)] * (box.repeat > 1)
     mirrored = tile.entry > tile.middle
     x = tile.entry + 20
     if mirrored:
         x = tile.entry - 20 - sum(width_of(*part) for part in parts) - WORD_GAP * (len(parts) - 1)
-    words = row_of_words(parts, x, y)
-    if box.repeat > 1:
-        end, anchor = (tile.x + 14, "left") if mirrored else (tile.right - 14, "right")
-        words.append(Word(f"× {box.repeat}", end, y - 3, 17.0, "text", True, anchor))
-    return words
+    end = (tile.x + 14, y, "left") if mirrored else (tile.right - 14, y, "right")
+    return row_of_words(parts, x, y) + repeat_words(box, *end)
+
+
+def repeat_words(box, x, y, anchor):
+    return [Word(repeats(box), x, y - 3, REPEAT, "text", True, anchor)] if repeats(box) else []
+
+
+# ---------------------------------------------------------------------------- the grid
+
+
+def build_grid(boxes, edges, width, build, context=None):
+    """The boxes and the lines between them, from -width / 2 to width / 2, and the Grid.
+
+    build: makes the Drawing of a box of a given width; `flat`, if its words may stand in one line.
+    """
+    grid, drawing = Grid(boxes, edges, context), Drawing(width / 2, width / 2)
+    column = (width + COLUMN_GAP) / grid.num_columns
+    at = {
+        key: (first * column - width / 2, (last + 1) * column - COLUMN_GAP - width / 2)
+        for key, (first, last) in grid.spans.items()
+    }
+    y = 0.0
+    for row in range(grid.num_rows):
+        here = [box for box in grid.boxes if grid.row[box.id] == row]
+        wide = {box.id: at[box.id][1] - at[box.id][0] for box in here}
+        flat = all(one_line(box) <= wide[box.id] for box in here if box.parameters and not box.children)
+        parts = [(build(box, wide[box.id], flat), sum(at[box.id]) / 2) for box in here]
+        height = max(part.top for part, _ in parts)
+        for part, x in parts:
+            drawing.ports += drawing.add(part, x, y + (height - part.top) / 2)[0]
+        drawing.top = y + height
+        leaving = [edge for edge in grid.edges if grid.row.get(edge.source, -1) == row]
+        y += height + GAP + LABEL * any(labelled(edge, grid.context) for edge in leaving)
+    for edge in grid.edges:
+        if edge.source != "in":
+            route(drawing, grid, edge, *line_ends(grid, edge, at))
+    return drawing, grid
+
+
+def line_ends(grid, edge, at):
+    """x of its lower and of its upper end: the middle of what the two boxes that it joins have in common."""
+    low, high = at[grid.below(edge, grid.row[edge.target])], at[edge.target]
+    if low[0] < high[1] and high[0] < low[1]:
+        x = (max(low[0], high[0]) + min(low[1], high[1])) / 2
+        return x, x
+    return sum(low) / 2, sum(high) / 2
+
+
+def route(drawing, grid, edge, x, entry):
+    source, target = drawing.tile(edge.source), drawing.tile(edge.target)
+    x = source.middle if source.kind == "junction" else x
+    entry = entry if target.entry is None else target.entry
+    turn = target.y - GAP / 2
+    points = straight([(x, source.top), (x, turn), (entry, turn), (entry, target.y)])
+    if target.kind == "junction":
+        y, side = target.y + target.h / 2, target.x if x < target.x else target.right
+        aside = [(x, source.top), (x, y), (side, y)]
+        points = aside if abs(x - target.middle) > RADIUS else [(x, source.top), (x, target.y)]
+    drawing.lines.append(Line("flow", edge.source, edge.target, points, target.kind != "frame"))
+    twins = [each for each in grid.edges if each.source == edge.source and each.shape == edge.shape]
+    if labelled(edge, grid.context) and twins[0] is edge:
+        drawing.words += shape_words(edge.shape, x, source.top + LABEL / 2 + 4)
 
 
 # ---------------------------------------------------------------------------- the stack
 
 
-class StackBuilder:
-    """Draws a Stack with its spine at x = 0 and its lanes to the right."""
+def build_stack(box, left, right, depth):
+    """A Drawing of a Stack with its spine at x = 0 and its lanes to the right."""
+    placed = PlacedStack(box, left, right, depth)
+    placed.place_lanes()
+    placed.place_spine()
+    placed.place_wings()
+    placed.place_idle()
+    draw_stack_lines(placed)
+    placed.add_frame()
+    return placed.drawing
+
+
+class PlacedStack:
+    """A Stack and where its boxes stand. The spine is placed after the lanes, all else after the spine."""
 
     def __init__(self, box, left, right, depth):
         self.box, self.edges, self.stack = box, box.edges, Stack(box)
-        self.region = is_region(box)
-        self.depth = depth
+        self.region, self.depth = is_region(box), depth
         self.padding = 0.0 if self.region else PADDING
         self.left = left - self.padding
         self.right = right - self.padding - sum(CHANNEL + b.width() for b in self.stack.of_kind("wing"))
-        self.channel = self.right + CHANNEL / 2
         self.bottom = 0.0 if self.region else PADDING + 2
         self.drawing = Drawing(left, right)
         self.ports = []  # of the frames in it
         self.tops = {-1: 0.0}  # place on the spine -> y where it ends
-        self.place_lanes()
-        self.place_spine()
-        self.place_wings()
-        self.place_idle()
-        for edge in self.edges:
-            self.draw_edge(edge)
+        self.lane_at, self.lane_tops = [], []  # of each lane: (left, width), and y where it ends
 
-    def framed(self):
+    @property
+    def channel(self):
+        """x of the line that comes from a model beside this one."""
+        return self.right + CHANNEL / 2
+
+    def add_frame(self):
         kind = "region" if self.region else "frame"
         width = self.left + self.right + 2 * self.padding
         self.drawing.tiles.append(
             Tile(self.box, kind, -self.left - self.padding, 0.0, width, self.drawing.top, self.depth, 0.0)
         )
-        return self.drawing
 
     def build(self, box, left, right):
         return build(box, left, right, self.depth + 1)
@@ -218,8 +319,6 @@ class StackBuilder:
         self.ports += ports
         self.drawing.mouths += [mouth for mouth in mouths if mouth.name != "out"]
 
-    # ---- places
-
     def place_lanes(self):
         """Lanes of frames share what room there is; side inputs run up at the right of each."""
         stack, lanes = self.stack, self.stack.lanes
@@ -227,7 +326,7 @@ class StackBuilder:
         rails = [RAIL * len(stack.rails(lane)) for lane in lanes]
         spare = self.right - stack.half - sum(widths) - sum(rails) - LANE_GAP * len(lanes)
         framed = any(box.children for lane in lanes for branch in lane for box in branch.boxes)
-        self.lane_at, x = [], stack.half + LANE_GAP
+        x = stack.half + LANE_GAP
         for width, rail in zip(widths, rails):
             width += spare / len(lanes) if framed else 0.0
             self.lane_at.append((x, width))
@@ -317,133 +416,3 @@ class StackBuilder:
             y -= part.top
             self.put(part, self.right - width / 2, y)
             y -= GAP
-
-    # ---- lines
-
-    def draw_edge(self, edge):
-        stack, source, target = self.stack, edge.source, edge.target
-        from_branch, to_branch = stack.branch_of(source), stack.branch_of(target)
-        if from_branch and from_branch is to_branch:
-            return
-        reader = stack.of.get(target)
-        if reader and reader.children and not edge.residual and side_name(edge) in side_names(reader):
-            self.draw_side(edge, from_branch)
-        elif target in stack.place and (source in stack.place or edge.residual):
-            self.draw_spine(edge)
-        elif source in stack.place and not (source == "in" and self.region):
-            self.draw_fork(edge)
-        elif source.startswith("in"):
-            self.draw_input(edge)
-        elif target in stack.place:
-            self.draw_join(edge)
-
-    def end_of(self, id):
-        """A tile, or the frame itself for what comes from outside or goes there."""
-        return id if self.drawing.tile(id) else self.box.id
-
-    def draw_spine(self, edge):
-        source, target = self.drawing.tile(edge.source), self.drawing.tile(edge.target)
-        if not source and self.enter(edge, target):
-            return
-        if not target and self.region and self.depth:
-            return  # what is around goes on from here
-        low = source.top if source else 0.0
-        high = target.y if target else self.drawing.top + GAP * self.region
-        if not target and self.region:
-            self.drawing.mouths.append(Mouth("out", 0.0, edge.shape))
-        arrow = target.kind in ("tile", "junction") if target else self.region
-        points = [(0.0, low), (0.0, high)]
-        self.drawing.lines.append(
-            Line("spine", self.end_of(edge.source), self.end_of(edge.target), points, arrow)
-        )
-        if source and target and labelled(edge, self.edges):
-            self.drawing.words += shape_words(edge.shape, 0.0, (low + high) / 2)
-
-    def enter(self, edge, target):
-        """Gives what comes in its name; True if it needs no line, since a region has drawn it."""
-        name = edge.source.removeprefix("in:")
-        if target and target.kind == "region":
-            inner = name if name in side_names(target.box) else "in"
-            for mouth in self.drawing.mouths:
-                if mouth.name == inner and target.x <= mouth.x <= target.right:
-                    mouth.name, mouth.shape = name, edge.shape
-        elif self.region:
-            self.drawing.mouths.append(Mouth(name, target.way_in, edge.shape))
-        return target.kind == "region"
-
-    def draw_fork(self, edge):
-        source, target = self.drawing.tile(edge.source), self.drawing.tile(edge.target)
-        low, turn = source.top if source else 0.0, target.y - 12
-        points = [(0.0, low), (0.0, turn), (target.way_in, turn), (target.way_in, target.y)]
-        self.drawing.lines.append(
-            Line("flow", self.end_of(edge.source), edge.target, points, not target.box.children)
-        )
-
-    def draw_join(self, edge):
-        source, target = self.drawing.tile(edge.source), self.drawing.tile(edge.target)
-        x = source.middle
-        if target.kind == "junction":
-            y = target.y + target.h / 2
-            points = [(x, source.top), (x, y), (target.right, y)]
-        else:
-            y, entry = target.y - GAP / 2, min(max(x, target.x + 14), target.right - 14)
-            points = [(x, source.top), (x, y), (entry, y), (entry, target.y)]
-        self.drawing.lines.append(Line("flow", edge.source, edge.target, straight(points)))
-        if labelled(edge, self.edges):
-            self.drawing.words += shape_words(edge.shape, x, source.top + LABEL / 2 + 4)
-
-    def draw_input(self, edge):
-        target = self.drawing.tile(edge.target)
-        if not self.enter(edge, target):
-            points = [(target.way_in, 0.0), (target.way_in, target.y)]
-            self.drawing.lines.append(Line("flow", self.box.id, edge.target, points))
-
-    def draw_side(self, edge, branch):
-        if edge.source.startswith("in:") and self.drawing.tile(edge.target).kind == "region":
-            self.enter(edge, self.drawing.tile(edge.target))
-        for port in [port for port in self.ports if port.frame == edge.target and port.key == side_key(edge)]:
-            port = self.on_rail(port, edge)
-            if edge.source.startswith("in:") and self.region and not self.depth:
-                self.draw_from_outside(edge, port)
-            elif edge.source.startswith("in:"):
-                self.drawing.ports.append(replace(port, key=side_key(edge), frame=self.box.id))
-            elif branch.kind == "wing":
-                self.draw_from_wing(edge, port)
-            else:
-                self.draw_from_below(edge, port)
-
-    def draw_from_outside(self, edge, port):
-        if not any(mouth.x == port.x for mouth in self.drawing.mouths):
-            self.drawing.mouths.append(Mouth(edge.source.removeprefix("in:"), port.x, edge.shape))
-        role = "mask" if "mask" in edge.source else "operation"
-        points = straight([(port.x, 0.0), *port.path])
-        self.drawing.lines.append(Line("side", self.box.id, port.tile, points, True, role))
-
-    def on_rail(self, port, edge):
-        for (x, width), lane in zip(self.lane_at, self.stack.lanes):
-            if any(edge.target in branch for branch in lane):
-                x += width + RAIL * (self.stack.rails(lane).index(side_key(edge)) + 0.8)
-                return replace(port, x=x, path=[(x, port.path[0][1]), *port.path])
-        return port
-
-    def draw_from_below(self, edge, port):
-        tile, frame = self.drawing.tile(edge.source), self.drawing.tile(edge.target)
-        x = min(max(port.x, tile.x + 10), tile.right - 10)
-        turn = frame.y - 9 - TURN * self.level(tile, port.x < x)
-        points = [(x, tile.top), (x, turn), (port.x, turn), *port.path]
-        self.drawing.lines.append(Line("side", edge.source, port.tile, straight(points), True, tile.box.role))
-
-    def level(self, tile, to_the_left):
-        """How many lines turn above this one: of those that go left, the last turns highest."""
-        beside = [self.drawing.tile(box.id) for branch in self.stack.of_kind("port") for box in branch.boxes]
-        return sum(
-            other.x > tile.x if to_the_left else other.x < tile.x for other in beside if other.y == tile.y
-        )
-
-    def draw_from_wing(self, edge, port):
-        tile, y = self.drawing.tile(edge.source), port.path[0][1]
-        over, x = tile.top + GAP + CARDS + 8, self.channel
-        points = [(tile.entry, tile.top), (tile.entry, over), (x, over), (x, y), *port.path]
-        if not any(line.kind == "memory" for line in self.drawing.lines):
-            self.drawing.words += shape_words(edge.shape, (tile.entry + x) / 2, over)
-        self.drawing.lines.append(Line("memory", edge.source, port.tile, straight(points)))

@@ -1,17 +1,154 @@
-"""What the residual stream runs through: the spine, and the branches that leave it and come back."""
+"""What stands beside what and above what, before anything has a place: the two patterns of a diagram.
+
+    a stack    what the residual stream runs through, on one vertical axis, the spine; what leaves the spine
+               and comes back to it, a branch, stands in a lane beside it
+    a grid     all else: rows from the bottom to the top, each box as wide as the columns that it joins
+
+place.py says where, lines.py draws what joins them.
+"""
 
 from dataclasses import dataclass
 
-from structure.drawn import is_junction, is_region, is_stack, side_key, side_name, side_names
-from structure.picture.grid import Grid
-from structure.picture.words import labelled, one_line, shape_width, stacked
+from structure.capture.blocks import is_junction, is_region, is_stack, side_key, side_name, side_names
+from structure.picture.sheet import labelled, one_line, shape_width, stacked
 
+GAP = 15.0  # between rows
+COLUMN_GAP = 10.0
 PADDING = 12.0  # between a frame and what is in it
 LANE_GAP = 24.0
 RAIL = 12.0  # between the lines that run up beside a lane
 RADIUS = 10.0  # of a junction
 CHANNEL = 34.0  # between two models
 PORT = 62.0  # the least width of what stands below a frame and enters its side
+FORK = 23.0  # between rows where a line turns
+HEADER = 25.0  # the strip at the top of a frame that holds its name
+CARDS = 8.0  # how far the frames behind a repeated one look out
+TURN = 6.0  # between lines that turn below a frame
+MOUTH = 48.0  # what the names of inputs take
+
+
+# ---------------------------------------------------------------------------- the grid
+
+
+class Grid:
+    """Which row and which columns each box has.
+
+    A line that passes by a row has a column of its own there, under the key (source, target, row).
+    context: all edges around, which say what the boxes read.
+    """
+
+    def __init__(self, boxes, edges, context=None):
+        ids = {box.id for box in boxes}
+        self.context = edges if context is None else context
+        self.edges = [edge for edge in edges if edge.source in ids | {"in"} and edge.target in ids]
+        self.row = rows_of(boxes, self.edges)
+        self.boxes = sorted(boxes, key=lambda box: order_of(boxes, self.edges).index(box.id))
+        self.num_rows = 1 + max(self.row.values())
+        self.num_columns = 0
+        self.spans = {}  # key -> [first column, last column]
+        for row in range(self.num_rows):
+            self.fill(row)
+
+    def fill(self, row):
+        taken = set()
+        for box in self.boxes:
+            if self.row[box.id] == row:
+                self.claim(box.id, self.wanted(box.id, row), row, taken)
+        for edge in self.edges:
+            if self.row.get(edge.source, -1) < row < self.row[edge.target]:
+                below = self.spans.get(self.below(edge, row))
+                free = [c for c in range(below[0], below[1] + 1) if c not in taken] if below else []
+                wanted = [free[-1], free[-1]] if free else below
+                self.claim((edge.source, edge.target, row), wanted, row, taken)
+
+    def below(self, edge, row):
+        """The key of what the edge comes from in the row below."""
+        passing = (edge.source, edge.target, row - 1)
+        return passing if passing in self.spans else edge.source
+
+    def wanted(self, id, row):
+        """The columns of all that the box reads, or as few as touch them, if one is read again above."""
+        edges = [edge for edge in self.edges if edge.target == id and self.below(edge, row) in self.spans]
+        spans = [self.spans[self.below(edge, row)] for edge in edges]
+        if not spans:
+            return None
+        sources = {edge.source for edge in edges}
+        if any(edge.source in sources and self.row[edge.target] > row for edge in self.edges):
+            first, last = min(span[1] for span in spans), max(span[0] for span in spans)
+            if first <= last:
+                return [first, last]
+        return [min(span[0] for span in spans), max(span[1] for span in spans)]
+
+    def claim(self, key, wanted, row, taken):
+        """Give `key` the wanted columns, or a new one to their right where they are taken."""
+        if wanted is None:
+            wanted = [self.num_columns, self.num_columns]
+            self.num_columns += 1
+        elif taken & set(range(wanted[0], wanted[1] + 1)):
+            column = wanted[1] + 1
+            while column in taken:  # a box of this row that reaches further is not cut in two
+                column += 1
+            self.insert(column, row, taken)
+            wanted = [column, column]
+        self.spans[key] = list(wanted)
+        taken |= set(range(wanted[0], wanted[1] + 1))
+
+    def insert(self, column, row, taken):
+        """A new column, into which what ends before it in the rows below grows."""
+        for key, span in self.spans.items():
+            key_row = self.row[key] if isinstance(key, str) else key[2]
+            span[1] += span[1] >= column or (span[1] == column - 1 and key_row < row)
+            span[0] += span[0] >= column
+        shifted = {each + (each >= column) for each in taken}
+        taken.clear()
+        taken |= shifted
+        self.num_columns += 1
+
+    def width(self, width_of_box):
+        """The least; all columns are equally wide."""
+        widest = 30.0
+        for box in self.boxes:
+            first, last = self.spans[box.id]
+            columns = last - first + 1
+            widest = max(widest, (width_of_box(box) - COLUMN_GAP * (columns - 1)) / columns)
+        inner = [edge for edge in self.edges if edge.source != "in" and labelled(edge, self.context)]
+        widest = max([widest] + [shape_width(edge.shape) for edge in inner])
+        return self.num_columns * (widest + COLUMN_GAP) - COLUMN_GAP
+
+
+def rows_of(boxes, edges):
+    """Each box stands above all that it reads."""
+    row = {}
+
+    def visit(id, path=()):
+        if id not in row:
+            below = [e.source for e in edges if e.target == id and e.source not in ("in", *path)]
+            row[id] = 1 + max((visit(source, (*path, id)) for source in below), default=-1)
+        return row[id]
+
+    for box in boxes:
+        visit(box.id)
+    return row
+
+
+def order_of(boxes, edges):
+    """Ids from left to right, as the arguments stand in the calls: q before k before v."""
+    order = []
+
+    def visit(id):
+        if id not in order and id != "in":
+            order.append(id)
+            for edge in edges:
+                if edge.target == id:
+                    visit(edge.source)
+
+    read = {edge.source for edge in edges}
+    for box in [box for box in boxes if box.id not in read] + boxes:
+        visit(box.id)
+    return order
+
+
+# ---------------------------------------------------------------------------- the stack
 
 
 @dataclass
