@@ -21,11 +21,21 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from models.utils.compile import CACHE_FOLDER
 from models.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-# Waits until the process that started it has ended, by whatever death, and removes a folder.
-SWEEPER = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+# Waits until the process that started it has ended, by whatever death, and removes a folder; more than once,
+# since another that is about to end may still be writing into it.
+SWEEPER = """
+import os, shutil, sys, time
+sys.stdin.read()
+for _ in range(100):
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
+    if not os.path.exists(sys.argv[1]):
+        break
+    time.sleep(0.1)
+"""
 
 
 @contextmanager
@@ -50,6 +60,8 @@ class Process:
             stderr=self.log,
             text=True,
             cwd=ROOT,
+            # torch's own place is in TMPDIR, where nothing is to be left.
+            env={"TORCHINDUCTOR_CACHE_DIR": str(CACHE_FOLDER / "inductor"), **os.environ},
             start_new_session=True,
         )
 

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import types
 import typing
+from contextlib import nullcontext
 from pathlib import Path
 
 from models.utils.errors import UserError, one_line
@@ -184,8 +185,10 @@ def build_model(model_name, config, device="meta", stored=None):
     """
     import torch
 
+    from models.utils.unfilled import Unfilled
+
     try:
-        with torch.device(device):
+        with torch.device(device), Unfilled() if device == "meta" else nullcontext():
             model = model_class(model_name)(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         if device != "meta":

@@ -413,6 +413,7 @@ def test_nothing_is_left_when_a_run_is_broken_off(tmp_path, sent, status):
     command = [sys.executable, "benchmark.py", TINY, "--subjects", "eager", "--rounds", "1000"]
     command += ["--weights", "float32", "bfloat16", "--out", str(results)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     running = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         # At one time or another: while files are written, or while two subjects are loaded or measured.

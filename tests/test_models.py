@@ -1,6 +1,9 @@
 """The proof of models/__init__.py: configs that say what is wrong with them, checkpoints that load whole."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +168,23 @@ def test_damaged_folders(folder, tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
         load_model(folder)
+
+
+def test_building_a_model_without_memory_does_not_bring_the_compiler():
+    """It takes most of a second, and leaves a folder in TMPDIR."""
+    program = """
+import sys
+from models import MODEL_NAMES, build_model, config_names, load_config
+built = set()
+for name in config_names():
+    model_name, config = load_config(name)
+    if model_name not in built:
+        model = build_model(model_name, config)
+        assert all(parameter.is_meta for parameter in model.parameters())
+        built.add(model_name)
+assert built == set(MODEL_NAMES), built
+assert "torch._dynamo" not in sys.modules
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
