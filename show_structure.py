@@ -3,7 +3,7 @@
     python show_structure.py                          what can be drawn
     python show_structure.py llama-3-8b               structure_images/llama-3-8b.png and .svg
     python show_structure.py gpt2 --set num_layers=2 --set d_model=64 --out tiny.png
-    python show_structure.py checkpoints/tiny-llama-python --dark
+    python show_structure.py tiny-llama-python --dark             a checkpoint, by its name or its folder
     python show_structure.py llama-3-8b --html        a page to click through: diagram, source, facts
     python show_structure.py --compare gpt2 llama-3-8b          two pictures as one; --html: as a page
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
@@ -14,40 +14,27 @@ memory, and torch.export records what it does. A new file in models/ has its dia
 """
 
 import json
+import math
+import os
 import re
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
-from models import (
-    MODEL_NAMES,
-    config_from_dict,
-    config_names,
-    config_to_dict,
-    load_config,
-    nearest,
-)
+from conversion.find import find_folder, what_was_meant
+from models import CONFIGS_FOLDER, MODEL_NAMES, config_from_dict, config_names, nearest
 from models.utils.command_line import CHECKPOINTS, Parser
-from models.utils.errors import UserError, run_main
-from models.utils.files import read_json
-from structure.capture.capture import capture
-from structure.facts import describe
-from structure.table import table
+from models.utils.errors import UserError, report, run_main
+from models.utils.files import one_line, read_json
+
+# torch and matplotlib take seconds to import: whatever needs them is imported where a model is drawn, so that
+# a list of names and the answer to a typo need not wait.
 
 IMAGES = Path(__file__).parent / "structure_images"
-# What --all draws: each architecture once.
-ZOO = (
-    "transformer-base",
-    "gpt2",
-    "bert-base-uncased",
-    "vit-b-16",
-    "gpt-neox-20b",
-    "transformer-lm-15m",
-    "llama-3-8b",
-)
-FIRST = "llama-3-8b"  # in dark as well, and as a page
-COMPARED = ("gpt2", "llama-3-8b")
+LARGEST = 10**9  # of a number in a config; no model has more of anything
+COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
+MOST_MODULES = 100_000
+MOST = 10**12  # of rows, tokens and GB/s
 
 
 def main(argv=None):
@@ -64,6 +51,10 @@ def main(argv=None):
 
 def show(subject, args):
     """What the options ask of one model."""
+    from dataclasses import asdict
+
+    from structure.table import table
+
     box, info = subject
     if args.table:
         print("\n".join(table(box, info, args.batch, args.length, args.bandwidth)))
@@ -102,18 +93,38 @@ def compare(first, second, out=None, html=False, dark=False):
 
 
 def draw_all():
-    """Every image and page of the project's README."""
-    subjects = {name: load(name) for name in ZOO}
-    for name in ZOO:
-        draw(subjects[name])
-    draw(subjects[FIRST], dark=True)
-    write_page(subjects[FIRST])
-    for html in (False, True):
-        compare(*(subjects[name] for name in COMPARED), html=html)
+    """Draw anew all that lies in structure_images/."""
+    subjects = {}
+    for names, dark, html in images():
+        subjects |= {name: load(name) for name in names if name not in subjects}
+        shown = [subjects[name] for name in names]
+        if len(names) > 1:
+            compare(*shown, html=html, dark=dark)
+        elif html:
+            write_page(*shown)
+        else:
+            draw(*shown, dark=dark)
+
+
+def images(folder=IMAGES):
+    """(names of the configs, whether it is dark, whether a page) of each picture and page of a folder."""
+    known, found = config_names(), []
+    for path in sorted(folder.iterdir()):
+        stem = path.stem.removesuffix("-dark")
+        names = (
+            (stem,) if stem in known else next((pair for pair in pairs(stem) if set(pair) <= set(known)), ())
+        )
+        if names and path.suffix in (".png", ".html"):
+            found.append((names, stem != path.stem, path.suffix == ".html"))
+    return found
+
+
+def pairs(stem):
+    """Every way to read "gpt2-llama-3-8b" as two names."""
+    return [(stem[:n], stem[n + 1 :]) for n, sign in enumerate(stem) if sign == "-"]
 
 
 def draw(subject, out=None, dark=False):
-    # matplotlib takes a second to come up, which a table need not wait for.
     from structure.picture import picture
 
     path = out or IMAGES / f"{file_name(subject[1]['name'])}.png"
@@ -146,48 +157,70 @@ def written(path):
 
 
 def load(name, changes=()):
-    """(box, info) of a config in configs/, of a JSON file, or of a checkpoint's folder."""
-    model_name, config, where = find(name)
-    if changes:
-        fields = {
-            **config_to_dict(model_name, config),
-            **changed(changes, config_to_dict(model_name, config)),
-        }
+    """(box, info) of a config in configs/, of a JSON file, of a checkpoint, or of a model in some size."""
+    name, fields, where = find(name)
+    fields = {**fields, **changed(changes, fields)}
+    check_sizes(fields, where)
+    try:
         model_name, config = config_from_dict(fields, where)
-    box = capture(model_name, config)
-    return box, describe(" ".join([title(name), *changes]), model_name, config, box)
+    except UserError as error:
+        raise UserError(f"{error}{numbers_of(str(error), fields)}") from None
 
+    from structure.capture.capture import capture
+    from structure.facts import describe
 
-def title(name):
-    """How a picture calls it: the config's name, the file's, or the folder's."""
-    path = Path(name).resolve()
-    if name in config_names():
-        return name
-    return (
-        path.stem if path.suffix == ".json" else path.parent.name if path.name == "converted" else path.name
-    )
+    try:
+        box = capture(model_name, config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(
+            f"{where}: too large to be drawn ({one_line(error)[:80]}); give smaller sizes"
+        ) from None
+    return box, describe(" ".join([name, *changes]), model_name, config, box)
 
 
 def find(name):
-    """(model name, Config, what an error calls it)."""
+    """(how a picture calls it, its config's fields, what an error calls it)."""
+    if name in MODEL_NAMES and name not in config_names():
+        name = size_of(name)
+    if name in config_names():
+        return name, read_json(CONFIGS_FOLDER / f"{name}.json"), f"config {name!r}"
     path = Path(name)
-    if name in config_names() or path.suffix == ".json":
-        return *load_config(name), f"config {name!r}"
-    folder = path if path.is_dir() else CHECKPOINTS / name
-    if not folder.is_dir():
-        if name in MODEL_NAMES:
-            sizes = [size for size in config_names() if load_config(size)[0] == name]
-            raise UserError(f"{name} comes in sizes; give one of them: {', '.join(sizes)}")
-        known = config_names() + checkpoints()
-        raise UserError(f"no model named {name!r} in configs/ or checkpoints/; {nearest(name, known)}")
+    if path.suffix == ".json":
+        return path.stem, read_json(path), path
+    try:
+        folder = find_folder(name)
+    except UserError:
+        raise UserError(f"no model named {name!r} in configs/ or checkpoints/; {meant(name)}") from None
+    name = folder.resolve()
+    name = name.parent.name if name.name == "converted" else name.name
     for where in (folder / "converted" / "config.json", folder / "config.json"):
         if where.is_file() and "model" in read_json(where):
-            return *config_from_dict(read_json(where), where), where
-    # The converter brings tokenizers along, which take their time to come up.
+            return name, read_json(where), where
     from conversion.source import open_source
 
     source = open_source(folder)
-    return *config_from_dict(source.config, source.where), source.where
+    return name, source.config, source.where
+
+
+def size_of(model_name):
+    """The config that a model is drawn in: the one of structure_images/, or the first there is."""
+    sizes = [size for size in config_names() if model_of(size) == model_name]
+    if not sizes:
+        raise UserError(f"configs/ has no config of {model_name}; give a JSON file or a checkpoint")
+    drawn = [names[0] for names, *_ in images() if len(names) == 1 and names[0] in sizes]
+    size = (drawn or sizes)[0]
+    report(f"{model_name} in the size {size}; there are: {', '.join(sizes)}")
+    return size
+
+
+def model_of(config_name):
+    return read_json(CONFIGS_FOLDER / f"{config_name}.json").get("model")
+
+
+def meant(name):
+    """The end of an error about a misspelt name."""
+    known = nearest(name, [*config_names(), *checkpoints(), *MODEL_NAMES])
+    return known if known.startswith("did you mean") else what_was_meant(name)
 
 
 def changed(changes, fields):
@@ -203,7 +236,33 @@ def changed(changes, fields):
             new[field] = json.loads(value)
         except json.JSONDecodeError:
             new[field] = value
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"--set {field}={value[:20]}...: no number that can be read; give a smaller one"
+            ) from None
     return new
+
+
+def check_sizes(fields, where):
+    """Stop before memory is taken for sizes that no model has."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            check_sizes(value, where)
+        elif type(value) is int and abs(value) > LARGEST:
+            shown = value if abs(value) < 10**20 else "a number of more than 20 digits"
+            raise UserError(f"{where}: {name} is {shown}; give at most {LARGEST:,}")
+    counts = {name: n for name, n in fields.items() if COUNTS.fullmatch(name) and type(n) is int}
+    if math.prod(counts.values()) > MOST_MODULES:
+        named = " and ".join(f"{name} {n:,}" for name, n in counts.items())
+        raise UserError(f"{where}: {named} are too many to build; give {MOST_MODULES:,} at most")
+
+
+def numbers_of(message, fields):
+    """The values of the fields that an error names, where it does not say them itself."""
+    named = [name for name in fields if re.search(rf"\b{re.escape(name)}\b", message)]
+    if len(named) < 2:
+        return ""
+    return f" ({', '.join(f'{name} is {fields[name]}' for name in named)})"
 
 
 def checkpoints():
@@ -215,7 +274,7 @@ def what_there_is():
     """Everything that can be drawn, by architecture."""
     names = {}
     for name in config_names():
-        names.setdefault(load_config(name)[0], []).append(name)
+        names.setdefault(model_of(name), []).append(name)
     lines = [f"{model}: {', '.join(names[model])}" for model in MODEL_NAMES if model in names]
     folders = ", ".join(checkpoints()) or "none yet"
     return "\n".join([*lines, f"checkpoints: {folders}", "draw one: python show_structure.py NAME"])
@@ -227,11 +286,13 @@ def what_there_is():
 def parse(argv):
     parser = Parser("python show_structure.py", __doc__)
     add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help="in configs/, a JSON file, or a checkpoint's folder")
+    add(
+        "name", nargs="?", metavar="NAME", help="in configs/, models/, checkpoints/, a folder, or a JSON file"
+    )
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value in its config")
     add("--out", type=Path, metavar="FILE", help="default: structure_images/NAME.png, or .html")
     add("--dark", action="store_true", help="a picture for a dark page, NAME-dark.png")
-    add("--all", action="store_true", help=f"draw the images of the README: {', '.join(ZOO)}")
+    add("--all", action="store_true", help="draw anew all that lies in structure_images/")
     add("--compare", nargs=2, metavar="NAME", help="two models side by side")
 
     add = parser.add_mutually_exclusive_group().add_argument
@@ -241,16 +302,10 @@ def parse(argv):
 
     add = parser.add_argument_group("table").add_argument
     add("--batch", type=int, default=1, metavar="N", help="rows; default: %(default)s")
-    add(
-        "--length",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="tokens of the prompt, and of the cache: %(default)s",
-    )
+    length = "tokens of the prompt, and of the cache: %(default)s"
+    add("--length", type=int, default=1024, metavar="N", help=length)
     add("--bandwidth", type=float, default=100, metavar="GB/S", help="of the memory; default: %(default)s")
-    args = parser.parse_args(argv)
-    return checked(args)
+    return checked(parser.parse_args(argv))
 
 
 def checked(args):
@@ -269,12 +324,23 @@ def checked(args):
         raise UserError("--table and --json print what they say; leave out --out and --dark")
     if args.html and args.dark:
         raise UserError("--dark is for pictures; a page is as dark as the browser asks for, key t changes it")
-    if args.out and args.out.is_dir():
-        raise UserError(f"--out {args.out}: is a folder; give the name of a file in it")
+    check_out(args.out)
     for option in ("batch", "length", "bandwidth"):
-        if getattr(args, option) <= 0:
-            raise UserError(f"--{option} is {getattr(args, option)}; give more than 0")
+        value = getattr(args, option)
+        if not 0 < value <= MOST:  # which NaN is not either
+            raise UserError(f"--{option} is {value:.4g}; give more than 0, and at most {MOST:,}")
     return args
+
+
+def check_out(out):
+    """Before a model is drawn for it: a place for a file."""
+    if out is None:
+        return
+    if os.path.isdir(out):
+        raise UserError(f"--out {out}: is a folder; give the name of a file in it")
+    around = next((folder for folder in out.parents if os.path.lexists(folder)), None)
+    if around and not os.path.isdir(around):
+        raise UserError(f"--out {out}: cannot be written ({around} is no folder); give another --out")
 
 
 if __name__ == "__main__":

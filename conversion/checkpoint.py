@@ -19,10 +19,11 @@ from conversion.find import find_folder
 from conversion.weight_files import open_weights
 from models import build_model, config_from_dict, inputs_of, kind_of
 from models.utils.errors import UserError, report
-from models.utils.files import NotConverted, read_converted
+from models.utils.files import NotConverted, plain_file, read_converted
 from models.utils.machine import available_memory, choose_device, choose_dtype, spoken_bytes
 from models.utils.quantize import Quantization, parts_of, plan_layers, spoken, stored_quantization
 from models.utils.tokenizer import load_tokenizer
+from models.utils.training_notes import unfinished_run
 from models.utils.weights import load_weights, main_dtype
 
 
@@ -62,7 +63,7 @@ class Checkpoint:
     def example(self, name):
         """The path of an example that came with the checkpoint, example.txt or example.png; None without."""
         places = (self.folder / name, self.folder.parent / name)
-        return next((path for path in places if path.is_file()), None)
+        return next((plain_file(path) for path in places if path.is_file()), None)
 
     def load(self, num_slots=0):
         """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
@@ -152,6 +153,8 @@ def read_or_convert(folder):
     try:
         return read_converted(folder)
     except NotConverted:
+        if line := unfinished_run(folder):
+            raise UserError(line) from None
         report(f"{folder} is not converted yet; converting it first")
         convert(folder)
     return read_converted(folder)

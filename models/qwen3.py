@@ -4,7 +4,7 @@ New against llama:
 - RMSNorm on each head's q and k, before RoPE turns them
 - YaRN instead of Llama 3.1's scaling of RoPE, switched on for long texts
 - no biases anywhere (Qwen2 had some on q, k and v: the norms took their place)
-- heads of 128 features whatever D / H is: 2 D in all in the 0.6B
+- heads of 128 features whatever D / H is: in the 0.6B, H d = 2,048 is 2 D
 Papers: Yang et al. 2025 (Qwen3, section 2), Peng et al. 2023 (YaRN).
 
     tokens (B, T)
@@ -51,7 +51,7 @@ class Config:
     """Differs from llama: no choice of biases."""
 
     vocab_size: int  # V: 151,936
-    max_seq_len: int  # M: the context it was trained for; for callers, since RoPE itself has no limit
+    max_seq_len: int  # M: 40,960, of which 8,192 are meant for the prompt; RoPE itself has no limit
     d_model: int  # D: 1,024 in Qwen3 0.6B
     num_layers: int  # L: 28 in Qwen3 0.6B
     num_heads: int  # H: query heads, 16 in Qwen3 0.6B
@@ -157,9 +157,9 @@ class Attention(nn.Module):
     """Grouped-query attention with normed queries and keys.
 
     Differs from llama: q_norm and k_norm, one for all heads of a layer, and no biases.
-    Why norms: nothing else bounds q . k, which can grow in training until softmax gives all to one token and
-    its gradient vanishes. A normed q or k has length sqrt(d) before the weights of the norm (Dehghani et al.
-    2023, section 2.2, for ViT with 22 billion parameters).
+    Why norms: q . k can grow in training until softmax gives all to one token and its gradient vanishes. A
+    normed q or k has length sqrt(d), so that a score, q . k / sqrt(d), is at most sqrt(d), or 11.3, times
+    the weights of the norms (Dehghani et al. 2023, section 2.2, for ViT with 22 billion parameters).
     """
 
     def __init__(self, config: Config):
@@ -264,8 +264,9 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
 
-    Differs from llama: YaRN (section 3.2, "NTK-by-parts") blends by the number i of the pair, in a line from
-    the last fast one, which stays as it is, to the first slow one, which turns factor times slower.
+    Differs from llama: YaRN ("NTK-by-parts", section 3.2) goes in a line from the last fast pair, which stays
+    as it is, to the first slow one, which turns factor times slower.
+    The paper's line runs over turns, that of its code, and so of Qwen3, over the pairs' numbers.
     Why not all slower: the fast pairs tell neighbours apart, at any length of the text; the slow ones would
     meet angles that training never showed.
     """
@@ -278,13 +279,13 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     last_fast = max(math.floor(pair_that_turns(scaling.fast_turns, config)), 0)
     first_slow = min(math.ceil(pair_that_turns(scaling.slow_turns, config)), config.head_dim - 1)
     pairs = torch.arange(config.head_dim // 2, device=device)  # (d // 2,)
-    # Where the two are one pair, the published code makes a step of the line.
+    # If both are one pair the line is a step; 0.001, as in the published code, keeps from dividing by zero.
     slowed = ((pairs - last_fast) / max(first_slow - last_fast, 0.001)).clamp(0, 1)
     return (1 - slowed) * theta + slowed * theta / scaling.factor
 
 
 def pair_that_turns(turns: float, config: Config) -> float:
-    """The i, a fraction, of which theta_i turns `turns` times in the context of training.
+    """The number i, not whole, of the pair that turns `turns` times in the context of training.
 
     2 pi turns = original_max_seq_len base ** (-2 i / d), solved for i. With d = 128, base 1,000,000 and
     32,768 positions, pair 23.6 turns 32 times and pair 39.7 once.

@@ -33,8 +33,8 @@ from models.utils.errors import UserError
 from models.utils.files import read_json
 from models.utils.sampling import GREEDY, Sampling, pick
 
-# A long prompt goes through the model in chunks of so many tokens, so that no memory grows with its length
-# squared. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
+# A long prompt goes through the model in chunks of so many tokens, so that no tensor grows with the square of
+# its length. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
 # the cache's slots; a later one has a mask of PREFILL_CHUNK x num_slots.
 PREFILL_CHUNK = 512
 NOT_FINITE = "the model computes NaN or infinity; try --dtype float32, or convert it again"
@@ -50,7 +50,7 @@ def generate(
     eos_ids=(),
     finished=None,  # a list of bools, one per row; a caller that sets an entry ends that row
     cache=None,  # one with room for prompts and answers; None makes one
-    num_cached=0,  # how many leading tokens of every prompt that cache holds already
+    num_cached=0,  # how many leading tokens that cache holds already, fewer than any prompt has
 ):
     """Continue every prompt; yield, step by step, the list of the rows' new tokens.
 
@@ -86,6 +86,8 @@ def keeps_states(model):
 
     Such a model's new_cache takes num_undo: how many tokens earlier than the last one a call may begin.
     """
+    while hasattr(model, "model"):  # one that is compiled, or timed
+        model = model.model
     return "num_undo" in inspect.signature(model.new_cache).parameters
 
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.utils.command_line import CHECKPOINTS
-from models.utils.errors import UserError
-from models.utils.files import one_line, remove, write_atomically
+from models.utils.errors import UserError, one_line
+from models.utils.files import remove, write_atomically
 from models.utils.training_notes import (
     NOTES,
     TRAINING,

@@ -17,15 +17,13 @@ from models import (
     kind_of,
     load_config,
 )
-from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.errors import UserError, one_line
 from models.utils.machine import available_memory, spoken_bytes
 
 # For each parameter: itself, its gradient, and Adam's two running means, in fp32.
 BYTES_PER_PARAMETER = 16
-MOST_MODULES = (
-    1000  # a module is an object of Python: a million of them take minutes before any tensor is made
-)
+# A module is an object of Python: a million of them take minutes before any tensor is made.
+MOST_MODULES = 1000
 INPUTS = ("tokens", "images", "source")
 
 
@@ -76,13 +74,10 @@ def count_parameters(name, **fields):
     where = f"config {name!r}"
     model_name, config = config_from_dict({**config_to_dict(model_name, config), **fields}, where)
     for field, value in dataclasses.asdict(config).items():
-        if (
-            field.startswith("num_")
-            and field.endswith(("layers", "experts"))
-            and value
-            and value > MOST_MODULES
-        ):
-            raise UserError(f"{where}: {field} is {value}; up to {MOST_MODULES} can be trained here")
+        is_modules = field.startswith("num_") and field.endswith(("layers", "experts"))
+        most = MOST_MODULES if is_modules else 2**31
+        if type(value) is int and value > most:
+            raise UserError(f"{where}: {field} is {value}; up to {most} can be trained here")
     try:
         model = build_model(model_name, config, device="meta")
     except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:

@@ -27,8 +27,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.errors import UserError, one_line
 from models.utils.tokenizer import load_tokenizer
 from runs_train.dates_data import all_days, write_days
 from runs_train.text_data import is_held_out, make_once

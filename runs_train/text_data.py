@@ -26,8 +26,8 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from models.utils.errors import UserError
-from models.utils.files import one_line, read_json, remove, write_atomically
+from models.utils.errors import UserError, one_line
+from models.utils.files import read_json, remove, write_atomically
 from runs_train.folder import writing
 from runs_train.options import MOST_TOKENS
 

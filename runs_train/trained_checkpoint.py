@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from conversion.convert import written_before_markers
 from conversion.tables import to_hf_config, to_hf_state
 from models import config_to_dict
-from models.utils.files import one_line, remove
+from models.utils.errors import one_line
+from models.utils.files import refuse_to_replace, remove
 from runs_train.folder import ALWAYS, remove_other_results, remove_results, write_result
 
 # The colours of the models' diagrams: what is trained on, what is held out, and what is said of them.
@@ -32,6 +34,7 @@ def save_checkpoint(folder, model_name, model, files, token_ids):
     remove_results(folder, ["config.json"])
     remove_other_results(folder, [*ALWAYS, *files])
     # What an earlier run's weights were converted to is out of date.
+    refuse_to_replace(folder / "converted", written_before_markers)
     remove(folder / "converted")
 
     config = config_to_dict(model_name, model.config)

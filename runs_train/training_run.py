@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from models import load_config
-from models.utils.errors import UserError
-from models.utils.files import one_line, write_atomically
+from models.utils.errors import UserError, one_line
+from models.utils.files import write_atomically
 from models.utils.machine import dtype_named, keep_freed_memory, training_dtype
 from models.utils.training_notes import write_notes
 from runs_train.folder import writing

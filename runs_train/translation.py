@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from models import ENCODER_DECODER
 from models.utils.machine import choose_device
-from runs_train.exact_match import exact_matches, share, translate
+from runs_train.exact_match import ROWS, exact_matches, share, translate
 from runs_train.folder import run_folder
-from runs_train.fresh_model import check_kind, fresh_model
+from runs_train.fresh_model import check_kind, check_room, fresh_model
 from runs_train.pair_data import Batches, prepare
 from runs_train.text_data import forget_others
 from runs_train.trained_checkpoint import (
@@ -68,6 +68,11 @@ class Run(TrainingRun):
         super().__init__(model, optimizer, options, corpus.facts, folder)
         self.corpus, self.pad_id = corpus, corpus.tokenizer.pad_id
         longest = model.config.max_seq_len
+        # Keys and values in fp32, of which the encoder's are few beside the target's.
+        cache = 2 * 4 * ROWS * longest * model.config.d_model * model.config.num_decoder_layers
+        check_room(
+            cache, f"--config {options.config}: targets of {longest} tokens to measure", options.device
+        )
         self.batches = Batches(corpus.train, corpus.tokenizer, longest, options.batch_size, options.seed)
         self.sample = corpus.held_out[:: -(-len(corpus.held_out) // 500)]
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.average))

@@ -71,25 +71,26 @@ def flops_of(op):
 def describe(name, model_name, config, box):
     """What a picture, a page or a table says of a model besides its boxes; plain data.
 
-    facts: of each box by its id, see facts_of. read: bytes of weights that one decoded token reads, by dtype.
-    experts: how many a layer has and a token uses, and the bytes of all of them; None without any.
+    active: the parameters that work for a token. facts: of each box by its id, see facts_of. read: bytes of
+    weights that one decoded token reads, by dtype. experts: how many a layer has and a token uses, and the
+    bytes of all of them; None without any.
     """
-    facts = {}
+    facts, fields = {}, asdict(config)
     facts_of(box, 1, facts)
-    fields = asdict(config)
-    experts = None
+    read, experts = read_by_a_step(box), None
     if box.used < box.parameters:
         experts = {"all": fields["num_experts"], "active": fields["num_active_experts"]}
-        experts["bytes"] = bytes_of_experts(box, experts["active"] / experts["all"])
-    read = read_by_a_step(box)
-    if experts:
-        idle = 1 - experts["active"] / experts["all"]
-        read = {dtype: round(number - idle * experts["bytes"][dtype]) for dtype, number in read.items()}
-    config = {"model": model_name, **fields}
+        share = experts["active"] / experts["all"]
+        experts["bytes"] = bytes_of_experts(box, share)
+        read = {
+            dtype: round(number - (1 - share) * experts["bytes"][dtype]) for dtype, number in read.items()
+        }
     return {
         "name": name,
         "model": model_name,
-        "config": config,
+        "config": {"model": model_name, **fields},
+        "parameters": box.parameters,
+        "active": box.used,
         "facts": facts,
         "read": read,
         "experts": experts,

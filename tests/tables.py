@@ -28,8 +28,7 @@ FOLDERS = {
     "checkpoints": "Small trained models that come with the project; downloads stand beside them.",
     "configs": "The sizes of published models, a JSON file each.",
     "structure_images": "What show_structure.py --all draws.",
-    "tests/data": "Texts that no checkpoint was trained on.",
-    "tests/strange_pages": "Three models that are no part of the zoo, to prove that one can be added.",
+    "tests": "What proves each file; see tests/README.md.",
 }
 
 
@@ -73,7 +72,7 @@ def link(name, path, folder):
 def models(folder):
     """A line per model: its page, what it is, its sizes, how long it takes to read."""
     rows = []
-    for name in MODEL_NAMES:
+    for name in sorted(MODEL_NAMES, key=place_in_reading_order):
         page = Path("models", f"{name}.py")
         num_lines = len((ROOT / page).read_text(encoding="utf-8").splitlines())
         minutes = max(5, 5 * round(num_lines / LINES_A_MINUTE / 5))
@@ -82,6 +81,13 @@ def models(folder):
             (link(f"{name}.py", page, folder), first_sentence(docstring(page)), configs, f"{minutes} min")
         )
     return table(("page", "what it is", "sizes in configs/", "to read"), rows)
+
+
+def place_in_reading_order(model_name):
+    """Where models/README.md names the page first; what it does not name comes last."""
+    text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    place = text.find(f"[{model_name}.py]({model_name}.py)")
+    return place if place >= 0 else len(text)
 
 
 def configs(folder):
@@ -103,7 +109,8 @@ def configs(folder):
 
 def tree(folder):
     """Every file of code with what it says of itself, folder by folder."""
-    files = [path for path in project_files() if path.suffix == ".py" and "strange_pages" not in path.parts]
+    # tests/README.md has a table of the tests.
+    files = [path for path in project_files() if path.suffix == ".py" and path.parts[0] != "tests"]
     folders = {parent for path in files for parent in path.parents} | {Path(name) for name in FOLDERS}
     lines = []
     for place in sorted(folders, key=lambda place: (place != Path(), place)):
@@ -147,7 +154,7 @@ def transcript(folder):
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True
     )
-    printed = f"{done.stderr.splitlines()[0]}\n{done.stdout.rstrip()}\n{done.stderr.splitlines()[-1]}"
+    printed = f"{done.stderr.splitlines()[0]}\n{done.stdout.rstrip()}"
     return f"```\n$ python run.py\n{printed.replace(f'{ROOT}/', '')}\n```"
 
 

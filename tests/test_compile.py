@@ -8,10 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.utils import compile as page
 from models.utils.compile import attend, compile_decoding, row_times_int8, row_times_matrix
@@ -218,6 +221,58 @@ def test_texts_are_the_same(said):
     drafter = ModelDrafter(disturbed(model, 0.05))
     rounds = speculate(compiled, drafter, [PROMPT], 20, num_draft_tokens=3)
     assert [token for round in rounds for token in round.tokens[0]] == greedy
+
+
+class LayerState(NamedTuple):
+    state: torch.Tensor  # (B, D)
+
+
+class States(NamedTuple):
+    layers: tuple
+    slots: None = None
+
+
+class Recurrent(nn.Module):
+    """A model whose memory is no slot per position: a state, two tuples deep."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(max_seq_len=64, vocab_size=50)
+        self.token_embed, self.mix = nn.Embedding(50, 32), nn.Linear(32, 32)
+        self.lm_head = nn.Linear(32, 50, bias=False)
+
+    def forward(self, tokens, positions=None, cache=None):
+        return self.lm_head(self.hidden(tokens, positions, cache))
+
+    def hidden(self, tokens, positions=None, cache=None):
+        states, x = [cache.layers[0].state], self.token_embed(tokens)
+        for t in range(tokens.shape[1]):
+            states.append(torch.tanh(self.mix(states[-1]) + x[:, t]))
+        cache.layers[0].state.copy_(states[-1])
+        return torch.stack(states[1:], dim=1)
+
+    def new_cache(self, batch_size, num_slots, num_undo=0):
+        return States((LayerState(torch.zeros(batch_size, 32)),))
+
+
+def test_a_cache_is_any_nest_of_tensors_and_a_state_takes_no_pads(said):
+    model = Recurrent()
+    compiled = compile_decoding(copy.deepcopy(model), (1, 3), said.append)
+    cache, expected = compiled.new_cache(2, 20, num_undo=0), model.new_cache(2, 20)
+    assert all(compiled.steps.values()) and len(compiled.steps) == 2, said
+    for start, width in ((0, 1), (1, 3), (4, 2), (6, 1)):
+        tokens, positions = torch.randint(50, (2, width)), torch.arange(start, start + width).expand(2, -1)
+        out = compiled(tokens, positions, cache)
+        torch.testing.assert_close(out, model(tokens, positions, expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cache.layers[0].state, expected.layers[0].state, rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_holds_a_number_is_refused_by_a_sentence(monkeypatch, said):
+    monkeypatch.setattr(Recurrent, "new_cache", lambda self, batch_size, num_slots: (torch.zeros(1), 7))
+    compiled = compile_decoding(Recurrent(), report=said.append)
+    compiled.new_cache(1, 20)
+    expected = "going on without compilation: a step takes tensors alone, and this cache holds int too"
+    assert said[-1] == expected
 
 
 # The disk ---------------------------------------------------------------------------------------------------

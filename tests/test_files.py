@@ -356,16 +356,17 @@ def test_a_mistake_of_ours_keeps_its_traceback(error):
 
 
 @pytest.mark.parametrize(
-    "shell, status, words",
+    "shell, length, status, words",
     [
-        ("> /dev/full", 2, "error: standard output, or a file: cannot be read or written (No space left"),
-        (">&-", 0, ""),
-        (">&- 2>&-", 0, ""),
-        ("| true", 0, ""),
+        ("> /dev/full", 1, 2, "error: standard output, or a file: cannot be read or written (No space left"),
+        ("> /dev/full", 10**6, 2, "error: standard output"),
+        (">&-", 1, 0, ""),
+        (">&- 2>&-", 1, 0, ""),
+        ("| true", 10**6, 0, ""),
     ],
 )
-def test_standard_output_that_cannot_be_written(shell, status, words):
-    code = "from models.utils.errors import run_main; run_main(lambda: print('x' * 10 ** 6))"
+def test_standard_output_that_cannot_be_written(shell, length, status, words):
+    code = f"from models.utils.errors import run_main; run_main(lambda: print('x' * {length}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = f'{sys.executable} -c "{code}" {shell}'
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, env=environment)

@@ -22,9 +22,10 @@ def exact(x, linear):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("in_cache", [1, 96 * 50, 2**19])
-def test_it_is_the_product_in_fp32(dtype, bias, in_cache, monkeypatch):
+@pytest.mark.parametrize("in_cache, built", [(1, False), (96 * 50, False), (2**20, False), (1, True)])
+def test_it_is_the_product_in_fp32(dtype, bias, in_cache, built, monkeypatch):
     monkeypatch.setattr(page, "IN_CACHE", in_cache)
+    monkeypatch.setattr(page, "is_built", lambda source: built)
     linear = nn.Linear(96, 130, bias=bias).to(dtype)
     x = torch.randn(3, 2, 96).to(dtype)
     with torch.inference_mode():
@@ -33,6 +34,13 @@ def test_it_is_the_product_in_fp32(dtype, bias, in_cache, monkeypatch):
             assert out.dtype == torch.float32 and out.shape == (*rows.shape[:-1], 130)
             torch.testing.assert_close(out.double(), exact(rows, linear), rtol=1e-5, atol=1e-5)
         assert not torch.equal(Head(linear)(x), linear(x).float())
+
+
+def test_nothing_is_built_for_it(monkeypatch):
+    monkeypatch.setattr(page, "is_built", lambda source: False)
+    monkeypatch.setattr(page, "linear_fits", lambda *args: pytest.fail("asks for a library"))
+    with torch.inference_mode():
+        Head(nn.Linear(96, 130).bfloat16())(torch.randn(1, 96).bfloat16())
 
 
 def test_it_has_gradients():

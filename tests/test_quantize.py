@@ -17,7 +17,7 @@ import convert_hf_checkpoint
 import run
 from conversion import checkpoint
 from conversion.convert import calibration_windows, convert, reverse
-from models import MODEL_NAMES, build_model, load_model
+from models import MODEL_NAMES, build_model, config_from_dict, load_model
 from models.transformer_lm import Linear
 from models.utils import calibration, quantize
 from models.utils.calibration import input_products
@@ -311,6 +311,39 @@ def test_a_group_that_does_not_divide_falls_back_and_says_so():
         "d keeps its precision (its width 40 is no multiple of 16)",
     ]
     assert torch.equal(model["d"].weight, before["d"])
+
+
+def test_what_is_no_matrix_of_a_linear_layer_is_named():
+    """As the weights of many experts in one tensor."""
+    model = torch.nn.Sequential(linear(16, 64))
+    model.register_parameter("experts", torch.nn.Parameter(torch.zeros(4, 32, 64)))
+    notes = quantize_layers(model, INT8)
+    assert notes == ["experts keeps its precision (its 32.8 kB are no matrix of a linear layer)"]
+    assert isinstance(model[0], Int8Linear) and model.experts.dtype == torch.float32
+
+
+def test_whoever_waits_is_told_for_how_long(monkeypatch, capsys):
+    seconds = iter(range(0, 100, 2))
+    monkeypatch.setattr(quantize.time, "monotonic", lambda: next(seconds))
+    quantize_layers(torch.nn.Sequential(*(linear(16, 64) for _ in range(5))), INT8)
+    said = [line for line in capsys.readouterr().err.splitlines() if "takes about" in line]
+    assert said == ["quantizing 5 layers, which takes about 10 s"]
+
+
+@pytest.mark.parametrize("quantization", [INT8, INT4])
+def test_many_rows_are_multiplied_in_what_the_cpu_is_fast_at(quantization, monkeypatch):
+    layer = linear(32, 64, torch.bfloat16)
+    model = torch.nn.Sequential(layer)
+    quantize_layers(model, quantization)
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    again, asked = model[0].dequantized(), []
+    product = F.linear
+    monkeypatch.setattr(quantize.F, "linear", lambda *args: asked.append(args[1].dtype) or product(*args))
+    for slow, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        monkeypatch.setattr(quantize, "is_slow", lambda *_, slow=slow: slow)
+        out = model(x)
+        assert out.dtype == torch.bfloat16 and asked.pop() == dtype
+        assert relative_error(out.float(), product(x.float(), again.float(), layer.bias.float())) < 4e-3
 
 
 def test_own_linear_of_transformer_lm_is_swapped():

@@ -91,6 +91,7 @@ class TestQwen3(DecoderProof):
             ({"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, "rope_type 'llama3'"),
             ({"mscale": 1.0}, "mscale"),
             ({"truncate": False}, "truncate is False"),
+            ({"factor": None}, "lacks factor"),
         ]:
             oracle = self.oracle(rope_parameters={**YARN, **change})
             with pytest.raises(UserError, match=message):

@@ -47,7 +47,8 @@ def test_json(capsys):
     said = json.loads(printed(capsys, "tiny-gpt2-python", "--json"))
     assert said["model"] == "gpt2" and said["config"]["d_model"] == 192
     structure = said["structure"]
-    assert structure["parameters"] == said["facts"]["model"]["parameters"]
+    assert structure["parameters"] == said["facts"]["model"]["parameters"] == said["parameters"]
+    assert said["active"] == said["parameters"] and said["experts"] is None
     layer = next(child for child in structure["children"] if child["repeat"] == 5)
     assert [child["label"] for child in layer["children"]].count("add") == 2
 
@@ -55,6 +56,51 @@ def test_json(capsys):
 def test_other_values_in_the_config(capsys):
     text = printed(capsys, "gpt2", "--set", "num_layers=3", "--set", "d_ff=100", "--table")
     assert "Layer x 3" in text and "768 → 100" in text
+
+
+def test_a_model_is_drawn_in_a_size(capsys):
+    """That of structure_images/, and a line beside the result says so."""
+    show_structure.main(["llama", "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["name"] == "llama-3-8b"
+    assert said.err.startswith("llama in the size llama-3-8b; there are: ") and "llama-3.1-405b" in said.err
+
+
+def test_what_all_draws_is_what_lies_there(tmp_path, monkeypatch):
+    """Each picture and page of a folder, and nothing that a config does not stand for."""
+    names = ["gpt2.png", "gpt2.svg", "gpt2-dark.png", "pythia-70m-gpt2.html", "gpt2-xl.html", "notes.png"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    found = sorted(show_structure.images(tmp_path))
+    assert found == [
+        (("gpt2",), False, False),
+        (("gpt2",), True, False),
+        (("gpt2-xl",), False, True),
+        (("pythia-70m", "gpt2"), False, True),
+    ]
+    drawn = []
+    monkeypatch.setattr(show_structure, "images", lambda: found)
+    monkeypatch.setattr(show_structure, "load", lambda name: (name, {"name": name}))
+    monkeypatch.setattr(show_structure, "draw", lambda subject, dark: drawn.append((subject[0], dark)))
+    monkeypatch.setattr(show_structure, "write_page", lambda subject: drawn.append(subject[0]))
+    monkeypatch.setattr(show_structure, "compare", lambda a, b, html, dark: drawn.append((a[0], b[0], html)))
+    show_structure.main(["--all"])
+    assert drawn == [("gpt2", False), ("gpt2", True), "gpt2-xl", ("pythia-70m", "gpt2", True)]
+
+
+def test_a_question_is_answered_before_torch_is_imported():
+    """Help, the list of names, and typos of names, options and fields."""
+    asked = [["--help"], [], ["lama-3-8b"], ["llama-3-8b", "--tabel"], ["gpt2", "--set", "d_modl=3"]]
+    program = (
+        "import sys, show_structure\n"
+        f"for options in {asked}:\n"
+        "    try: show_structure.main(options)\n"
+        "    except (show_structure.UserError, SystemExit): pass\n"
+        "slow = {'torch', 'matplotlib', 'numpy', 'jinja2', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {slow}' if slow else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=PROJECT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("name", ["checkpoints/tiny-bert-python", "tiny-bert-python"])
@@ -115,10 +161,21 @@ def test_two_models(capsys, tmp_path, options):
     [
         (["lama-3-8b"], "no model named 'lama-3-8b'.*did you mean 'llama-3-8b'"),
         (["checkpoints/tiny-lama-python"], "did you mean '.*tiny-llama-python'"),
-        (["llama"], "llama comes in sizes; give one of them: .*llama-3-8b"),
+        (["tiny-lama-python"], "did you mean 'tiny-llama-python'"),
+        (["gpt_neo"], "did you mean 'gpt_neox'"),
         (["gpt2", "--set", "d_modl=3"], "unknown field 'd_modl'; did you mean 'd_model'"),
         (["gpt2", "--set", "d_model=wide"], "field 'd_model' is 'wide', where a positive int is expected"),
-        (["gpt2", "--set", "num_heads=5"], "config 'gpt2': num_heads must divide d_model"),
+        (
+            ["gpt2", "--set", "num_heads=5"],
+            r"num_heads must divide d_model \(d_model is 768, num_heads is 5\)",
+        ),
+        (
+            ["gpt2", "--set", f"num_layers={10**9}"],
+            "num_layers 1,000,000,000 are too many to build; give 100,000",
+        ),
+        (["gpt2", "--set", f"d_model={10**30}"], "d_model is a number of more than 20 digits; give at most"),
+        (["gpt2", "--set", f"d_model={'9' * 5000}"], r"d_model=9{20}\.\.\.: no number that can be read"),
+        (["gpt2", "--set", "d_model=" + "[" * 100_000], r"d_model=\[{20}\.\.\.: no number that can be read"),
         (["gpt2", "--set", "num_heads"], "write it as field=value"),
         (["--set", "d_model=3"], "--set goes with NAME"),
         (["gpt2", "--all"], "NAME, --all and --compare exclude each other"),
@@ -127,6 +184,12 @@ def test_two_models(capsys, tmp_path, options):
         (["--compare", "gpt2", "lama-3-8b"], "did you mean 'llama-3-8b'"),
         (["--table"], "say which model"),
         (["gpt2", "--table", "--length", "0"], "--length is 0; give more than 0"),
+        (["gpt2", "--table", "--batch", str(10**30)], r"--batch is 1e\+30; .*at most 1,000,000,000,000"),
+        (["gpt2", "--table", "--bandwidth", "nan"], "--bandwidth is nan; give more than 0"),
+        (["gpt2", "--table", "--bandwidth", "inf"], "--bandwidth is inf; give more than 0"),
+        (["gpt2", "--out", "README.md/x.png"], r"cannot be written \(README.md is no folder\)"),
+        (["gpt2", "--out", ""], "--out .*; (give|see)"),
+        ([""], "empty"),
         (["gpt2", "--table", "--json"], "not allowed with"),
         (["gpt2", "--table", "--out", "table.txt"], "--table and --json print .* leave out --out"),
         (["gpt2", "--html", "--dark"], "--dark is for pictures"),

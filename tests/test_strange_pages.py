@@ -20,8 +20,6 @@ ROOT = Path(__file__).parent.parent
 STRANGE = Path(__file__).parent / "strange_pages"
 PAGES = sorted(path.stem for path in (STRANGE / "models").glob("*.py"))
 NOT_COPIED = (".*", "__pycache__", "checkpoints", "structure_images", "benchmark_results", "strange_pages")
-# structure/ draws these two no earlier than it knows loops over time and sizes that the data decide.
-NOT_DRAWN = {page: ["is_drawn", "has_a_page", "has_a_table", "is_compared"] for page in PAGES[1:]}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def python(zoo, *arguments):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_what_is_done_with_a_page_is_done_with_a_strange_one(zoo, tmp_path, page):
-    out, errors, status = python(zoo, "-m", "tests.visit_page", page, tmp_path, *NOT_DRAWN.get(page, []))
+    out, errors, status = python(zoo, "-m", "tests.visit_page", page, tmp_path)
     assert status == 0, errors
     assert {step: what for step, what in json.loads(out).items() if what} == {}
 

@@ -536,6 +536,36 @@ def test_a_model_that_cannot_be_recorded_is_one_line(branching, capfd):
     assert "\n" not in str(error.value) and capfd.readouterr().err == ""
 
 
+# Masks ------------------------------------------------------------------------------------------------------
+
+
+def attends(name):
+    """{id of a box: its rows} of all masks that say something."""
+    return {box.id: box.attends for box in boxes(captured(name)) if box.attends}
+
+
+CAUSAL = tuple("1" * (n + 1) + "0" * (9 - n) for n in range(6))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "transformer_lm"])
+def test_a_mask_says_who_attends_to_whom(name):
+    """Six tokens of a prompt to those up to their own, of ten slots; the token after them to seven."""
+    assert attends(name) == {"model:mask": (CAUSAL, ("1111111000",))}
+
+
+def test_the_masks_of_an_encoder_decoder():
+    """A source without pads is seen by all; what is laid over scores is no mask of its own."""
+    assert attends("transformer") == {
+        "encoder:mask": (("111111",), ("111111",)),
+        "decoder:mask": (CAUSAL, ("1111111000",)),
+    }
+
+
+def test_a_window_reaches_no_further():
+    """Five tokens back and no more: the seventh sees the second, and no longer the first."""
+    assert attends("transformer-alibi")["decoder:window_mask"] == (CAUSAL, ("0111111000",))
+
+
 # The size of the work ---------------------------------------------------------------------------------------
 
 

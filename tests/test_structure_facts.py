@@ -8,10 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import build_model, config_from_dict, config_to_dict, load_config
+from models.utils.machine import spoken_bytes
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
 from structure.capture.capture import capture
 from structure.facts import DTYPES, add, describe, evaluate, product_of, scaled, totals, walk
-from structure.table import table
+from structure.table import flops as spoken_flops
+from structure.table import plain, rows_of, table
 from tests import zoo
 
 SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
@@ -176,6 +178,31 @@ def test_totals_of_llama_3_8b_by_hand():
     assert found["step_flops"] == 2 * matrices + 4 * 32 * 4096 * 1000
 
 
+def test_totals_of_a_batch_in_int8_by_hand():
+    """Three rows, of whose cache it depends what the model fits into; the cache stays in bf16."""
+    model_name, config = load_config("llama-3-8b")
+    info = describe("llama-3-8b", model_name, config, capture(model_name, config))
+    found = totals(info, "int8", batch=3, prompt=700, cached=40_000, bandwidth=936)
+    # A byte for each weight of a matrix and a scale in bf16 for each of its rows; the rest in bf16.
+    D, f, V, kv, layers = 4096, 14_336, 128_256, 1024, 32
+    rows = layers * (D + kv + kv + D + f + f + D) + V
+    matrices = layers * (D * (D + kv + kv + D) + 3 * D * f) + V * D
+    others = V * D + (2 * layers + 1) * D
+    assert found["weights"] == matrices + 2 * rows + 2 * others
+    per_token = 2 * 2 * layers * kv  # keys and values, two bytes each
+    assert found["cache_per_token"] == per_token
+    assert found["cache"] == 3 * 40_000 * per_token
+    read = matrices + 2 * rows + 2 * (2 * layers + 1) * D + found["cache"]
+    assert found["tokens_per_second"] == pytest.approx(3 * 936e9 / read)
+    assert found["prefill_flops"] == 3 * (700 * 2 * matrices + 4 * layers * D * 700 * 700)
+    assert found["step_flops"] == 3 * (2 * matrices + 4 * layers * D * 40_000)
+    assert found["prefill_intensity"] == pytest.approx(found["prefill_flops"] / found["weights"])
+    assert found["step_intensity"] == pytest.approx(found["step_flops"] / read)
+    # 8.6 GB of weights and 15.7 GB of cache: alone they would fit.
+    assert found["weights"] < 16e9 and found["cache"] < 16e9
+    assert found["fits"] == {8: False, 16: False, 24: False, 80: True}
+
+
 def test_a_tied_table_is_read_by_the_head():
     info = captured("gpt2")[1]
     positions = 512 * 192
@@ -209,9 +236,50 @@ def test_terms():
 def test_the_table_says_the_facts(name):
     box, info = captured(name)
     lines = table(box, info, batch=B, length=S)
-    assert f"{box.parameters:,}" in lines[1]
     assert max(map(len, lines)) < 160
     assert all(line == line.rstrip() for line in lines)
     repeated = [line for line in lines if " x " in line and "ayer" in line]
     assert len(repeated) == (2 if "transformer" in name and hasattr(real(name), "encode") else 1)
     assert ("of one more" in lines[0]) == hasattr(real(name), "new_cache")
+
+
+@every
+def test_the_tables_rows_are_those_of_the_model(name):
+    """The parameters of each module, of all its layers together, counted in the real one."""
+    root, info = captured(name)
+    rows, counted = rows_of(root, info, S, B, step=True), set()
+    boxes = [each for each, _ in walk(root) if each is root or each.weights or each.children or each.flops]
+    assert [row[0].split(" x ")[0].strip() for row in rows] == [each.label for each in boxes]
+    for box, row in zip(boxes, rows):
+        around = [each for each, _ in walk(root) if any(inner is box for inner, _ in walk(each))]
+        indent, times = len(row[0]) - len(row[0].lstrip()), row[0].partition(" x ")[2]
+        assert indent == 2 * (len(around) - 1) and times == (str(box.repeat) if box.repeat > 1 else "")
+        modules = [real(name).get_submodule(member) for member in box.members if not box.children]
+        own = [parameter for module in modules for parameter in module.parameters()]
+        new = {id(parameter): parameter.numel() for parameter in own if id(parameter) not in counted}
+        counted |= set(new)
+        if modules and len(own) == len({id(parameter) for parameter in own}):
+            assert row[3] == (f"{sum(new.values()):,}" if new else ""), box.id
+        flops = evaluate(info["facts"][box.id]["flops"], B=B, T=S, S=S, N=S) * info["facts"][box.id]["repeat"]
+        assert row[5] == spoken_flops(flops)
+
+
+def test_the_summary_says_the_totals():
+    """Each number under its dtype, and what all tokens need apart from what one more does."""
+    box, info = captured("llama")
+    lines = table(box, info, batch=3, length=500, bandwidth=50)
+    for dtype, column in zip(DTYPES, (1, 2, 3, 4)):
+        found = totals(info, dtype, batch=3, prompt=500, cached=500, source=500, bandwidth=50)
+
+        def cell(label, column=column):
+            [line] = [line for line in lines if line.startswith(label)]
+            return line[-12 * (5 - column) :][:12].strip()
+
+        assert cell("FLOPs a byte, one more token") == plain(found["step_intensity"])
+        assert cell("FLOPs a byte, all tokens") == plain(found["prefill_intensity"])
+        assert cell("tokens/s at 50 GB/s") == plain(found["tokens_per_second"])
+        assert cell("weights") == spoken_bytes(found["weights"])
+        assert cell("cache of a token") == spoken_bytes(found["cache_per_token"])
+        assert cell("cache of 3 x 500") == spoken_bytes(found["cache"])
+        assert cell("fits in 8 GB") == "yes"
+    assert found["step_intensity"] != pytest.approx(found["prefill_intensity"], rel=0.1)

@@ -5,7 +5,6 @@ import json
 import sys
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -270,13 +269,24 @@ def box_called(root, identity):
 # All of them ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def written(captured, folder):
+    """The page of a model of PAGES."""
+
+    @cache
+    def write(name):
+        page.write(*captured(name)[:2], folder / f"{name}.html")
+        return folder / f"{name}.html"
+
+    return write
+
+
 @every
-def test_it_is_drawn_in_every_form(name, captured, folder):
+def test_it_is_drawn_in_every_form(name, captured, folder, written):
     box, info, *_ = captured(name)
     picture.save(picture.draw(box, info), folder / name)
     assert picture.shown(folder / f"{name}.png") == picture.facts_drawn(box)
-    page.write(box, info, folder / f"{name}.html")
-    assert "layers.0" in (folder / f"{name}.html").read_text()
+    assert "layers.0" in written(name).read_text()
     page.compare(box, info, *captured("dense")[:2], folder / "pair.html")
     picture.save(picture.compare(box, info, *captured("dense")[:2]), folder / "pair")
     assert compare(box, box).differences == ()
@@ -343,7 +353,7 @@ def test_two_kinds_that_alternate(captured):
 
 
 @pytest.mark.parametrize("name", ["dense", "chosen"])
-def test_experts_are_folded_like_layers(name, captured):
+def test_experts_are_folded_like_layers(name, captured, written):
     root, info, *_ = captured(name)
     expert = box_called(root, "layers.0.ffn.experts.0")
     assert (expert.repeat, expert.active, expert.parameters) == (8, 2, 2 * 24 * 40)
@@ -352,6 +362,7 @@ def test_experts_are_folded_like_layers(name, captured):
     assert any("Expert x 8, 2 active" in line for line in table(root, info))
     texts = [text.get_text() for text in picture.draw(root, info).axes[0].texts]
     assert "2 of 8 active" in texts and "× 8" in texts
+    assert "× 8, 2 active" in written(name).read_text()
 
 
 @pytest.mark.parametrize("name", ["dense", "chosen", "together"])
@@ -393,12 +404,13 @@ def test_experts_that_are_asked_for_by_number_are_drawn_one_by_one(captured):
 # Time -------------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_over_time_is_one_round(captured):
+def test_a_loop_over_time_is_one_round(captured, written):
     root = captured("loop")[0]
     loop = box_called(root, "layers.0.mixer:loop")
     assert (loop.label, loop.times, loop.title) == ("loop over time", "T", "for t in range(x.shape[1])")
     assert sorted(child.label for child in loop.children) == ["add", "matmul", "multiply"]
     assert {box.times for box, _ in walk(loop)} == {"T"}
+    assert '<span class="repeat">× T</span>' in written("loop").read_text()
     assert not any(edge.residual for edge in loop.edges), "a state is no residual stream"
     matmul = next(child for child in loop.children if child.label == "matmul")
     assert (matmul.role, matmul.flops) == ("recurrence", ((2 * 9 * 24, "B*T"),))
@@ -429,7 +441,3 @@ def test_a_model_without_heads_has_none_in_its_legend(captured):
         box, info, *_ = captured(name)
         drawn = {text.get_text() for text in picture.draw(box, info).axes[0].texts}
         assert texts <= drawn and "Heads" not in drawn
-
-
-def test_the_folder_of_pages_is_not_the_projects(folder):
-    assert Path(__file__).parents[1] not in folder.parents

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from models import load_config
+from show_structure import images
 from structure import facts
 from structure.capture import capture
 from structure.compare import compare
@@ -358,6 +359,74 @@ def test_links(link, name, browser, page_of):
     browser.open(page_of("llama-3-8b"), link)
     assert browser.pinned() == ([name] if name else [])
     assert not name or browser.in_view(".box.pinned")
+    assert not name or browser.run("return location.hash") == link, "a link to layer 17 stays one"
+
+
+@pytest.mark.parametrize(
+    "model, link, theirs",
+    [
+        ("llama-3-8b", "layers.17.ffn.up_proj", "model.layers.17.mlp.up_proj.weight"),
+        ("gpt2", "layers.5.attn.q_proj", "h.5.attn.c_attn.weight"),
+    ],
+)
+def test_a_link_to_a_layer_shows_that_layer(model, link, theirs, browser, page_of):
+    browser.open(page_of(model), "#" + link)
+    panel = browser.find("#box").text
+    assert link in panel.splitlines() and f"{link}.weight" in panel and theirs in panel
+    assert "layers.0." not in panel and "h.0." not in panel
+    browser.box(browser.pinned()[0].rpartition(".")[0] + ".v_proj" if model == "gpt2" else "lm_head").click()
+    assert link not in browser.find("#box").text, "another box is of the first layer"
+
+
+def test_the_panel_says_the_shape_of_the_wire(llama):
+    """What comes out of q_proj, and how it goes on; and what comes out for one more token."""
+    llama.box("layers.0.attn.q_proj").click()
+    wire = llama.run(
+        "return elements[0].get('layers.0.attn.q_proj').parentElement.querySelector('.out').textContent"
+    )
+    panel = " ".join(llama.find("#box").text.split())
+    assert wire == "(B, H, T, d)"
+    assert "Output (B, T, D) (1, 512, 4096)" in panel and f"goes on as {wire} (1, 32, 512, 128)" in panel
+    llama.box("model:mask").click()
+    panel = " ".join(llama.find("#box").text.split())
+    assert "Output (B, 1, T, S) (1, 1, 512, 512) of one more token (1, 1, 1, 2048)" in panel
+
+
+def test_a_mask_is_shown_for_a_prompt_and_for_one_more_token(llama):
+    llama.box("model:mask").click()
+    rows = "return all('.mask').map((each) => all('i', each).map((cell) => Number(cell.className === 'on')))"
+    prompt, step = llama.run(rows)
+    assert prompt == [int(slot <= token) for token in range(6) for slot in range(10)]
+    assert step == [int(slot <= 6) for slot in range(10)]
+    assert "one more token" in llama.find("#box").text
+    llama.box("layers.0.attn.q_proj").click()
+    assert llama.run(rows) == []
+
+
+def test_a_field_says_what_is_wrong_with_it(llama):
+    remark = "return document.getElementById('remark-' + arguments[0]).textContent"
+    for name, wrong, says in [
+        ("B", "1.5", "a whole number, 1 or more"),
+        ("bandwidth", "-1", "a number above 0"),
+        ("T", "9000", "more than the 8,192 it is made for"),
+        ("S", "8193", "more than the 8,192 it is made for"),
+    ]:
+        llama.set(**{name: wrong})
+        assert llama.run(remark, name) == says
+        described = llama.find(f'input[name="{name}"]').get_attribute("aria-describedby")
+        assert described == f"remark-{name}"
+    llama.set(B=2, T=8192, bandwidth=0.5)
+    assert [llama.run(remark, name) for name in ("B", "T", "bandwidth")] == ["", "", ""]
+
+
+def test_the_numbers_are_explained_on_the_page(llama):
+    """In words that a finger reaches too, which no title of a pointer is."""
+    assert "At most" in llama.find("#numbers").text
+    llama.find("#notes summary").click()
+    words = llama.find("#notes").text
+    for name in ("FLOP", "Intensity", "At most", "Fits", "Activations"):
+        assert name in words
+    assert llama.run("return all('#numbers dt').filter((each) => each.title).length") == 0
 
 
 def test_a_link_opens_what_is_closed_and_may_change(llama):
@@ -554,6 +623,25 @@ def test_two_models_side_by_side(browser, folder):
     browser.point(browser.run("return elements[1].get('final_norm').querySelector('.head')"))
     assert browser.run("return all('.differences li').map((each) => each.matches('.lit'))")[item]
 
+    # A click moves both sides, from a box that differs and from one in a box that has no twin of its own.
+    for model, box, twin in [
+        (0, "layers.0.ffn.up_proj", "layers.0.ffn.up_proj"),
+        (1, "layers.0.attn:rotate", None),
+    ]:
+        browser.run(
+            "document.querySelectorAll('.pane').forEach((pane) => pane.scrollTo(0, 0));"
+            "elements[arguments[0]].get(arguments[1]).querySelector('.head').click()",
+            model,
+            box,
+        )
+        other = browser.run(lit, 1 - model)
+        assert other == [twin or "layers.0.attn"]
+        seen = f'.box.lit[data-model="{1 - model}"] > .head'
+        assert browser.in_view(seen)
+        pane = "return all('.code')[arguments[0]].parentElement.scrollTop"
+        assert browser.run(pane, 0) > 0 and browser.run(pane, 1) > 0
+    browser.keys("\ue00c")
+
     same = browser.run("return all('.line.same .text', all('.code')[1]).map((each) => each.textContent)")
     assert "import torch" in same and "class RMSNorm(nn.Module):" not in same
 
@@ -573,7 +661,9 @@ def test_a_model_beside_itself(browser, folder):
 
 def test_the_pages_in_git_are_those_of_today(tmp_path):
     """`python show_structure.py --all` writes them anew."""
-    page.write(*captured("llama-3-8b"), tmp_path / "llama-3-8b.html")
-    page.compare(*captured("gpt2"), *captured("llama-3-8b"), tmp_path / "gpt2-llama-3-8b.html")
-    for path in tmp_path.iterdir():
-        assert path.read_text() == (ROOT / "structure_images" / path.name).read_text(), path.name
+    for names, _, html in images():
+        if html:
+            path = tmp_path / ("-".join(names) + ".html")
+            subjects = [part for name in names for part in captured(name)]
+            (page.compare if len(names) > 1 else page.write)(*subjects, path)
+            assert path.read_text() == (ROOT / "structure_images" / path.name).read_text(), path.name

@@ -7,6 +7,7 @@ compared with the libraries themselves and with `transformers`.
 import base64
 import io
 import json
+import os
 import re
 import sys
 import threading
@@ -799,7 +800,7 @@ def test_a_hostile_template_exhausts_nothing(folder_of, tmp_path, monkeypatch, t
     assert load_tokenizer(folder).render_chat(CHAT) == "4"
 
 
-def test_a_broken_off_rendering_does_not_answer_the_next_one(monkeypatch):
+def test_a_broken_off_rendering_does_not_answer_the_next_one():
     process = chat_template.TemplateProcess()
     question = json.dumps({"template": "{{ x }}", "variables": {"x": 1}})
     assert process.ask(question) == {"text": "1"}
@@ -817,6 +818,9 @@ def test_a_broken_off_rendering_does_not_answer_the_next_one(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         process.ask(json.dumps({"template": "old", "variables": {}}))
     assert process.ask(question) == {"text": "1"}
+    process.process.kill()
+    process.process.wait()
+    assert process.ask(question) == {"text": "1"}
     process.stop()
 
 
@@ -825,24 +829,29 @@ def test_what_is_not_json_is_refused(loaded):
         loaded("json-llama-3").render_chat(CHAT, tools=[print])
 
 
-def test_threads_share_a_tokenizer(loaded):
-    """The library's object carries a switch that plain texts and chats set differently."""
-    ours, failures = loaded("json-llama-3"), []
-    text, chat = "a <|eot_id|> b", [{"role": "user", "content": "hi"}]
-    expected = {"text": ours.encode(text), "chat": ours.encode_chat(chat)}
-    rendered = ours.render_chat(chat)
+def test_threads_share_a_tokenizer(folder_of):
+    """Encoding sets a switch of the library's object, may change its normaliser, and moves standard error."""
+    ours, failures = load_tokenizer(folder_of("json-llama-3")), []
+    text, mark = "a <|eot_id|> b " * 50, "\U000f0000"
+    calls = {
+        "text": lambda: ours.encode(text),
+        "chat": lambda: ours.encode_rendered(text, ""),
+        "guarded": lambda: ours.encode_rendered(text.replace("<|", f"<{mark}|"), mark),
+    }
+    expected, normalizer = {name: call() for name, call in calls.items()}, str(ours.core.normalizer)
 
-    def encode(kind):
-        for _ in range(300):
-            got = ours.encode(text) if kind == "text" else ours.encode_rendered(rendered, "")
-            failures.extend([kind] if got != expected[kind] else [])
+    def encode(name):
+        for _ in range(200):
+            failures.extend([name] if calls[name]() != expected[name] else [])
 
-    threads = [threading.Thread(target=encode, args=(kind,)) for kind in ("text", "chat") * 2]
+    standard_error = os.fstat(2)
+    threads = [threading.Thread(target=encode, args=(name,)) for name in list(calls) * 2]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert failures == []
+    assert failures == [] and str(ours.core.normalizer) == normalizer
+    assert os.path.samestat(os.fstat(2), standard_error)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -382,6 +382,7 @@ def states():
         "settings that are none": keep(lambda state: state.update(settings=3)),
         "of another model": keep(lambda state: state["model"].popitem()),
         "a step that is a word": keep(lambda state: state.update(step="3")),
+        "seconds that are a word": keep(lambda state: state.update(seconds="3")),
         "more steps than losses": keep(lambda state: state.update(step=5)),
         "means of other shapes": keep(
             lambda state: (
@@ -518,16 +519,20 @@ def test_a_config_of_another_kind(tmp_path, page, other):
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [10**9, HUGE, 0, -1, "3", None, float("nan")])
+@pytest.mark.parametrize("value", [10**9, HUGE])
 @pytest.mark.parametrize("page", PAGES)
 def test_sizes_that_no_machine_holds(tmp_path, page, value):
-    """Every number of a config: refused before memory is taken, or taken as it is."""
+    """Every number of a config: refused before memory is taken, but for those that take none."""
+    taken = set()
     for name in [name for name, old in CONFIGS[page].items() if type(old) is int]:
         command = small_run(page, tmp_path, config=CONFIGS[page] | {name: value})
         try:
-            main_of(page)(command("run", "--restart", steps=1))
+            main_of(page)(command("run", "--restart", steps=3))
+            taken.add(name)
         except UserError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error) and "--warmup" not in str(error)
+    # The data have a say in these; a table of positions is none in the Transformer, which has sinusoids.
+    assert taken <= {"vocab_size", "num_labels", "pad_id", "max_seq_len", "cross_downsample", "num_segments"}
 
 
 def test_a_batch_that_no_machine_holds(train):
@@ -566,4 +571,6 @@ def test_the_notes_are_of_the_run_that_is_kept(train, tmp_path):
     train("run", steps=3)
     with pytest.raises(UserError, match="--restart"):
         train("run", "--seed", "5", steps=3)
-    assert "5" not in read_notes(tmp_path / "run")["arguments"][-2:]
+    assert read_notes(tmp_path / "run")["arguments"][-1] != "5"
+    train("run", "--restart", "--seed", "5", steps=3)
+    assert read_notes(tmp_path / "run")["arguments"][-1] == "5"

@@ -1,6 +1,6 @@
 """Does with a page all that the project does with one: the other half of tests/test_strange_pages.py.
 
-    python -m tests.visit_page routed_decoder FOLDER [STEP ...]        writes into FOLDER, leaves steps out
+    python -m tests.visit_page routed_decoder FOLDER        writes into FOLDER
 
 It prints a JSON object: for each of the steps below null where it succeeded, {"refused": one sentence} where
 the project says that it cannot, or {"error": traceback}. One process does it all, since torch takes seconds
@@ -24,9 +24,11 @@ from conversion.convert import convert, reverse
 from conversion.tables import to_hf_config, to_hf_state
 from models import config_to_dict, load_model
 from models.utils.errors import UserError
+from models.utils.tokenizer import load_tokenizer
+from runs_ar.chat import Conversation
 from runs_train import language_model
 from tests import zoo
-from tests.tiny_checkpoints import VOCAB_SIZE, sentencepiece_model
+from tests.tiny_checkpoints import CHAT_TEMPLATE, VOCAB_SIZE, sentencepiece_model
 
 STEPS = {}
 
@@ -69,6 +71,9 @@ def converts(visit):
         save_file(theirs, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(to_hf_config(visit.model_name, fields)))
         (folder / "tokenizer.model").write_bytes(tokenizer)
+        settings = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        settings |= {"tokenizer_class": "LlamaTokenizer", "chat_template": CHAT_TEMPLATE}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         convert(folder, model=visit.model_name, progress=False)
         loaded = load_model(folder).state_dict()
         assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
@@ -89,6 +94,29 @@ def scores(visit):
     text = visit.folder / "text.txt"
     text.write_text("for n in range(3): print(n)\n" * 4)
     assert "perplexity" in visit.run(visit.checkpoint, "--score", text)
+
+
+@step
+def chats(visit):
+    """An answer is the same whether the cache outlived the turn before, was left in a step, or is new."""
+    model, tokenizer = load_model(visit.checkpoint), load_tokenizer(visit.checkpoint)
+
+    def conversation(messages=()):
+        chat = Conversation(model, tokenizer)
+        chat.messages += messages
+        return chat
+
+    def interrupt(token):
+        raise KeyboardInterrupt
+
+    chat = conversation()
+    for n in range(3):
+        before = list(chat.messages)
+        answer = "".join(chat.answer(f"say {n}", max_new_tokens=5))
+        assert answer == "".join(conversation(before).answer(f"say {n}", max_new_tokens=5))
+        if n == 1:
+            with contextlib.suppress(KeyboardInterrupt):
+                list(chat.answer("stop", max_new_tokens=5, on_token=interrupt))
 
 
 @step
@@ -166,7 +194,7 @@ def trains(visit):
         "--vocab-size",
         VOCAB_SIZE,
     ]
-    options += ["--steps", 4, "--warmup", 1, "--batch-size", 2, "--device", "cpu", "--float32"]
+    options += ["--steps", 4, "--warmup", 1, "--batch-size", 2, "--device", "cpu", "--dtype", "float32"]
     with contextlib.redirect_stdout(io.StringIO()):
         language_model.main([*map(str, options)])
 
@@ -188,7 +216,4 @@ def visit(model_name, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    page, place, *left_out = sys.argv[1:]
-    for each in left_out:
-        del STEPS[each]
-    print(json.dumps(visit(page, Path(place))))
+    print(json.dumps(visit(sys.argv[1], Path(sys.argv[2]))))

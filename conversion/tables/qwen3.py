@@ -4,7 +4,7 @@ import math
 
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
-from conversion.tables.llama import LLAMA_TYPE, num_kv_heads, rope_base, rope_parameters
+from conversion.tables.llama import LLAMA_TYPE, rope_parameters
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
@@ -18,8 +18,10 @@ LAYOUT = Layout(
     """),
 )
 
-# YaRN's fields beside rope_theta, with what transformers takes where one is missing or null.
-YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True}
+# YaRN's fields -> ours; what transformers takes where an optional one is missing or null.
+YARN = {"factor": "factor", "original_max_position_embeddings": "original_max_seq_len"}
+OPTIONAL = {"beta_fast": "fast_turns", "beta_slow": "slow_turns", "attention_factor": "rotation_scale"}
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 def rope_scaling(theirs):
@@ -29,29 +31,26 @@ def rope_scaling(theirs):
     kind = parameters.pop("rope_type")
     if kind not in ("default", "yarn"):
         raise UserError(f"{where} has rope_type {kind!r}; models/qwen3.py implements default and yarn")
-    needed = {"rope_theta"} | ({"factor", "original_max_position_embeddings"} if kind == "yarn" else set())
-    optional = set(YARN) if kind == "yarn" else set()
-    if strange := sorted(needed.symmetric_difference(parameters) - optional):
-        raise UserError(f"{where} of rope_type {kind}: amiss is {', '.join(strange)}")
+    needed = {"rope_theta"} | (set(YARN) if kind == "yarn" else set())
+    optional = {*OPTIONAL, *YARN_DEFAULTS} if kind == "yarn" else set()
+    if missing := sorted(name for name in needed if parameters.get(name) is None):
+        raise UserError(f"{where} of rope_type {kind} lacks {', '.join(missing)}")
+    if unknown := sorted(set(parameters) - needed - optional):
+        raise UserError(f"{where} of rope_type {kind}: models/qwen3.py does not know {', '.join(unknown)}")
     if kind == "default":
         return None
-    given = {
-        name: default if parameters.get(name) is None else parameters[name] for name, default in YARN.items()
-    }
-    if given["truncate"] is not True:
-        raise UserError(f"{where}: truncate is {given['truncate']!r}; models/qwen3.py implements true")
-    scale = given["attention_factor"]
-    return {
-        "factor": parameters["factor"],
-        "original_max_seq_len": parameters["original_max_position_embeddings"],
-        "fast_turns": given["beta_fast"],
-        "slow_turns": given["beta_slow"],
-        "rotation_scale": natural_scale(parameters["factor"]) if scale is None else scale,
-    }
+    given = {name: value for name, value in parameters.items() if value is not None}
+    for name in (*YARN, *OPTIONAL):
+        if type(given.get(name, 1)) not in (int, float):
+            raise UserError(f"{where}: {name} is {given[name]!r}, where a number is expected")
+    values = {"attention_factor": natural_scale(given["factor"]), **YARN_DEFAULTS, **given}
+    if values["truncate"] is not True:
+        raise UserError(f"{where}: truncate is {values['truncate']!r}; models/qwen3.py implements true")
+    return {ours: values[name] for name, ours in (YARN | OPTIONAL).items()}
 
 
 def natural_scale(factor):
-    """What attention_factor is where a file does not say it (YaRN, eq. 15, the root of 1 / t)."""
+    """What attention_factor, our rotation_scale, is where a file does not say it (YaRN, eq. 15)."""
     return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -59,11 +58,10 @@ QWEN3_TYPE = HFType(
     model="qwen3",
     used={
         **{ours: LLAMA_TYPE.used[ours] for ours in LLAMA_TYPE.used if not ours.endswith("_bias")},
-        "num_kv_heads": num_kv_heads,
         "head_dim": "head_dim",
-        "rope_base": rope_base,
         "rope_scaling": rope_scaling,
     },
+    # What transformers takes where config.json is silent; no published Qwen3 is.
     defaults={
         **{name: LLAMA_TYPE.defaults[name] for name in LLAMA_TYPE.defaults if not name.endswith("_bias")},
         "vocab_size": 151936,
@@ -91,11 +89,7 @@ def to_hf_config(config):
     if scaling:
         scaling = {
             "rope_type": "yarn",
-            "factor": scaling["factor"],
-            "original_max_position_embeddings": scaling["original_max_seq_len"],
-            "beta_fast": scaling["fast_turns"],
-            "beta_slow": scaling["slow_turns"],
-            "attention_factor": scaling["rotation_scale"],
+            **{name: scaling[ours] for name, ours in (YARN | OPTIONAL).items()},
         }
     return {
         "architectures": ["Qwen3ForCausalLM"],

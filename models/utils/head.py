@@ -5,8 +5,9 @@ A bf16 keeps 8 bits: between 16 and 32 its numbers stand 0.125 apart. So logits 
 their order in the vocabulary. The sums of a product are made in fp32 anyway; a head keeps them, and nothing
 ties any more. The weights stay bf16, and as many bytes are read.
 
-torch has no such product on a CPU. But a part of the matrix that fits into the core's cache is made fp32
-there and multiplied before it leaves, which costs little beside reading it from memory.
+torch has no such product on a CPU. row_linear.py has, and takes half of the time that torch does; it is asked
+where its library was built already, by --compile. Elsewhere a part of the matrix that fits into the core's
+cache is made fp32 there and multiplied before it leaves: a tenth more time for a step of 124 M weights.
 
 A head that was quantized answers as its kernel does, in the dtype of its input.
 Shapes: N outputs, K inputs.
@@ -17,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IN_CACHE = 2**19  # numbers of a matrix that are fp32 at a time: 2 MB
+from models.utils.kernels.cpp_library import is_built
+from models.utils.kernels.row_linear import SOURCE, linear_fits, row_linear
+
+IN_CACHE = 2**20  # numbers of a matrix that are fp32 at a time: 4 MB
 
 
 class Head(nn.Module):
@@ -33,6 +37,8 @@ class Head(nn.Module):
 
 def product_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear with a result in fp32: x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+    if not torch.is_grad_enabled() and is_built(SOURCE) and linear_fits(x, weight):
+        return row_linear(x, weight, bias, to_fp32=True)
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda and not torch.is_grad_enabled():
         out = torch.mm(rows, weight.T, out_dtype=torch.float32)

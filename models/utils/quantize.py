@@ -394,7 +394,7 @@ def quantize_layers(model, quantization, device="cpu", dtype=None, windows=()):
     products = calibrate(model, plan, windows)
     started, told = time.monotonic(), sys.stderr.isatty()  # where a bar is shown
     for done, name in enumerate(tqdm(plan, "quantizing", leave=False, disable=None)):
-        if not told and (seconds := time.monotonic() - started) > 1:
+        if done and not told and (seconds := time.monotonic() - started) > 1:
             report(f"quantizing {len(plan)} layers, which takes about {seconds / done * len(plan):.0f} s")
             told = True
         layer = model.get_submodule(name)

@@ -24,6 +24,9 @@ ROLES = (
 )
 
 
+LOOP = "loop over time"  # the label of a box for one round of it
+
+
 @dataclass(frozen=True)
 class Shape:
     letters: str  # "(B, T, D)", from the checked shape comment of the line that made the tensor; "" if none
@@ -63,12 +66,20 @@ class Box:
     tied_to: str = ""  # id of the box that holds the same matrix
     weights: tuple = ()  # ((name, shape, Hugging Face's names), ...) of one member's own tensors
     output: Shape | None = None
+    attends: tuple = ()  # of a mask: rows of "110000" for a short prompt, and for one more token
     flops: tuple = ()  # ((coefficient, "B*T"), ...), summed, of its own operations; see facts.py
     kept: tuple = ()  # the same for the numbers that a cache keeps
     once: bool = False  # runs for a source, and not again for each token of its target
     bytes: dict = field(default_factory=dict)  # of its own tensors, by what they are kept in: fp32 to int4
     children: list["Box"] = field(default_factory=list)  # in the order in which they run
     edges: list[Edge] = field(default_factory=list)  # between the children, and to "in" and "out"
+
+
+def repeats(box):
+    """ "× 32" of a box that is folded, "× T" of a loop over the tokens, or ""."""
+    if box.repeat > 1:
+        return f"× {box.repeat}"
+    return f"× {box.times}" if box.label == LOOP else ""
 
 
 # What is drawn ----------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Boxes:
         self.model, self.folds, self.sizes = traced.model, traced.folds, traced.sizes
         self.places, self.page, self.spots, self.ops = places, places.page, places.spots, places.ops
         self.shapes, self.links = shapes, links
-        self.names = names  # Hugging Face's
+        self.names, self.masks = names, traced.masks  # names: Hugging Face's
         self.bytes = stored_bytes(self.model)
         self.counted = {}  # id of a parameter: id of the box that counts it
         self.kept = set()  # the tensors of a cache that a box counts
@@ -87,6 +87,8 @@ class Boxes:
             box.output = self.shapes.shape(computing[-1])
             box.flops = self.flops(spot.ops)
             box.kept = self.kept_by(spot.ops)
+            if spot.role == "mask":
+                box.attends = self.masks.get(self.lines_of(computing[-1]), ())
             box.times = "T" if any(op.loop for op in computing) else ""
             # What a cache is made with, it keeps: the keys and values of a source.
             methods = {op.frames[0].function for op in computing}
@@ -94,6 +96,10 @@ class Boxes:
                 box.kept = self.terms([math.prod(computing[-1].shape)])
             box.once = bool(self.places.methods) and "decode" not in methods
         return box
+
+    def lines_of(self, op):
+        """The statements that run it, from the outermost in, each by its first line."""
+        return tuple(self.page.statement(frame.line)[0] for frame in op.frames)
 
     def describe_module(self, box, spot):
         module, cls = self.places.modules[spot.name], type(self.places.modules[spot.name]).__name__

@@ -16,6 +16,7 @@ from itertools import count
 from torch import nn
 
 from conversion.config_fields import words
+from structure.capture.blocks import LOOP
 from structure.capture.folding import Cycle
 from structure.capture.roles import HEAVY, label_of_op, role_of_function, role_of_module, role_of_op
 from structure.capture.source import page_of_class
@@ -158,7 +159,7 @@ class Places:
         key = f"{op.loop.owner}:loop"
         if self.spots.get(key, Spot("loop", str(op.loop.line), "", "", [])).name != str(op.loop.line):
             key += f"#{op.loop.line}"
-        self.spots.setdefault(key, Spot("loop", str(op.loop.line), "loop over time", "recurrence", [], True))
+        self.spots.setdefault(key, Spot("loop", str(op.loop.line), LOOP, "recurrence", [], True))
         return [*keys[:place], key, *keys[place:]]
 
     def call_key(self, path, op):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.utils.errors import UserError
 from structure.capture.folding import Folds, Loop, fold_experts, fold_layers, fold_time, unfold
+from structure.capture.masks import masks_of
 from structure.capture.sizes import Sizes, evaluate
 from structure.capture.source import page_of_class
 
@@ -50,6 +51,7 @@ class Trace:
     sizes: Sizes
     known: dict  # what the letters of shape comments are, where the config says it
     ops: list
+    masks: dict  # lines of the page: what the mask that they make says, see masks.py
 
 
 def trace(model):
@@ -84,7 +86,11 @@ def trace(model):
         sizes.few_tokens()
     program = exported(*call_of(model, page, sizes, known, kept), page)
     ops = fold_time(ops_of(program, page, sizes), page, model, sizes["T"])
-    return Trace(model, folds, sizes, known, ops)
+
+    def small_call(few):
+        return call_of(model, page, few, known, cache_of(model, few))
+
+    return Trace(model, folds, sizes, known, ops, masks_of(page, small_call))
 
 
 def exported(root, inputs, page):

@@ -159,10 +159,27 @@ function factsOf(box) {
   const title = make("p", { class: "hint" }, box.title || box.role.replace("_", "-"));
   const which = named !== looked ? [make("p", { class: "which" }, coded(named))] : [];
   const parts = [make("h2", {}, box.label), ...which, title, list];
+  if (box.attends.length) parts.push(...attendsOf(box));
   if (box.parameters) parts.push(sizesOf(box));
   if (box.doc) parts.push(words(box.doc));
   if (box.weights.length) parts.push(make("h3", {}, "At Hugging Face"), weightsOf(box));
   return parts;
+}
+
+/** Who attends to whom: a row for each token, a column for what it may look at. */
+function attendsOf(box) {
+  const grid = (rows, label) => {
+    const cells = rows.flatMap((row) => [...row].map((bit) => make("i", bit === "1" ? { class: "on" } : {})));
+    const style = `--columns: ${rows[0].length}`;
+    return make("div", { class: "mask", role: "img", "aria-label": `${label}: ${rows.join(", ")}`, style }, ...cells);
+  };
+  const [prompt, step] = box.attends;
+  const say = (text, rows) => [make("p", { class: "hint" }, text), grid(rows, text)];
+  return [
+    make("h3", {}, "Who attends to whom"),
+    ...say(`a prompt of ${prompt.length} token${prompt.length > 1 ? "s" : ""}, one below the other`, prompt),
+    ...(generates && !box.once ? say("one more token, after it", step) : []),
+  ];
 }
 
 function sizesOf(box) {
@@ -194,12 +211,12 @@ function weightsOf(box) {
   return make("div", { class: "weights" }, ...rows.map(row));
 }
 
-/** A docstring: prose as prose, what is indented as it stands. */
+/** A docstring: prose as prose, what is indented or an example as it stands. */
 function words(doc) {
   const parts = doc.split(/\n\s*\n/).map((part) => {
     const lines = part.split("\n");
     const margin = Math.min(...lines.map((each) => each.search(/\S|$/)));
-    if (!margin) return make("p", {}, lines.join(" "));
+    if (!margin && !lines[0].startsWith(">>>")) return make("p", {}, lines.join(" "));
     return make("pre", { tabindex: 0 }, lines.map((each) => each.slice(margin)).join("\n"));
   });
   return make("div", { class: "words" }, ...parts);

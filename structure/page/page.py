@@ -15,7 +15,7 @@ from pygments.lexers import PythonLexer
 from pygments.token import Comment, Keyword, Name, Number, String
 
 from models.utils.files import write_atomically
-from structure.capture.blocks import COLOURS, GROUND, MUTED, ROLES, SPINE, TEXT
+from structure.capture.blocks import COLOURS, GROUND, MUTED, ROLES, SPINE, TEXT, repeats
 from structure.compare import compare as compare_models
 from structure.page.rows import arrange, is_circle
 
@@ -179,6 +179,7 @@ def described(box, facts, leaves):
         "tied_to": box.tied_to,
         "weights": [[name, list(shape), list(names)] for name, shape, names in box.weights],
         "output": box.output and [box.output.letters, list(box.output.numbers)],
+        "attends": box.attends,
         "leaves": [[shape.letters, list(shape.numbers)] for shape in leaves],
         **facts,
     }
@@ -211,6 +212,7 @@ def view(box, marks=None, level=1, takes=(), is_open=True):
         "level": level,
         "title": "" if ":" in box.id else box.title,
         "takes": takes,
+        "repeats": repeats(box) + (f", {box.active} active" if box.active else ""),
         "circle": is_circle(box),
         "marks": (marks or {}).get(box.id, []),
         "is_same": marks is not None and box.id not in marks,

@@ -9,6 +9,7 @@ from structure.picture.sheet import Drawing, Line, Tile, Word, count, width_of
 WIDTH = 238.0
 COLUMN = 26.0  # between two columns
 ROW = 16.0
+MOST_SQUARES = 512  # of heads, of experts; more are a number alone
 
 ROLES = {
     "embedding": "embedding",
@@ -193,6 +194,8 @@ def draw_heads(drawing, letters, y):
     text = f"{H} query heads share {K} key/value heads" if K < H else f"{H} heads, each with keys and values"
     row(drawing, 0, text, y - ROW - 4)
     y -= 2 * ROW
+    if H > MOST_SQUARES:
+        return y + 4
     per_row = next(n for n in range(min(H, 32), 0, -1) if n % (H // K) == 0 or H // K > 32)
     cell = min(WIDTH / per_row, 15.0)
     for first in range(0, H, per_row):
@@ -210,6 +213,8 @@ def draw_experts(drawing, box, y):
     heading(drawing, "Experts", "", y)
     row(drawing, 0, f"{box.active} of {box.repeat} are active, chosen for each token", y - ROW - 4)
     y -= 2 * ROW
+    if box.repeat > MOST_SQUARES:
+        return y + 4
     per_row = next(n for n in range(min(box.repeat, 32), 0, -1) if box.repeat % n == 0 or box.repeat > 32)
     cell = min(WIDTH / per_row, 15.0)
     for n in range(box.repeat):

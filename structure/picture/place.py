@@ -12,6 +12,7 @@ from structure.capture.blocks import (
     is_region,
     is_stack,
     prepared,
+    repeats,
     side_key,
 )
 from structure.picture.arrange import (
@@ -208,7 +209,7 @@ def header_words(tile):
 
 
 def repeat_words(box, x, y, anchor):
-    return [Word(f"× {box.repeat}", x, y - 3, REPEAT, "text", True, anchor)] if box.repeat > 1 else []
+    return [Word(repeats(box), x, y - 3, REPEAT, "text", True, anchor)] if repeats(box) else []
 
 
 # ---------------------------------------------------------------------------- the grid

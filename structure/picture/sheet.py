@@ -9,7 +9,7 @@ from functools import cache
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 
-from structure.capture.blocks import Box, Shape
+from structure.capture.blocks import Box, Shape, repeats
 
 NAME, DETAIL, SHAPE, REPEAT = 11.5, 9.5, 9.0, 17.0  # sizes of type
 WORD_GAP = 12.0  # between a name and what stands beside it
@@ -268,7 +268,7 @@ def name_of(box):
 def one_line(box):
     """The width of its words in one line, with room for how often it is there."""
     return (
-        50 * (box.repeat > 1)
+        50 * bool(repeats(box))
         + width_of(name_of(box), NAME, True)
         + sum(WORD_GAP + width_of(text, DETAIL) for text in details(box))
         + 20

@@ -52,13 +52,24 @@ def load_library(source: Path, shape_of):
     return None
 
 
-def build(source):
-    """The path of the library, compiled unless it is there for this source, torch, compiler and processor."""
+@lru_cache
+def is_built(source: Path):
+    """Whether the library is there, so that nobody would have to wait for it."""
+    return plan(source)[1].exists()
+
+
+def plan(source):
+    """(command, path of what it writes): a library for each source, torch, compiler and processor."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = FLAGS + [option for name in instructions() for option in OPTIONS.get(name, [])]
     command = [*compiler, *flags, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
     recipe = "\n".join([source.read_text(), torch.__version__, *command])
-    library = cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    return command, cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+
+
+def build(source):
+    """The path of the library, compiled unless it is there."""
+    command, library = plan(source)
     if library.exists():
         return library
     print(f"compiling {source.name} (once, about ten seconds)", file=sys.stderr)
@@ -69,10 +80,10 @@ def build(source):
             part = Path(folder) / library.name
             done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
             if done.returncode or not part.exists():
-                raise BuildError(f"{compiler[0]} could not compile {source.name}{first_error(done.stderr)}")
+                raise BuildError(f"{command[0]} could not compile {source.name}{first_error(done.stderr)}")
             part.replace(library)
     except FileNotFoundError:
-        raise BuildError(f"no C++ compiler ({compiler[0]} is not there; CXX names another)") from None
+        raise BuildError(f"no C++ compiler ({command[0]} is not there; CXX names another)") from None
     except OSError as error:
         raise BuildError(f"{library.parent}: {error.strerror}; TORCH_EXTENSIONS_DIR names another") from None
     return library

@@ -60,8 +60,8 @@ class TemplateProcess:
     def ask(self, question):
         """The answer to a line of JSON, as a dict."""
         with self.lock:
-            # A fork of this process may not speak through the same pipes.
-            if self.process is None or self.parent != os.getpid():
+            # It may have been ended by somebody; and a fork may not speak through its parent's pipes.
+            if self.process is None or self.parent != os.getpid() or self.process.poll() is not None:
                 self.start()
             timer = threading.Timer(PATIENCE, self.process.kill)
             timer.start()
