@@ -1,10 +1,11 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
 # make check  ruff, then the tests                       make clean  forget the virtual environment
+# make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run test check clean
+.PHONY: run test check mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
@@ -16,6 +17,9 @@ check: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest -n auto --dist loadfile
+
+mutants: $(VENV)/installed-test
+	$(PYTHON) tests/mutants.py $(FILES)
 
 clean:
 	rm -rf $(VENV)

@@ -19,13 +19,14 @@ the bars. What this page is made of stands in benchmarks/.
 """
 
 import importlib.util
+import itertools
 import json
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import ONE_PASS, PEERS, WEIGHTS, ZOO, measure
+from benchmarks.measure import PEERS, WEIGHTS, ZOO, check_kind, is_one_pass, measure, why_not
 from benchmarks.picture import draw
 from benchmarks.report import make_report, table
 from benchmarks.turns import Process
@@ -35,7 +36,7 @@ from models.utils.errors import UserError, run_main
 from models.utils.files import one_line, write_atomically
 from models.utils.machine import choose_device
 
-MODELS = ("gpt2", "gpt_neox", "llama", "transformer_lm", *ONE_PASS)
+LARGEST = 100_000  # of all numbers that are asked for
 QUICK = {
     "configs": ["llama-124m"],
     "weights": ["bfloat16", "int4"],
@@ -106,15 +107,15 @@ def check_arguments(args):
     for option, value in values:
         # The first new token comes with the prompt, so that another is needed to decode.
         smallest = 2 if option in ("prompt_tokens", "new_tokens", "batches") else 1
-        if value is not None and value < smallest:
-            raise UserError(f"--{option.replace('_', '-')} is {value}; give {smallest} or more")
+        if value is not None and not smallest <= value <= LARGEST:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} is {value}; give a number from {smallest} to {LARGEST:,}")
     if not 0 <= args.agreement <= 1:
         raise UserError(f"--agreement is {args.agreement}; give 0 to 1")
     for name in args.configs:
-        model_name, config = load_config(name)
-        if model_name not in MODELS:
-            raise UserError(f"{name} is a {model_name} model; give one of {', '.join(MODELS)}")
-        if model_name not in ONE_PASS and config.max_seq_len < args.prompt_tokens + args.new_tokens:
+        check_kind(name)
+        _, config = load_config(name)
+        if not is_one_pass(name) and config.max_seq_len < args.prompt_tokens + args.new_tokens:
             raise UserError(
                 f"{name}: --prompt-tokens {args.prompt_tokens} and --new-tokens {args.new_tokens} are more "
                 f"than its context of {config.max_seq_len}; give less"
@@ -122,6 +123,8 @@ def check_arguments(args):
 
 
 def check_folder(folder):
+    if folder == Path():
+        raise UserError("--out is empty, or the project's own folder; give another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -131,7 +134,7 @@ def check_folder(folder):
 
 
 def skip_what_is_missing(args):
-    """Take out of args.subjects what cannot be measured here; a line for each, which is printed."""
+    """Take out of args.subjects what cannot be measured here; a line for each, and for what a model lacks."""
     packages = (("transformers", "transformers"), ("llama.cpp", "llama_cpp"), ("llama.cpp", "gguf"))
     missing = {
         name: f"{package} is not installed; pip install '.[benchmark]'"
@@ -144,6 +147,9 @@ def skip_what_is_missing(args):
     args.subjects = [name for name in args.subjects if name not in missing]
     if not args.subjects:
         raise UserError(f"nothing is left to measure: {'; '.join(skipped)}")
+    for config, name in itertools.product(args.configs, args.subjects):
+        if why := why_not(config, name):
+            skipped.append(f"{config}: {name} is left out ({why})")
     print("\n".join(skipped), end="\n" if skipped else "")
     return skipped
 

@@ -6,17 +6,9 @@
 How the tensors go over stands in conversion/convert.py, where Hugging Face keeps them in conversion/tables/.
 """
 
-from conversion.convert import convert, inspect, reverse
-from conversion.hub import fetch
-from conversion.meta import MetaOptions
-from conversion.tables import PAGES
+from models import MODEL_NAMES
 from models.utils.command_line import DTYPES, QUANTIZED, Parser, positive
 from models.utils.errors import UserError, run_main
-from models.utils.machine import dtype_named
-from models.utils.quantize import (
-    GROUP_SIZES,
-    quantization_of,
-)
 
 EXAMPLES = """
 examples:
@@ -35,13 +27,15 @@ The result is checkpoints/NAME/converted/ with config.json, model.safetensors an
 
 def main():
     args = parse_arguments()
+    # torch takes seconds to import, for which no typo waits.
+    from conversion.convert import convert, inspect, reverse
+    from conversion.hub import fetch
+    from conversion.meta import MetaOptions
+    from models.utils.machine import dtype_named
+    from models.utils.quantize import quantization_of
+
     dtype = dtype_named(args.dtype)
     quantization = quantization_of(args.quantize, args.group_size, args.calibrate)
-    if quantization and (args.reverse or args.inspect):
-        raise UserError(
-            "--quantize goes with writing our form; transformers has other layouts for quantized weights, so "
-            "--reverse writes none, and --inspect writes nothing; leave it out"
-        )
     if args.reverse:
         print(f"wrote {reverse(args.checkpoint, args.out, dtype)}")
         return
@@ -50,18 +44,18 @@ def main():
     meta = MetaOptions(**{name: getattr(args, name) for name in MetaOptions.__dataclass_fields__})
     if args.inspect:
         inspect(folder, args.allow, meta, args.model)
-    else:
-        options = (dtype, args.allow, meta, True, args.model, quantization, args.calibrate)
-        print(f"wrote {convert(folder, args.out, *options)}")
-
-
-# The checkpoint ---------------------------------------------------------------------------------------------
-
-
-# Both sides beside each other -------------------------------------------------------------------------------
-
-
-# Writing ----------------------------------------------------------------------------------------------------
+        return
+    written = convert(
+        folder,
+        out=args.out,
+        dtype=dtype,
+        allow=args.allow,
+        meta=meta,
+        model=args.model,
+        quantization=quantization,
+        calibration=args.calibrate,
+    )
+    print(f"wrote {written}")
 
 
 # The command line -------------------------------------------------------------------------------------------
@@ -70,7 +64,6 @@ def main():
 def parse_arguments():
     parser = Parser("python convert_hf_checkpoint.py", __doc__, epilog=EXAMPLES)
     add = parser.add_argument
-    sizes = ", ".join(map(str, sorted(GROUP_SIZES)))
     add(
         "checkpoint",
         help="a folder in Hugging Face's or Meta's layout, or OWNER/NAME on the Hugging Face hub",
@@ -80,9 +73,9 @@ def parse_arguments():
     instead("--reverse", action="store_true", help="from a converted checkpoint to Hugging Face's layout")
     add("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
     add("--quantize", choices=QUANTIZED, help="the linear layers' weights; for a CPU with --dtype bfloat16")
-    add("--group-size", type=int, metavar="N", help=f"of int4: {sizes}; default: 32, the most exact")
+    add("--group-size", type=int, metavar="N", help="of int4: 32 (the most exact, default), 64 or 128")
     add("--calibrate", metavar="FILE", help="a text that tells int4 which errors count; the model reads it")
-    add("--model", choices=PAGES, help="which of models/, where more than one can read the checkpoint")
+    add("--model", choices=MODEL_NAMES, help="which of models/, where more than one can read the checkpoint")
     add(
         "--out",
         metavar="FOLDER",
@@ -109,7 +102,26 @@ def parse_arguments():
             help="default: %(default)s, as in Llama 3.1",
         )
     add("--rope-original-seq-len", type=positive(int), metavar="N", default=8192, help="default: %(default)s")
-    return parser.parse_args()
+    args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    mode = "inspect" if args.inspect else "reverse" if args.reverse else None
+    for name in given if mode else ():
+        if name not in MODES[mode]:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} says nothing to --{mode}, which {WHY[mode]}; leave it out")
+    return args
+
+
+# The options that mean something to those that do not convert.
+MODES = {
+    "inspect": {"checkpoint", "inspect", "allow", "model", "max_seq_len", "rope_factor"}
+    | {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_seq_len"},
+    "reverse": {"checkpoint", "reverse", "out", "dtype"},
+}
+WHY = {
+    "inspect": "writes nothing",
+    "reverse": "writes Hugging Face's layout, unquantized, of a checkpoint that is converted",
+}
 
 
 if __name__ == "__main__":

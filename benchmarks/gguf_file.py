@@ -6,9 +6,11 @@ are written in F32, F16, Q8_0 or Q4_0; norms and biases, as llama.cpp has it, al
     Q8_0    32 weights of a row share a scale d:  w = d q,        q in -127 .. 127     8.5 bits a weight
     Q4_0    32 weights of a row share a scale d:  w = d (q - 8),  q in 0 .. 15         4.5 bits a weight
 
-Two things are not as in our files. llama.cpp keeps q, k and v of GPT-2 and GPT-NeoX in one matrix, one block
-above the other. And it rotates neighbours (2i, 2i + 1) of a Llama's heads where we rotate (i, i + d/2), so
-that the rows of q_proj and k_proj, and their biases, change places; GPT-NeoX's it rotates as we do.
+The gguf package knows the names here of tensors that Hugging Face names, and the tables of conversion/ know
+Hugging Face's names of ours. Two things are not as in our files. llama.cpp keeps q, k and v of GPT-2 and
+GPT-NeoX in one matrix, one block above the other. And it rotates neighbours (2i, 2i + 1) of a Llama's heads
+where we rotate (i, i + d/2), so that the rows of q_proj and k_proj, and their biases, change places; those of
+other models it rotates as we do.
 
 Only speed is of interest here: the vocabulary has the right size, and texts that mean nothing.
 Proof: tests/test_gguf_file.py, by the reader of the gguf package and by llama.cpp.
@@ -21,42 +23,37 @@ import gguf
 import numpy as np
 import torch
 
-from conversion.tensor_table import halves_to_pairs
+from conversion.tables import LAYOUTS, to_hf_config
+from conversion.tensor_table import halves_to_pairs, plan
 from models import config_to_dict
 from models.llama import rope_frequencies
 from models.utils.errors import UserError
 
 TYPES = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0", "Q4_0")}
-ARCHITECTURES = {"llama": "llama", "gpt2": "gpt2", "gpt_neox": "gptneox"}
 BLOCK = 32  # weights of a row that share a scale
+# What llama.cpp does in its own way, by its own names of the architectures.
+ROTATES_NEIGHBOURS = ("llama",)
+WANTS_A_TIED_HEAD_TOO = ("gptneox",)  # for others the embedding's matrix serves as the head
 
-# Our name of a tensor, without .weight or .bias, and theirs. {q,k,v}: three of ours are one of theirs.
-NAMES = {
-    "token_embed": "token_embd",
-    "pos_embed": "position_embd",
-    "final_norm": "output_norm",
-    "lm_head": "output",
-    "layers.{n}.attn_norm": "blk.{n}.attn_norm",
-    "layers.{n}.ffn_norm": "blk.{n}.ffn_norm",
-    "layers.{n}.attn.q_proj": "blk.{n}.attn_q",
-    "layers.{n}.attn.k_proj": "blk.{n}.attn_k",
-    "layers.{n}.attn.v_proj": "blk.{n}.attn_v",
-    "layers.{n}.attn.{q,k,v}_proj": "blk.{n}.attn_qkv",
-    "layers.{n}.attn.o_proj": "blk.{n}.attn_output",
-    "layers.{n}.ffn.gate_proj": "blk.{n}.ffn_gate",
-    "layers.{n}.ffn.up_proj": "blk.{n}.ffn_up",
-    "layers.{n}.ffn.down_proj": "blk.{n}.ffn_down",
-}
+
+def architecture(model_name, config):
+    """llama.cpp's name for what Hugging Face calls a model of this config; UserError if it has none."""
+    model_type = to_hf_config(model_name, config_to_dict(model_name, config))["model_type"]
+    name = model_type.replace("_", "")
+    if name not in gguf.MODEL_ARCH_NAMES.values():
+        raise UserError(f"llama.cpp has no model like {model_name}")
+    if getattr(config, "rope_base", 0) is None:
+        raise UserError(f"llama.cpp rotates every {name}, and this one has no RoPE")
+    return name
 
 
 def write_gguf(path, model_name, model, kind):
     """Write `model`, of class models/`model_name`.py, with its matrices in `kind`, a name of TYPES."""
-    if model_name not in ARCHITECTURES:
-        raise UserError(f"llama.cpp has no model like {model_name}; known: {', '.join(ARCHITECTURES)}")
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[model_name])
-    write_fields(writer, model_name, config_to_dict(model_name, model.config))
+    arch = architecture(model_name, model.config)
+    writer = gguf.GGUFWriter(path, arch)
+    write_fields(writer, model_name, model.config)
     write_vocabulary(writer, model.config.vocab_size)
-    for name, tensor in their_tensors(model_name, model).items():
+    for name, tensor in their_tensors(arch, model_name, model).items():
         array = tensor.detach().float().contiguous().numpy()
         array_type = type_of(array, kind)
         writer.add_tensor(name, gguf.quants.quantize(array, array_type), raw_dtype=array_type)
@@ -74,24 +71,28 @@ def type_of(array, kind):
 
 
 def write_fields(writer, model_name, config):
-    writer.add_context_length(config["max_seq_len"])
-    writer.add_embedding_length(config["d_model"])
-    writer.add_block_count(config["num_layers"])
-    writer.add_feed_forward_length(config["d_ff"])
-    writer.add_head_count(config["num_heads"])
-    if model_name == "llama":
-        writer.add_head_count_kv(config["num_kv_heads"])
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
-        writer.add_layer_norm_rms_eps(config["norm_eps"])
-        writer.add_rope_dimension_count(config["head_dim"])
-        writer.add_rope_freq_base(config["rope_base"])
-        return
-    writer.add_layer_norm_eps(config["norm_eps"])
-    if model_name == "gpt_neox":
-        writer.add_rope_dimension_count(config["rotary_dim"])
-        writer.add_rope_freq_base(config["rope_base"])
-        writer.add_parallel_residual(config["parallel_residual"])
+    """The sizes and constants that a model of this kind has."""
+    ours = config_to_dict(model_name, config)
+    writers = {
+        "max_seq_len": writer.add_context_length,
+        "d_model": writer.add_embedding_length,
+        "num_layers": writer.add_block_count,
+        "d_ff": writer.add_feed_forward_length,
+        "num_heads": writer.add_head_count,
+        "rope_base": writer.add_rope_freq_base,
+        "parallel_residual": writer.add_parallel_residual,
+    }
+    for field, write in writers.items():
+        if field in ours:
+            write(ours[field])
+    if "rope_base" in ours:
+        head_dim = ours.get("head_dim", ours["d_model"] // ours["num_heads"])
+        writer.add_head_count_kv(ours.get("num_kv_heads", ours["num_heads"]))
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_dimension_count(ours.get("rotary_dim", head_dim))
+    has_rms_norm = "rms_norm_eps" in to_hf_config(model_name, ours)
+    (writer.add_layer_norm_rms_eps if has_rms_norm else writer.add_layer_norm_eps)(ours["norm_eps"])
 
 
 def write_vocabulary(writer, size):
@@ -105,25 +106,23 @@ def write_vocabulary(writer, size):
     writer.add_eos_token_id(0)
 
 
-def their_tensors(model_name, model):
+def their_tensors(arch, model_name, model):
     """{their name: tensor} in their order of rows."""
     config = config_to_dict(model_name, model.config)
-    ours = model.state_dict()
-    if model.lm_head.weight is model.token_embed.weight and model_name != "gpt_neox":
-        del ours["lm_head.weight"]  # llama.cpp then takes the embedding's; for GPT-NeoX it wants both
+    layout, ours = LAYOUTS[model_name], model.state_dict()
+    if arch not in WANTS_A_TIED_HEAD_TOO:
+        ours = {name: tensor for name, tensor in ours.items() if name not in layout.tied(config)}
+    key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(key, config["num_layers"])
     theirs = {}
-    for name, tensor in ours.items():
-        layer, _, part = name.rpartition(".")
-        rows = [tensor]
-        if model_name == "llama" and layer.endswith(("q_proj", "k_proj")):
-            rows = [halves_to_pairs(tensor, config)]
-        elif model_name != "llama" and re.search(r"[qkv]_proj$", layer):
-            rows = [ours[f"{layer[:-6]}{which}_proj.{part}"] for which in "qkv"]
-            layer = f"{layer[:-6]}{{q,k,v}}_proj"
-        number = re.search(r"\.(\d+)\.", layer)
-        pattern = NAMES[re.sub(r"\.\d+\.", ".{n}.", layer)]
-        their_name = pattern.replace("{n}", number[1]) if number else pattern
-        theirs.setdefault(f"{their_name}.{part}", torch.cat(rows))
+    for step in plan(layout, config, list(ours)):
+        rows = [ours[name] for name in step.ours]
+        if arch in ROTATES_NEIGHBOURS and re.search(r"\.[qk]_proj\.", step.ours[0]):
+            rows = [halves_to_pairs(tensor, config) for tensor in rows]
+        their_name = names.get_name(step.theirs, (".weight", ".bias"))
+        if their_name is None:
+            raise UserError(f"llama.cpp has no place for {step.theirs} of {model_name}")
+        theirs[their_name] = torch.cat(rows)
     if config.get("rope_scaling"):
         theirs["rope_freqs.weight"] = frequency_divisors(model.config)
     return theirs

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.checks import Expected, check, check_rows
-from benchmarks.turns import Process
-from models import build_model, load_config
+from benchmarks.turns import Process, scratch_folder
+from models import DECODER, ONE_PASS, build_model, inputs_of, kind_of, load_config
 from models.utils.command_line import DTYPES
 from models.utils.errors import UserError
 from models.utils.machine import available_memory, spoken_bytes
@@ -24,9 +24,10 @@ WEIGHTS = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.7}  # bytes of on
 GGUF_KINDS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 ZOO = ("eager", "compiled", "speculative", "compiled+speculative")
 PEERS = ("transformers", "llama.cpp")
-LLAMA_CPP_KNOWS = ("llama", "gpt2", "gpt_neox")
-ONE_PASS = {"bert": ("texts", 16), "vision_transformer": ("images", 8)}  # encoders: of what, how many at once
-TEXT_TOKENS = 128  # of a text for an encoder
+IN_ONE_PASS = ("eager", "transformers")
+# What a model that answers in one pass is given: its word for it, ours, and how many at once.
+ANSWERS = {"tokens": ("texts", 16), "images": ("images", 8)}
+TEXT_TOKENS = 128  # of a text for such a model
 PROGRAM_BYTES = 350_000_000  # of a process beside its weights
 CHECKED_TOKENS = 16
 # The threads of a library go on spinning for some milliseconds when their work is done.
@@ -70,7 +71,7 @@ def measure(config, args, threads, read_memory):
     check_room(config, plan, torch.device(args.device))
     tasks = plan_tasks(config, args)
     prompt = next(iter(tasks.values())).prompts[0]
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, ExitStack() as stack:
+    with scratch_folder() as folder, ExitStack() as stack:
         expected = write_weights(config, plan, Path(folder), args, prompt)
         subjects = []
         for weights, name in tqdm(plan, f"{config}: loading and checking", leave=False, disable=None):
@@ -84,26 +85,54 @@ def measure(config, args, threads, read_memory):
 
 def plan_subjects(config, args):
     """(weights, subject) of all that is measured, in the order of the table."""
-    model_name, _ = load_config(config)
     plan = set()
-    for weights in args.weights:
-        for name in args.subjects:
+    for name in args.subjects:
+        for weights in args.weights:
+            if why_not(config, name):
+                continue
             if name == "transformers" and weights not in DTYPES:
-                plan.add(("bfloat16", name))  # what int8 and int4 are compared with
-            elif name in known_by(model_name):
-                plan.add((weights, name))
+                weights = "bfloat16"  # what int8 and int4 are compared with
+            plan.add((weights, name))
     if not plan:
-        known = ", ".join(known_by(model_name))
-        raise UserError(f"{config}: a {model_name} model is measured as {known}; give such --subjects")
+        reasons = "; ".join(f"no {name}: {why_not(config, name)}" for name in args.subjects)
+        raise UserError(f"{config}: nothing is left to measure ({reasons}); give other --subjects")
     order = [*ZOO, *PEERS]
     return sorted(plan, key=lambda pair: (list(WEIGHTS).index(pair[0]), order.index(pair[1])))
 
 
-def known_by(model_name):
-    """The subjects that there are for a model."""
-    if model_name in ONE_PASS:
-        return ("eager", "transformers")
-    return [*ZOO, *PEERS] if model_name in LLAMA_CPP_KNOWS else [*ZOO, "transformers"]
+def why_not(config, name):
+    """Why a model is not measured as the subject called `name`, or None."""
+    model_name, fields = load_config(config)
+    if is_one_pass(config) and name not in IN_ONE_PASS:
+        return "it answers in one pass"
+    if name == "llama.cpp":
+        from benchmarks.gguf_file import architecture  # needs the gguf package
+
+        try:
+            architecture(model_name, fields)
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def is_one_pass(config):
+    return kind_of(load_config(config)[0]) == ONE_PASS
+
+
+def answers_of(config):
+    """(what a model that answers in one pass is given, how many at once)."""
+    return ANSWERS[inputs_of(load_config(config)[0])[0]]
+
+
+def check_kind(config):
+    """UserError for a model that none of the subjects can run."""
+    model_name, _ = load_config(config)
+    kind = kind_of(model_name)
+    if kind not in (DECODER, ONE_PASS):
+        raise UserError(f"{config} is an {kind}; give a decoder or a model that answers in one pass")
+    if kind == ONE_PASS and inputs_of(model_name)[0] not in ANSWERS:
+        given = inputs_of(model_name)[0]
+        raise UserError(f"{config} is given {given}; benchmark.py draws {' and '.join(ANSWERS)}")
 
 
 def check_room(config, plan, device):
@@ -129,14 +158,14 @@ def check_room(config, plan, device):
 
 def plan_tasks(config, args):
     """{phase: Task}, with prompts of random tokens; one for an image is a number."""
-    model_name, config = load_config(config)
+    name, (_, config) = config, load_config(config)
     dice = random.Random(0)
 
     def prompt(length):
         return [dice.randrange(config.vocab_size) for _ in range(length)]
 
-    if model_name in ONE_PASS:
-        kind, usual = ONE_PASS[model_name]
+    if is_one_pass(name):
+        kind, usual = answers_of(name)
 
         def one_of(number):
             return [number] if kind == "images" else prompt(min(TEXT_TOKENS, config.max_seq_len))
@@ -164,7 +193,7 @@ def write_weights(config, plan, folder, args, prompt):
     settings = {"config": config, "folder": str(folder), "threads": args.threads}
     with Process("writer", f"{config}, writing weights", **settings) as writer:
         sizes = writer.call("write", weights=weights, gguf_kinds=kinds, draft=drafting)["result"]
-        if load_config(config)[0] in ONE_PASS:
+        if is_one_pass(config):
             tokens = writer.call("one_pass_reference", prompt=prompt)["result"]
         else:
             num_checked = min(CHECKED_TOKENS, args.new_tokens)
@@ -184,7 +213,7 @@ def start(config, weights, name, folder, threads, args, tasks):
     if "speculative" in name:
         settings["draft"] = str(folder / "draft" / weights)
         settings |= {"num_draft_tokens": args.num_draft_tokens, "agreement": args.agreement}
-    worker = f"{name} encoder" if load_config(config)[0] in ONE_PASS else name
+    worker = f"{name} encoder" if is_one_pass(config) else name
     return Process(worker, f"{config}, {weights}, {name}", **settings)
 
 
@@ -194,9 +223,8 @@ def load_and_check(subject, prompt, expected):
     loaded = subject.process.call("load")
     said = subject.process.call("run", prompts=[prompt], new_tokens=len(expected.tokens))["result"]
     logits = subject.process.call("logits", prompt=prompt)["result"]
-    kind, _ = ONE_PASS.get(load_config(subject.config)[0], ("tokens", 1))
     subject.figures = {
-        "answers": kind,
+        "answers": answers_of(subject.config)[0] if is_one_pass(subject.config) else "tokens",
         **about["result"],
         "memory_before_loading": about["peak_memory"],
         "seconds_to_load": loaded["seconds"],

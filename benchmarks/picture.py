@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-SPOKEN = {"float32": "fp32", "bfloat16": "bf16"}
+SPOKEN = {"float32": "fp32", "bfloat16": "bf16", "eager": "zoo", "speculative": "zoo, speculative"}
 COLORS = {
     "transformers": "#c9cdd3",
     "llama.cpp": "#e3b878",
@@ -28,7 +28,7 @@ def draw(report, path, kind):
         if place == 1 or "decode" not in entries[0]["phases"]:
             axes.set_ylabel(spoken_speed(entries[0]))
 
-    handles = [Patch(color=COLORS[name], label=name) for name in names]
+    handles = [Patch(color=COLORS[name], label=SPOKEN.get(name, name)) for name in names]
     if any(phase_of(entry) == "decode" for entry in report["subjects"]):
         handles.append(Line2D([], [], color="#333333", linewidth=1.2, label="limit of the memory"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)

@@ -7,9 +7,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-import torch
+import psutil
 
-from models.utils.machine import spoken_bytes
+from models.utils.machine import instructions, spoken_bytes
 
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
 SETTINGS = "prompt_tokens new_tokens prefill_tokens num_draft_tokens agreement rounds batches"
@@ -47,9 +47,9 @@ def this_machine():
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory": psutil.virtual_memory().total,
         "system": platform.platform(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": instructions(),
     }
 
 
@@ -88,7 +88,8 @@ def table(report):
     )
     legend = LEGEND if decoding else [line for line in LEGEND if line.startswith("x trf")]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, reading {bandwidth / 1e9:.1f} GB/s; "
+        f"{machine['processor']} ({' '.join(machine['instructions'])}), {machine['threads']} threads, "
+        f"reading {bandwidth / 1e9:.1f} GB/s; "
         f"{asked if decoding else ''}medians of {settings['rounds']} rounds"
     ]
     for config in dict.fromkeys(entry["config"] for entry in report["subjects"]):

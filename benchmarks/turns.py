@@ -8,8 +8,8 @@ still spin while the other is timed. Apart, each process has its own peak, and b
 a line from its pipe, which takes no processor time.
 
 A process leads a group of its own, so that Ctrl-C reaches benchmark.py alone, which then ends all of them,
-with the compilers that they may have started. Should benchmark.py itself be killed, their pipes close, and
-they end when their turn does.
+with the compilers that they may have started. Should benchmark.py itself be killed, Linux kills them with it;
+elsewhere their pipes close, and they end when their turn does. The folder of the weights goes the same way.
 """
 
 import json
@@ -18,12 +18,23 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from models.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+# Waits until the process that started it has ended, by whatever death, and removes a folder.
+SWEEPER = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+
+
+@contextmanager
+def scratch_folder():
+    """A folder for gigabytes, which is gone when this process is, even if that is killed."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        command = [sys.executable, "-c", SWEEPER, folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+            yield folder
 
 
 class Process:

@@ -123,15 +123,19 @@ def write_hf(model_name, model, folder, dtype):
 
 
 def draft_fields(model_name, config):
-    """The fields in which a drafter differs: a third of the width, a sixth of the layers."""
-    heads = max(1, config.num_heads // 3)
-    head_dim = getattr(config, "head_dim", config.d_model // config.num_heads)
-    fields = {
+    """The fields in which a drafter differs: a third of the width, a sixth of the layers, a tied head.
+
+    (An output matrix of its own would outweigh the layers.)
+    """
+    fields = config_to_dict(model_name, config)
+    heads = max(1, fields.get("num_heads", 1) // 3)
+    head_dim = fields.get("head_dim", config.d_model // fields.get("num_heads", 3))
+    wanted = {
         "d_model": heads * head_dim,
         "num_heads": heads,
+        "num_kv_heads": heads,
         "num_layers": max(1, config.num_layers // 6),
-        "d_ff": max(32, config.d_ff // 96 * 32),
+        "d_ff": max(32, fields.get("d_ff", 0) // 96 * 32),
+        "tied_head": True,
     }
-    if model_name != "gpt2":
-        fields["tied_head"] = True  # an output matrix of its own would outweigh the layers
-    return {**fields, "num_kv_heads": heads} if model_name == "llama" else fields
+    return {name: value for name, value in wanted.items() if name in fields}

@@ -4,9 +4,11 @@ What a subject weighs is to be its own, so this page imports no library: the sub
 the process of that subject.
 """
 
+import ctypes
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +30,7 @@ SUBJECTS = {
 
 def serve(subject, settings):
     """Answer each line of standard input with a line, until there are no more."""
+    end_with_parent()
     # The answers alone have the pipe; what libraries print goes to standard error.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -47,6 +50,13 @@ def serve(subject, settings):
             for_a_person = type(error).__name__ == "UserError"
             reply = {"error": str(error)} if for_a_person else {"traceback": traceback.format_exc()}
         print(json.dumps(reply), file=answers, flush=True)
+
+
+def end_with_parent():
+    """Have Linux kill this process when the one that started it ends, even if that was killed itself."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # prctl.h
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def peak_memory():

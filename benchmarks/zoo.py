@@ -17,6 +17,8 @@ from runs_ss.speculate import ModelDrafter, speculate
 class Eager:
     """A converted checkpoint, run by runs_ar/generate.py."""
 
+    arranged = True  # whether its weights come in the order that a model as it is written reads
+
     def __init__(self, folder, threads, device, dtype):
         keep_freed_memory()
         if threads:
@@ -25,11 +27,11 @@ class Eager:
         self.said = []
 
     def about(self):
-        return {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        return {"threads": torch.get_num_threads(), "torch_runs_as": torch.backends.cpu.get_cpu_capability()}
 
     def load(self):
         """How many bytes a decoded token reads."""
-        self.model = load_model(self.folder, self.device, self.dtype)
+        self.model = load_model(self.folder, self.device, self.dtype, arranged=self.arranged)
         return bytes_read_per_token(self.model)
 
     def notes(self):
@@ -57,6 +59,8 @@ class Eager:
 
 class Compiled(Eager):
     """The same with its decode step compiled."""
+
+    arranged = False
 
     def load(self):
         super().load()
@@ -86,7 +90,7 @@ class Speculative(Eager):
 
     def load(self):
         num_bytes = super().load()
-        self.drafter = load_model(self.draft_folder, self.device, self.dtype)
+        self.drafter = load_model(self.draft_folder, self.device, self.dtype, arranged=self.arranged)
         return num_bytes
 
     def run(self, prompts, new_tokens):
@@ -118,6 +122,8 @@ class Speculative(Eager):
 
 class CompiledSpeculative(Speculative):
     """The same with target and drafter compiled."""
+
+    arranged = False
 
     def load(self):
         super().load()

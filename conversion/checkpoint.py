@@ -19,11 +19,12 @@ from conversion.find import find_folder
 from conversion.weight_files import open_weights
 from models import build_model, config_from_dict, inputs_of, kind_of
 from models.utils.errors import UserError, report
-from models.utils.files import NotConverted, read_converted
+from models.utils.files import NotConverted, plain_file, read_converted
 from models.utils.machine import available_memory, choose_device, choose_dtype, spoken_bytes
 from models.utils.quantize import Quantization, parts_of, plan_layers, spoken, stored_quantization
 from models.utils.tokenizer import load_tokenizer
-from models.utils.weights import load_weights
+from models.utils.training_notes import unfinished_run
+from models.utils.weights import load_weights, main_dtype
 
 
 @dataclass
@@ -62,13 +63,19 @@ class Checkpoint:
     def example(self, name):
         """The path of an example that came with the checkpoint, example.txt or example.png; None without."""
         places = (self.folder / name, self.folder.parent / name)
-        return next((path for path in places if path.is_file()), None)
+        return next((plain_file(path) for path in places if path.is_file()), None)
 
     def load(self, num_slots=0):
         """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
         self.check_memory(num_slots)
         model = load_weights(
-            self.model, self.folder, self.device, self.dtype, self.quantization, self.windows
+            self.model,
+            self.folder,
+            self.device,
+            self.dtype,
+            self.quantization,
+            self.windows,
+            arranged=not self.widths,
         )
         if self.widths:
             from models.utils.compile import compile_decoding  # slow to import
@@ -129,9 +136,9 @@ def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(),
 def fast_dtype(folder, device, keep=False):
     """What the weights are stored in, or fp32 on a CPU that is slow at that; `keep`: never fp32."""
     entries = open_weights(folder).entries.values()
-    # The codes of quantized layers are whole numbers.
-    floats = [entry for entry in entries if entry.dtype.is_floating_point]
-    stored = floats[0].dtype if floats else torch.float32
+    # Of the codes of quantized layers the header's own word is kept.
+    floats = [entry for entry in entries if isinstance(entry.dtype, torch.dtype)]
+    stored = main_dtype(floats)
     if keep:
         return stored
     fp32_bytes = sum(4 * torch.Size(entry.shape).numel() for entry in floats)
@@ -146,6 +153,8 @@ def read_or_convert(folder):
     try:
         return read_converted(folder)
     except NotConverted:
+        if line := unfinished_run(folder):
+            raise UserError(line) from None
         report(f"{folder} is not converted yet; converting it first")
         convert(folder)
     return read_converted(folder)

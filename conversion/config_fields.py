@@ -4,15 +4,17 @@ A model_type knows three lists of fields: those that are used, with what `transf
 silent; those that must have one value, because our model does nothing else; those that are inert, without
 influence on the logits of a trained model. Any other field stops the conversion: it may mean anything.
 
-The lists of each model_type stand on the page of our model that implements it (gpt2.py, llama.py, ...). To
+The lists of each model_type stand in the table of our model that implements it (tables/gpt2.py, ...). To
 write them, read configuration_*.py and modeling_*.py in `transformers`, and give every field its place.
 tests/test_convert_hf_checkpoint.py holds the defaults equal to those of `transformers`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from models.utils.errors import UserError
+from models.utils.errors import UserError, printable
+from models.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class HFType:
     generation: tuple = ("bos_token_id", "eos_token_id", "pad_token_id")
     # (config.json, names of the file's tensors) -> the fields of ours that these two settle together
     from_names: Callable = lambda hf_config, names: {}
+    # Two tables may take a model_type if one of them is read only where --model asks for it.
+    by_name_only: bool = False
 
 
 # Fields with a null of their own: computed from others, or nothing.
@@ -76,7 +80,7 @@ def read_config(hf_type, hf_config, allow=()):
     """Our flat config. allow: fields that no list knows and that the caller takes to be harmless."""
     refuse_fields(hf_type, hf_config, allow)
     theirs = {
-        name: checked(name, hf_config.get(name, default), default)
+        name: checked_value(name, hf_config.get(name, default), default)
         for name, default in hf_type.defaults.items()
     }
     config = {"model": hf_type.model}
@@ -99,7 +103,19 @@ def refuse_fields(hf_type, hf_config, allow):
                 f"{name} is {value!r}{silent}; {page} implements {' or '.join(map(repr, values))}"
             )
 
-    known = {"model_type", *hf_type.defaults, *hf_type.must_equal, *INERT, *hf_type.inert}
+    if hf_config.get("quantization_config"):
+        problems.append(
+            "quantization_config: quantized checkpoints are not read; take the repository that it was made "
+            "from, and quantize that here with --quantize"
+        )
+    known = {
+        "model_type",
+        "quantization_config",
+        *hf_type.defaults,
+        *hf_type.must_equal,
+        *INERT,
+        *hf_type.inert,
+    }
     strange = [name for name in hf_config if name not in known and name not in allow]
     if strange:
         options = " ".join(f"--allow {name}" for name in strange)
@@ -118,26 +134,63 @@ def same(value, implemented):
     return type(value) is type(implemented) and value == implemented
 
 
-def checked(name, value, default):
+def checked_value(name, value, default):
     """A value of config.json, of the type that its default has; sizes are positive, and some may be null."""
     if value is None and name in MAY_BE_NULL:
         return None
     kind = int if default is None else type(default)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
     smallest = 0 if name.endswith("_id") else 1
-    if type(value) is not kind or (kind is int and value < smallest):
+    if type(value) is not kind or (kind is int and not smallest <= value < 2**31):
         spoken = {int: "a positive integer", float: "a number", bool: "true or false", dict: "an object"}
         spoken[str] = "a word"
         raise UserError(f"config.json: {name} is {value!r}, where {spoken[kind]} was expected")
     return value
 
 
+# A function may have several names, which differ in the order of the same steps.
+SPELLINGS = {
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu", "gelu_python"),
+    "gelu_new": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate"),
+    "relu": ("relu",),
+}
+
+
+def spellings(activation):
+    """The names that transformers has for one activation, for must_equal."""
+    return SPELLINGS[activation]
+
+
+def activation_named(theirs, field, page, implemented):
+    """Which of our activations a field of theirs names."""
+    for activation in implemented:
+        if theirs[field] in SPELLINGS[activation]:
+            return activation
+    known = ", ".join(name for activation in implemented for name in SPELLINGS[activation])
+    raise UserError(f"config.json: {field} is {theirs[field]!r}; {page} implements {known}")
+
+
+def highest(*names):
+    """Several dropout rates of theirs that are one of ours; no logits depend on it, only training does."""
+
+    def read(theirs):
+        for name in names:
+            if not 0 <= theirs[name] < 1:
+                raise UserError(
+                    f"config.json: {name} is {theirs[name]!r}, where a number from 0 to below 1 was expected"
+                )
+        return max(theirs[name] for name in names)
+
+    return read
+
+
 def num_labels(hf_config):
     """Of a classifier; transformers takes two where config.json is silent."""
     named = hf_config.get("id2label")
     number = len(named) if isinstance(named, dict | list) and named else hf_config.get("_num_labels", 2)
-    return checked("num_labels", hf_config.get("num_labels", number), 2)
+    return checked_value("num_labels", hf_config.get("num_labels", number), 2)
 
 
 def read_labels(hf_config, num_labels):
@@ -146,18 +199,35 @@ def read_labels(hf_config, num_labels):
     try:
         labels = [named[id] for id in sorted(named, key=int)]
         whole = [int(id) for id in sorted(named, key=int)] == list(range(num_labels))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, LookupError):
         whole = False
-    if not whole:
+    if not whole or not all(isinstance(label, str) for label in labels):
         raise UserError(f"config.json: id2label does not name the labels 0 to {num_labels - 1}")
-    return {"labels": labels, "problem_type": hf_config.get("problem_type")}
+    problem_type = hf_config.get("problem_type")
+    if problem_type not in PROBLEM_TYPES:
+        raise UserError(f"config.json: problem_type is {problem_type!r}, where {PROBLEM_TYPES} are known")
+    return {"labels": labels, "problem_type": problem_type}
+
+
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
+
+
+def stored_labels(folder):
+    """What read_labels gave, from a converted checkpoint's labels.json; the names can be printed."""
+    path = Path(folder) / "labels.json"
+    content, num_labels = read_json(path), read_json(path.with_name("config.json")).get("num_labels")
+    labels, problem_type = content.get("labels"), content.get("problem_type")
+    whole = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not whole or len(labels) != num_labels or problem_type not in PROBLEM_TYPES:
+        raise UserError(f"{path}: does not name {num_labels} labels; convert the checkpoint again")
+    return {"labels": [printable(label, 200) for label in labels], "problem_type": problem_type}
 
 
 # Writing one ------------------------------------------------------------------------------------------------
 
 
 def label_fields(labels):
-    """labels.json as the fields of a config.json."""
+    """What stored_labels gives, as the fields of a config.json."""
     return {
         "id2label": {str(n): label for n, label in enumerate(labels["labels"])},
         "label2id": {label: n for n, label in enumerate(labels["labels"])},

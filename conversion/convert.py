@@ -7,6 +7,8 @@ tensors go over, one at a time, through the table's transforms.
 """
 
 import json
+import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from conversion.config_fields import label_fields
+from conversion.config_fields import label_fields, stored_labels
 from conversion.hub import COMPANIONS
 from conversion.match import (
     Move,
@@ -35,8 +37,17 @@ from conversion.tables import LAYOUTS, to_hf_config
 from conversion.tensor_table import plan
 from conversion.weight_files import Spec, open_weights, write_weights
 from models import build_model, config_from_dict, config_to_dict
-from models.utils.errors import UserError
-from models.utils.files import converted_folder, one_line, read_json, read_text, write_atomically
+from models.utils.errors import UserError, one_line, printable
+from models.utils.files import (
+    MAX_BYTES,
+    converted_folder,
+    files_in,
+    plain_file,
+    read_json,
+    read_text,
+    refuse_to_replace,
+    write_atomically,
+)
 from models.utils.quantize import (
     calibrate,
     parts_of,
@@ -158,19 +169,23 @@ def inspect(folder, allow=(), meta=None, model=None):
     widths = [max(map(len, column)) for column in zip(*lines)]
     print(f"{folder}: becomes models/{source.config['model']}.py with\n{json.dumps(source.config)}\n")
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()))
     stop_if(match.problems, folder)
 
 
 @contextmanager
 def writing(out, default):
-    """A new folder that takes its place when the block succeeds, and of which nothing stays when it fails."""
-    target = Path(out or default).resolve()
-    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if target != default.resolve() and not empty:
-        raise UserError(f"--out {out}: is there and not empty; name a new folder, or remove this one")
+    """A new folder that takes its place when the block succeeds, and of which nothing stays when it fails.
+
+    An earlier conversion is replaced at the usual place alone; what somebody else put there is not touched.
+    """
+    target = Path(os.path.abspath(out or default))
     try:
-        with write_atomically(target) as new:
+        empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        if target != Path(os.path.abspath(default)) and not empty:
+            raise UserError(f"--out {out}: is there and not empty; name a new folder, or remove this one")
+        refuse_to_replace(target, written_before_markers, by="folder")
+        with write_atomically(target, written_before_markers) as new:
             new.mkdir()
             yield new
     except OSError as error:
@@ -178,6 +193,26 @@ def writing(out, default):
             f"{out or default}: cannot be written ({one_line(error)}) and nothing was left there; free some "
             "space or choose another place with --out"
         ) from None
+
+
+def written_before_markers(folder):
+    """Whether a folder is a conversion of the time before such folders were marked, and nothing else."""
+    known = {
+        *COMPANIONS,
+        "config.json",
+        "generation_config.json",
+        "labels.json",
+        "model.safetensors.index.json",
+    }
+    weights = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+    if not all(
+        any(Path(name).match(k) for k in known) or weights.fullmatch(name) for name in files_in(folder)
+    ):
+        return False
+    try:
+        return "model" in read_json(folder / "config.json")
+    except UserError:
+        return False
 
 
 def write_moves(folder, weights, moves, dtype, progress, layers=None, products=None):
@@ -210,18 +245,33 @@ def write_moves(folder, weights, moves, dtype, progress, layers=None, products=N
 def transformed(weights, moves, dtype_of, bar, layers, products):
     """The tensors to write, each made when the one before it is on disk."""
     for move in moves:
-        for name, tensor in zip(move.writes, move.transform([weights.read(name) for name in move.reads])):
+        tensors = [weights.read(name) for name in move.reads]
+        for name, tensor in zip(move.reads, tensors):
+            refuse_infinite(tensor, name)
+        for name, tensor in zip(move.writes, move.transform(tensors)):
             parts = quantized_parts(layers, name, cast(tensor, dtype_of(move), name), products)
             for part in parts.values():
                 yield part
                 bar.update(part.nbytes)
 
 
+def refuse_infinite(tensor, name):
+    """One NaN or infinity among the weights makes answers that are none, and mostly of every number NaN."""
+    if torch.stack(torch.aminmax(tensor)).isfinite().all():
+        return
+    count = (~tensor.isfinite()).sum().item()
+    raise UserError(
+        f"{name}: {count} of its {tensor.numel()} numbers are NaN or infinite, so the model cannot answer; "
+        "the file is damaged or its training failed; fetch it again, or take another checkpoint"
+    )
+
+
 def cast(tensor, dtype, name):
     new = tensor.to(dtype)
-    # float16 ends at 65504, where bfloat16 weights may go on.
-    if dtype == torch.float16 and tensor.dtype != dtype and (new.isinf() & tensor.isfinite()).any():
-        raise UserError(f"{name}: has values too large for float16; use --dtype bfloat16")
+    # float16 ends at 65504, where bfloat16 weights may go on, and float32 where float64 goes on.
+    if new.dtype != tensor.dtype and (new.isinf() & tensor.isfinite()).any():
+        shown = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name}: has values too large for {shown}; use --dtype bfloat16, or leave it out")
     return new
 
 
@@ -233,6 +283,8 @@ def write_json(path, content):
 def copy_companions(source, target):
     """The tokenizer's files and whatever else running needs, where the checkpoint has them."""
     for path in (path for pattern in COMPANIONS for path in source.glob(pattern)):
+        if plain_file(path, source).stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: has more than {MAX_BYTES:,} bytes, which no such file needs; remove it")
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
@@ -243,7 +295,6 @@ def reversed_config(config, folder, dtype):
     path = folder / "generation_config.json"
     kept = read_json(path) if path.is_file() else {}
     ids = {name: kept[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
-    path = folder / "labels.json"
-    labels = label_fields(read_json(path)) if path.is_file() else {}
+    labels = label_fields(stored_labels(folder)) if config.get("num_labels") else {}
     theirs = {**to_hf_config(config["model"], config), **labels, **ids}
     return {**theirs, "dtype": str(dtype).removeprefix("torch.")}

@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 from models.utils.command_line import CHECKPOINTS
-from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.errors import UserError, one_line
 
 # Beside config.json and the weights: the tokenizer, how to generate, how an image becomes numbers, how a
 # conversation is written.
@@ -36,8 +35,8 @@ COMPANIONS = [
 
 def fetch(name):
     """The folder called `name`, or else the one that the hub's repository of that name is downloaded to."""
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).is_dir() or str(name).endswith(".gguf"):
+        return Path(name)  # of a .gguf file open_source tells what is to be known
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", str(name)) or str(name).startswith("checkpoints/"):
         raise UserError(f"{name}: no such folder, and no repository of the hub, which is called OWNER/NAME")
     folder = CHECKPOINTS / str(name).split("/")[-1]

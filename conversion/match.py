@@ -10,10 +10,9 @@ import torch
 
 from conversion.tables import LAYOUTS
 from conversion.tensor_table import layer_count, plan
-from conversion.weight_files import DTYPE_NAMES
 from models import build_model, config_from_dict
 from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.safetensors_files import DTYPE_NAMES
 
 MAX_PROBLEMS = 20
 
@@ -44,15 +43,23 @@ def match_tensors(source):
     expected = {step.theirs: their_shape(step, wanted, config) for step in steps}
     skipped = layout.skipped_names(num_layers)
     repeats = layout.repeats(config)
+    unfilled = sorted(set(wanted).difference(*(step.ours for step in steps)))
 
     stored, problems = full_names(layout, entries, {*repeats, *expected, *skipped})
     for name, original in repeats.items():
         if name in stored:
             skipped[name] = f"tied: equal to {original}"
             problems += tied_problems(source, stored[name], stored.get(original))
+    for name, computed in layout.computed_tensors(num_layers).items():
+        if name in stored and not computed.holds(source.weights.read(stored[name]), config):
+            problems.append(
+                f"{stored[name]} does not hold {computed.what}, with which {source.where} computes"
+            )
     skipped = {name: reason for name, reason in skipped.items() if name in stored}
     found = {name: entries[at] for name, at in stored.items() if name not in skipped}
     problems += compare(expected, found)
+    page = f"conversion/tables/{config['model']}.py"
+    problems += [f"our {name} {wanted[name]} has no row in {page}, so nothing fills it" for name in unfilled]
 
     moves = [
         Move(
@@ -66,16 +73,14 @@ def match_tensors(source):
         (name, shown(entries[stored[name]]), "-", "", f"skipped: {why}") for name, why in skipped.items()
     ]
     rows += [(name, shown(found[name]), "?", "", "") for name in found if name not in expected]
+    rows += [("?", "", name, str(wanted[name]), "") for name in unfilled]
     return Match(moves, problems, rows)
 
 
 def wanted_shapes(config, where):
     """The shape of every tensor of our model by its name; a tied tensor is none of its own."""
     model_name, built = config_from_dict(config, where)
-    try:
-        state = build_model(model_name, built).state_dict()
-    except (RuntimeError, OverflowError, TypeError) as error:
-        raise UserError(f"{where}: no model of such sizes can be built ({one_line(error)[:90]})") from None
+    state = build_model(model_name, built).state_dict()
     tied = LAYOUTS[model_name].tied(config)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
@@ -131,8 +136,7 @@ def stop_if(problems, folder):
     if len(lines) == 1:
         raise UserError(f"{folder}: {lines[0]}; nothing was written")
     more = [f"... and {len(lines) - MAX_PROBLEMS} more"] if len(lines) > MAX_PROBLEMS else []
-    listed = "\n  ".join(lines[:MAX_PROBLEMS] + more)
-    raise UserError(f"{folder}: {len(problems)} problems, nothing was written:\n  {listed}")
+    raise UserError(f"{folder}: {len(problems)} problems, nothing was written:", lines[:MAX_PROBLEMS] + more)
 
 
 def beside(step, found, wanted):

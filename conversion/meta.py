@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from conversion.config_fields import checked
-from conversion.tensor_table import Layout, table
-from conversion.weight_files import Entry, TorchFile
+from conversion.config_fields import checked_value
+from conversion.tensor_table import Computed, Layout, rope_frequencies, table
+from conversion.weight_files import TorchFile
 from models.utils.errors import UserError
 from models.utils.files import read_json
+from models.utils.safetensors_files import Entry
 
 META_LLAMA = Layout(
     rows=table("""
@@ -33,7 +34,12 @@ META_LLAMA = Layout(
         lm_head.weight                    output.weight
     """),
     tied=lambda config: {"lm_head.weight": "token_embed.weight"} if config["tied_head"] else {},
-    skipped={"rope.freqs": "RoPE's frequencies, computed from rope_base"},
+    computed={
+        "rope.freqs": Computed(
+            "RoPE's frequencies, computed from rope_base",
+            lambda config: rope_frequencies(config["rope_base"], config["head_dim"]),
+        )
+    },
 )
 
 # The dimension along which a weight was cut. A Linear cut by its outputs has fewer rows (0), and the one that
@@ -132,7 +138,7 @@ def open_meta(folder, options, allow=()):
     require_options(path, params, options)
 
     try:
-        params = {**params, **{name: checked(name, params[name], 1) for name in REQUIRED}}
+        params = {**params, **{name: checked_value(name, params[name], 1) for name in REQUIRED}}
     except UserError as error:
         raise UserError(str(error).replace("config.json", str(path))) from None
     weights = MetaWeights(Path(folder), params["dim"])

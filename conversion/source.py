@@ -9,8 +9,9 @@ from conversion.meta import META_LLAMA, MetaOptions, open_meta
 from conversion.tables import LAYOUTS, from_hf_config, from_names, generation_ids
 from conversion.tensor_table import Layout
 from conversion.weight_files import open_weights
+from models import config_from_dict
 from models.utils.errors import UserError
-from models.utils.files import read_json
+from models.utils.files import plain_file, read_json, reading
 from models.utils.quantize import stored_quantization
 
 
@@ -30,12 +31,18 @@ class Source:
 def open_source(folder, allow=(), meta=None, model=None):
     """Hugging Face's layout where there is a config.json, Meta's where there is a params.json."""
     folder = Path(folder)
+    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: GGUF files are not read yet; take the repository in Hugging Face's layout that it "
+            "was made from"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if (folder / "config.json").is_file():
         return open_hf(folder, allow, meta, model)
     for place in (folder, folder / "original"):
         if (place / "params.json").is_file():
+            plain_file(place / "params.json", folder)
             if model not in (None, "llama"):
                 raise UserError(f"{place}: Meta's files are for models/llama.py; leave out --model {model}")
             config, weights = open_meta(place, meta or MetaOptions(), allow)
@@ -53,10 +60,14 @@ def open_hf(folder, allow, meta, model):
     if meta not in (None, MetaOptions()):
         raise UserError(f"{where}: says what --max-seq-len and --rope-... are for; leave these options out")
     try:
-        model_name, config = from_hf_config(theirs, allow, model)
+        with reading(where):
+            model_name, config = from_hf_config(theirs, allow, model)
         weights = open_weights(folder)
-        config |= from_names(theirs, weights.entries, model)
+        with reading(where):
+            config |= from_names(theirs, weights.entries, model)
+            generation = generation_ids(theirs, model)
+        config_from_dict(config, where)
         labels = read_labels(theirs, config["num_labels"]) if config.get("num_labels") else {}
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else error) from None
-    return Source(folder, where, config, weights, LAYOUTS[model_name], generation_ids(theirs), labels)
+    return Source(folder, where, config, weights, LAYOUTS[model_name], generation, labels)

@@ -4,10 +4,10 @@ A table has a line per kind of tensor,
 
     ours                        theirs                        transform
 
-where {n} is the layer's number, {p} is `weight` or `bias`, and {q,k,v} stands for three tensors of ours that
-theirs holds as one. A transform, defined below and named in the third column, says what changes on the way;
-without one the tensor stays as it is. Rows for biases that a config switches off fall away. The script
-convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
+where {n} is the layer's number, {e} an expert's, {p} is `weight` or `bias`, and {q,k,v} stands for three
+tensors of ours that theirs holds as one. A transform, defined below and named in the third column, says what
+changes on the way; without one the tensor stays as it is. Rows for biases that a config switches off fall
+away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
 
 Each model has a page of its own here (gpt2.py, llama.py, ...) with its table and its lists of config fields.
 The proof is tests/test_convert_hf_checkpoint.py.
@@ -78,6 +78,11 @@ TRANSFORMS = {
 }
 
 
+def rope_frequencies(base, width):
+    """RoPE's frequencies (w // 2,) for `width` features: base^(-2i / w), without any scaling."""
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
 # Tables of tensors ------------------------------------------------------------------------------------------
 
 
@@ -93,6 +98,23 @@ def table(text):
     return [Row(ours, theirs, transform[0] if transform else "copy") for ours, theirs, *transform in lines]
 
 
+class Computed(NamedTuple):
+    """What a file may hold though it follows from the config: checked to be that, and not kept."""
+
+    what: str
+    values: Callable  # our config -> the tensor, or None where nothing is known of it
+    atol: float = 1e-7
+
+    def holds(self, stored, config):
+        """Whether the stored tensor is the computed one, but for the rounding of its dtype."""
+        values = self.values(config)
+        if values is None or not stored.is_floating_point():
+            return values is None or torch.equal(stored, values)
+        rtol = max(1e-3, 2 * torch.finfo(stored.dtype).eps)
+        same_shape = stored.shape == values.shape
+        return same_shape and torch.allclose(stored.float(), values.float(), rtol, self.atol)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the tensors of one of our models stand in somebody's checkpoints."""
@@ -102,6 +124,7 @@ class Layout:
     without_prefix: Callable = lambda config: False  # our config -> whether transformers leaves it out
     old_endings: dict = field(default_factory=dict)  # how names ended in old files -> how they end today
     skipped: dict = field(default_factory=dict)  # what a file may hold that is no parameter, and why
+    computed: dict = field(default_factory=dict)  # the same, with a Computed to which it must be equal
     tied: Callable = lambda config: {}  # our config -> {tensor of ours: the one of ours that it shares}
     copies: dict = field(default_factory=dict)  # their tensor -> the one of theirs that it repeats
 
@@ -124,9 +147,16 @@ class Layout:
         return {**tied, **self.copies}
 
     def skipped_names(self, num_layers):
-        return {
-            name.replace("{n}", str(n)): why for name, why in self.skipped.items() for n in range(num_layers)
-        }
+        computed = {name: computed.what for name, computed in self.computed.items()}
+        return per_layer({**self.skipped, **computed}, num_layers)
+
+    def computed_tensors(self, num_layers):
+        return per_layer(self.computed, num_layers)
+
+
+def per_layer(names, num_layers):
+    """The dict with a name for each layer in place of one with {n}."""
+    return {name.replace("{n}", str(n)): value for name, value in names.items() for n in range(num_layers)}
 
 
 class Step(NamedTuple):
@@ -147,7 +177,7 @@ def plan(layout, config, names):
     """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
     steps = []
     for row in layout.rows:
-        for values in marks(row.ours, layer_count(config)):
+        for values in marks(row.ours, config):
             ours = choices(fill(row.ours, values))
             if all(name in names for name in ours):
                 steps.append(Step(ours, fill(row.theirs, values), TRANSFORMS[row.transform], row))
@@ -155,11 +185,12 @@ def plan(layout, config, names):
     return sorted(steps, key=lambda step: place[step.ours[0]])
 
 
-def marks(template, num_layers):
-    """Everything that {n} and {p} of a template stand for, a dict per tensor."""
-    layers = range(num_layers) if "{n}" in template else [0]
+def marks(template, config):
+    """Everything that {n}, {e} and {p} of a template stand for, a dict per tensor."""
+    layers = range(layer_count(config)) if "{n}" in template else [0]
+    experts = range(config["num_experts"]) if "{e}" in template else [0]
     parts = ["weight", "bias"] if "{p}" in template else [""]
-    return [{"{n}": str(n), "{p}": part} for n in layers for part in parts]
+    return [{"{n}": str(n), "{e}": str(e), "{p}": part} for n in layers for e in experts for part in parts]
 
 
 def fill(template, values):

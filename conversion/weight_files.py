@@ -1,4 +1,4 @@
-"""Weights on disk, read and written one tensor at a time, whatever the size of the whole.
+"""Weights on disk in other people's formats, and written in ours, one tensor at a time.
 
     files = open_weights("checkpoints/NAME")     safetensors or .bin, in one file or in shards with an index
     files.entries["model.norm.weight"]           its shape, dtype and file, known without reading any data
@@ -6,62 +6,33 @@
 
     write_weights(folder, specs, tensors)        safetensors; above 5 GB in shards with an index
 
-A checkpoint comes from strangers: an index may only name files beside it, and a pickle (.bin, .pth) is read
-by torch's restricted unpickler, which builds tensors and refuses everything else before any of it runs.
+safetensors are read by models/utils/safetensors_files.py. A pickle (.bin, .pth) comes from strangers: torch's
+restricted unpickler builds tensors from it and refuses everything else before any of it runs.
 """
 
 import json
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from models.utils.errors import UserError
-from models.utils.files import one_line, read_json
+from models.utils.files import plain_file, reading
+from models.utils.safetensors_files import (
+    CODE_NAMES,
+    DTYPE_NAMES,
+    Entry,
+    SafetensorsFile,
+    Shards,
+    open_shards,
+)
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-# How a safetensors header spells the dtypes that a published checkpoint's parameters have.
-DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What quantized weights (models/utils/quantize.py) are written in besides.
-CODE_NAMES = {"I8": torch.int8, "U8": torch.uint8}
-
-
-class Entry(NamedTuple):
-    shape: tuple
-    dtype: torch.dtype | str  # the header's own word for a dtype that is not one of ours
-    file: Path
-
-
 # Reading ----------------------------------------------------------------------------------------------------
-
-
-class SafetensorsFile:
-    """A header that says where each tensor stands, then the tensors' bytes; nothing in it can run."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            self.file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: no whole safetensors file ({one_line(error)}); fetch it again"
-            ) from None
-        self.entries = {name: self.entry(name) for name in self.file.keys()}  # noqa: SIM118 (no dict)
-
-    def entry(self, name):
-        header = self.file.get_slice(name)
-        dtype = header.get_dtype()
-        return Entry(tuple(header.get_shape()), DTYPE_NAMES.get(dtype, dtype), self.path)
-
-    def read(self, name):
-        return self.file.get_tensor(name)
-
-    def forget(self):
-        """Nothing to let go: the file is mapped, what was read from it is the caller's."""
 
 
 class TorchFile:
@@ -70,21 +41,39 @@ class TorchFile:
     The archive is mapped and costs no memory. The stream has to be read whole; `forget` lets it go again.
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.mapped = is_zip(path)
-        self.tensors = load_pickle(path, self.mapped)
+    def __init__(self, path, then="fetch it again"):
+        self.path, self.then = plain_file(path, then=then), then
+        with reading(path, then), open(path, "rb") as file:
+            self.mapped = file.read(2) == b"PK"
+        if self.mapped:
+            refuse_compressed(path)
+        self.tensors = self.load()
         for name, tensor in self.tensors.items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise UserError(f"{path}: {name!r} is no tensor; a plain state dict is expected")
+            refuse_strange(path, name, tensor)
         self.entries = {
             name: Entry(tuple(tensor.shape), tensor.dtype, path) for name, tensor in self.tensors.items()
         }
         self.forget()
 
+    def load(self):
+        """The dict of tensors, without running anything that the file asks for."""
+        with reading(self.path, self.then):
+            try:
+                tensors = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            except pickle.UnpicklingError as error:
+                asked = re.search(r"GLOBAL (\S+)", str(error))
+                reason = f"it wants to run {asked[1]}" if asked else "it is no pickle of tensors"
+                raise UserError(
+                    f"{self.path}: refused, {reason}; nothing in it was run; get it as safetensors"
+                ) from None
+        if not isinstance(tensors, dict):
+            held = type(tensors).__name__
+            raise UserError(f"{self.path}: holds a {held} where a dict of tensors was expected")
+        return tensors
+
     def read(self, name):
         if self.tensors is None:
-            self.tensors = load_pickle(self.path, self.mapped)
+            self.tensors = self.load()
         return self.tensors[name]
 
     def forget(self):
@@ -92,53 +81,30 @@ class TorchFile:
             self.tensors = None
 
 
-def load_pickle(path, mapped):
-    """The dict of tensors in a .bin or .pth file, without running anything that the file asks for."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants to run {asked[1]}" if asked else "it is no pickle of tensors"
+def refuse_compressed(path):
+    """torch.save does not compress; a small archive may hide a part that would not fit into memory."""
+    with reading(path), zipfile.ZipFile(path) as archive:
+        if any(part.file_size > part.compress_size for part in archive.infolist()):
+            raise UserError(f"{path}: is a compressed archive, which torch does not write; fetch it again")
+
+
+def refuse_strange(path, name, tensor):
+    """Only plain tensors, whose numbers are all in the file, and which have names."""
+    if not isinstance(name, str):
+        raise UserError(f"{path}: has a {type(name).__name__} for a name; a plain state dict is expected")
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"{path}: {name!r} is a {type(tensor).__name__}; a plain state dict is expected")
+    with reading(path):
+        dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+        whole = (
+            dense
+            and tensor.device.type == "cpu"
+            and (tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+        )
+    if not whole:
         raise UserError(
-            f"{path}: refused, {reason}; nothing in it was run; get the checkpoint as safetensors"
-        ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)[:200]}); fetch it again") from None
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path}: holds a {type(tensors).__name__} where a dict of tensors was expected")
-    return tensors
-
-
-def is_zip(path):
-    try:
-        with open(path, "rb") as file:
-            return file.read(2) == b"PK"
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again") from None
-
-
-class Shards:
-    """Several files as one: `entries` of all, and `read` from the one that holds the tensor.
-
-    Of files that cannot be mapped only the one read last stays in memory.
-    """
-
-    def __init__(self, files):
-        self.files = {file.path: file for file in files}
-        self.last = files[0]
-        self.entries = {}
-        for file in files:
-            twice = [name for name in file.entries if name in self.entries]
-            if twice:
-                raise UserError(f"{file.path}: {twice[0]} is also in {self.entries[twice[0]].file.name}")
-            self.entries.update(file.entries)
-
-    def read(self, name):
-        file = self.files[self.entries[name].file]
-        if file is not self.last:
-            self.last.forget()
-        self.last = file
-        return file.read(name)
+            f"{path}: {name!r} is no plain tensor with all its numbers in the file; fetch it again"
+        )
 
 
 KINDS = {"model.safetensors": SafetensorsFile, "pytorch_model.bin": TorchFile}
@@ -157,33 +123,6 @@ def open_weights(folder):
         f"{folder}: no weights; model.safetensors or pytorch_model.bin, or the .index.json of its shards, "
         "is expected"
     )
-
-
-def open_shards(index, kind):
-    """The files that an index names, all of them there and holding what the index says."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: no weight_map from tensor to file; fetch it again")
-    names = sorted({name if isinstance(name, str) else repr(name) for name in weight_map.values()})
-    for name in names:
-        # Path(...).name also undoes "..", absolute paths and folders; Windows' backslash is caught by hand.
-        if Path(name).name != name or "\\" in name:
-            raise UserError(
-                f"{index}: names {name!r}, which is no file beside it; do not trust this checkpoint"
-            )
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(f"{index}: names files that are not there: {', '.join(missing)}; fetch them")
-
-    shards = Shards([kind(index.parent / name) for name in names])
-    lost = [
-        name for name, file in weight_map.items() if name not in shards.files[index.parent / file].entries
-    ]
-    if lost:
-        raise UserError(
-            f"{index}: {lost[0]} is not in {weight_map[lost[0]]} ({len(lost)} such); fetch both again"
-        )
-    return shards
 
 
 # Writing ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import types
 import typing
 from pathlib import Path
 
-from models.utils.errors import UserError
+from models.utils.errors import UserError, one_line
 from models.utils.files import read_converted, read_json
 
 MODELS_FOLDER = Path(__file__).parent
@@ -38,7 +38,8 @@ def load_config(name_or_path):
         path = CONFIGS_FOLDER / f"{name_or_path}.json"
         if not path.is_file():
             raise UserError(f"no config named {name_or_path!r}; {nearest(str(name_or_path), config_names())}")
-    return config_from_dict(read_json(path), path)
+    # A link is the user's own here, who named the file.
+    return config_from_dict(read_json(path.resolve()), path)
 
 
 def config_from_dict(fields, where):
@@ -67,8 +68,7 @@ def build_dataclass(cls, values, where):
         if name not in values:
             raise UserError(f"{where}: field {name!r} is missing; {type_name(hints[name])} is expected")
     fields = {
-        # Sizes are positive; the id of a token may be 0.
-        name: checked(values[name], hint, f"{where}: field {name!r}", 0 if name.endswith("_id") else 1)
+        name: field_value(name, values[name], hint, f"{where}: field {name!r}")
         for name, hint in hints.items()
     }
     try:
@@ -77,17 +77,44 @@ def build_dataclass(cls, values, where):
         raise UserError(f"{where}: {error}") from None
 
 
-def checked(value, hint, where, smallest):
-    """`value` as a field of type `hint`; an int may stand for a float, nothing else is bent."""
+def field_value(name, value, hint, where):
+    """`value` as a field of type `hint`; an int may stand for a float, nothing else is bent.
+
+    No size is so large that building the model would take the machine's memory before anybody asks for it.
+    """
     for option in options_of(hint):
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             return build_dataclass(option, value, where)
-        if option is float and type(value) is int:
-            return float(value)
-        # NaN, which JSON files may hold, differs from itself.
-        if type(value) is option and value == value and not (option is int and value < smallest):
-            return value
-    raise UserError(f"{where} is {value!r}, where {type_name(hint)} is expected")
+        if option is float and type(value) is int and abs(value) < MOST["size"]:
+            value = float(value)
+        if type(value) is not option:
+            continue
+        if option is float and not (0 <= value < 1 if "dropout" in name else 0 < value < float("inf")):
+            span = "a number from 0 to below 1" if "dropout" in name else "a finite number above 0"
+            raise UserError(f"{where} is {value!r}, where {span} is expected")
+        if option is int and not smallest(name) <= value <= largest(name):
+            continue
+        return value
+    raise UserError(f"{where} is {value!r}, where {type_name(hint)} is expected{limit(name, value)}")
+
+
+MOST = {"layers": 1000, "num": 10**6, "size": 2**31 - 1}
+
+
+def smallest(name):
+    """Sizes are positive; the id of a token may be 0."""
+    return 0 if name.endswith("_id") else 1
+
+
+def largest(name):
+    """Layers are built one by one; of anything else that is counted no model has millions."""
+    if name.endswith("num_layers") or (name.startswith("num_") and name.endswith("_layers")):
+        return MOST["layers"]
+    return MOST["num" if name.startswith("num_") else "size"]
+
+
+def limit(name, value):
+    return f", at most {largest(name)}" if type(value) is int and value > largest(name) else ""
 
 
 def options_of(hint):
@@ -157,8 +184,14 @@ def build_model(model_name, config, device="meta", stored=None):
     """
     import torch
 
-    with torch.device(device):
-        model = model_class(model_name)(config)
+    try:
+        with torch.device(device):
+            model = model_class(model_name)(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        if device != "meta":
+            raise
+        # Sizes whose product no tensor can have.
+        raise UserError(f"no {model_name} of such sizes can be built ({one_line(error)[:90]})") from None
     if stored:
         from models.utils.quantize import swap
 
@@ -166,11 +199,12 @@ def build_model(model_name, config, device="meta", stored=None):
     return model
 
 
-def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
+def load_model(folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True):
     """The model of a converted checkpoint, in eval mode, in the checkpoint's dtype unless told otherwise.
 
     quantization: of the linear layers, on the way in; a checkpoint that is stored quantized needs none.
     windows: of a text that calibrates int4 (models/utils/calibration.py), read in the checkpoint's own dtype.
+    arranged: False leaves the weights in the order of the file, for compile_decoding, which wants another.
     """
     from models.utils.quantize import stored_quantization
     from models.utils.weights import load_weights
@@ -182,4 +216,4 @@ def load_model(folder, device="cpu", dtype=None, quantization=None, windows=()):
     if stored and quantization:
         raise UserError(f"{folder}: is {stored} already; quantize the checkpoint that it was made from")
     model = build_model(model_name, config, stored=stored)
-    return load_weights(model, folder, device, dtype, quantization, windows)
+    return load_weights(model, folder, device, dtype, quantization, windows, arranged)

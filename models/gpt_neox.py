@@ -170,6 +170,7 @@ class Attention(nn.Module):
     Differs from gpt2: RoPE turns q and k, and one fused call attends.
     Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
     soft at any width.
+
     scaled_dot_product_attention does the following, in fused kernels that need not hold all scores at once
     (is_causal stands for a mask that lets each of T tokens see itself and those before it):
 

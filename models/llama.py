@@ -47,6 +47,9 @@ class RopeScaling:
     high_freq_factor: float  # fast, and left alone: more turns than this (4)
     original_max_seq_len: int  # the context of pre-training (8,192)
 
+    def __post_init__(self):
+        assert self.low_freq_factor < self.high_freq_factor, "low_freq_factor must be below high_freq_factor"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -171,6 +174,7 @@ class Attention(nn.Module):
     Differs from transformer_lm: K heads of keys and values, and one fused call attends.
     Why sqrt(d): q . k is a sum of d products, so its spread grows with sqrt(d); divided by it, softmax stays
     soft at any width.
+
     scaled_dot_product_attention does the following, in fused kernels that need not hold all scores at once:
 
         k, v = k.repeat_interleave(H // K, dim=1), v.repeat_interleave(H // K, dim=1)
@@ -280,11 +284,12 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
 
-    With d = 4 and base 10,000, position 3 turns the two pairs by 3 and by 0.03 radians: the fast ones tell
-    neighbours apart, the slow ones reach far.
-    Llama 3.1 leaves the fast pairs, which tell neighbours apart, as they are. It slows by `factor` the pairs
-    that turn less than low_freq_factor times in a text of pre-training, and blends in between (the paper is
-    silent on this; apply_scaling in Meta's llama-models repository).
+    With d = 4 and base 10,000, position 3 turns the two pairs by 3 and by 0.03 radians: fast pairs tell
+    neighbours apart, slow ones reach far.
+
+    Llama 3.1 leaves the fast pairs as they are. It slows by `factor` the pairs that turn less than
+    low_freq_factor times in a text of pre-training, and blends in between (the paper is silent on this;
+    apply_scaling in Meta's llama-models repository).
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
     theta = 1.0 / config.rope_base**exponent

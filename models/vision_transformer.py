@@ -57,7 +57,7 @@ class Config:
 
 
 class Model(nn.Module):
-    """Differs from bert: embeds patches after a class token, and stretches the table of positions."""
+    """Differs from bert: embeds patches, puts a class token before them, and stretches the position table."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -10,7 +10,7 @@ Proof: tests/test_generate.py.
 """
 
 from models.utils.errors import UserError
-from runs_ar.generate import TextStream, check_prompts, generate_text
+from runs_ar.generate import TextStream, check_prompts, generate_text, keeps_states
 
 # A cache for the whole context of a modern model takes many GB: start small, grow with the conversation.
 FIRST_SLOTS = 2048
@@ -50,6 +50,11 @@ class Conversation:
             rest = stream.finish()
             said += rest
             yield rest
+        except (Exception, KeyboardInterrupt):
+            # In the middle of a step some layers' states have moved on, and others not.
+            if keeps_states(self.model):
+                self.forget()
+            raise
         finally:
             if said is None:
                 self.messages.pop()  # a question that cannot be asked is not part of the conversation
@@ -72,14 +77,22 @@ class Conversation:
         needed = min(len(prompt) + max_new_tokens, context)
         if needed > self.num_slots:
             self.num_slots = min(max(2 * needed, FIRST_SLOTS), context)
-            self.cache, self.cached = self.model.new_cache(1, self.num_slots), []
+            self.forget()
         same = 0
         # The last token is fed again in any case: the first pick reads its hidden state.
         while same < min(len(self.cached), len(prompt) - 1) and self.cached[same] == prompt[same]:
             same += 1
+        if same < len(self.cached) and keeps_states(self.model):
+            self.forget()  # a state goes on behind the last token that it has read, and nowhere else
+            same = 0
+        if self.cache is None:
+            self.cache = self.model.new_cache(1, self.num_slots)
         # From there on the cache is written over, and an interruption may leave it half done.
         self.cached = prompt[:same]
         return same
+
+    def forget(self):
+        self.cache, self.cached = None, []
 
 
 def end_of_turn_ids(tokenizer):

@@ -15,6 +15,9 @@ The prompt goes through the model once, all its tokens together; lm_head, the la
 model, is applied only to the last of them. After that each step feeds one token per row: the cache holds
 the keys and values of everything before it.
 
+A model that keeps states instead (Mamba, say) is told which places hold no token of a text: their position is
+-1, and they move nothing.
+
 `generate` knows token ids and no text; `TextStream` makes its tokens into text that can be shown at once.
 Any decoder of the zoo runs on this page.
 
@@ -22,14 +25,16 @@ Shapes: B rows, T positions in a call, D features, V vocabulary.
 Proof: tests/test_generate.py.
 """
 
+import inspect
+
 import torch
 
 from models.utils.errors import UserError
 from models.utils.files import read_json
 from models.utils.sampling import GREEDY, Sampling, pick
 
-# A long prompt goes through the model in chunks of so many tokens, so that no memory grows with its length
-# squared. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
+# A long prompt goes through the model in chunks of so many tokens, so that no tensor grows with the square of
+# its length. The first chunk, which is all there is to most prompts, is causal in itself and needs no mask of
 # the cache's slots; a later one has a mask of PREFILL_CHUNK x num_slots.
 PREFILL_CHUNK = 512
 NOT_FINITE = "the model computes NaN or infinity; try --dtype float32, or convert it again"
@@ -45,7 +50,7 @@ def generate(
     eos_ids=(),
     finished=None,  # a list of bools, one per row; a caller that sets an entry ends that row
     cache=None,  # one with room for prompts and answers; None makes one
-    num_cached=0,  # how many leading tokens of every prompt that cache holds already
+    num_cached=0,  # how many leading tokens that cache holds already, fewer than any prompt has
 ):
     """Continue every prompt; yield, step by step, the list of the rows' new tokens.
 
@@ -71,27 +76,50 @@ def generate(
         yield new
         if all(finished):
             return
-        # 4. Feed the new tokens, and these alone. A row that ended goes on unseen as long as others do, and
-        # must stay inside the cache.
+        # 4. Feed the new tokens, and these alone. A row that ended goes on unseen as long as others do.
         logits = model(tokens[:, None], positions, cache)[:, -1]  # (B, V)
-        positions = (positions + 1).clamp(max=num_slots - 1)
+        positions = next_positions(positions, finished, num_slots, keeps_states(model))
+
+
+def keeps_states(model):
+    """Whether what a model has read is a state, which cannot be written over, only gone back from.
+
+    Such a model's new_cache takes num_undo: how many tokens earlier than the last one a call may begin.
+    """
+    while hasattr(model, "model"):  # one that is compiled, or timed
+        model = model.model
+    return "num_undo" in inspect.signature(model.new_cache).parameters
+
+
+def next_positions(positions, finished, num_slots, has_states):
+    """One further. A row that ended goes on unseen as long as others do, and must do no harm."""
+    if has_states:
+        is_over = torch.tensor(finished, device=positions.device)[:, None]
+        return (positions + 1).masked_fill(is_over, -1)
+    return (positions + 1).clamp(max=num_slots - 1)
 
 
 def prefill(model, prompts, cache, num_cached=0):
     """Write the prompts into the cache; the hidden state of the last token of each: (B, D).
 
     Shorter prompts are padded on the right. No token of a prompt looks ahead to a pad, and what a pad writes
-    into the cache is overwritten by the row's new tokens before they attend to it.
+    into the cache is overwritten by the row's new tokens before they attend to it. A state would not forget a
+    pad, so the model is told of it: its position is -1.
     """
     longest = max(len(prompt) for prompt in prompts)
     padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
     tokens = torch.tensor(padded, device=model.lm_head.weight.device)
 
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=tokens.device)
+    has_pads = keeps_states(model) and bool((lengths < longest).any())
+
     last = [None] * len(prompts)
     for start in range(num_cached, longest, PREFILL_CHUNK):
         chunk = tokens[:, start : start + PREFILL_CHUNK]
         positions = torch.arange(start, start + chunk.shape[1], device=tokens.device).expand_as(chunk)
-        hidden = model.hidden(chunk, positions if start > 0 else None, cache)
+        if has_pads:
+            positions = positions.where(positions < lengths, -1)
+        hidden = model.hidden(chunk, positions if start > 0 or has_pads else None, cache)
         for row, prompt in enumerate(prompts):
             if start < len(prompt) <= start + PREFILL_CHUNK:
                 last[row] = hidden[row, len(prompt) - 1 - start]

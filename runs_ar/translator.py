@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.files import check_output, one_line
 from models.utils.machine import Stopwatch
 from models.utils.sampling import Sampling, seeded_generators
 from models.utils.tokenizers.base import Tokenizer
@@ -133,6 +133,8 @@ def texts_to_translate(args, checkpoint):
     texts = [text] if args.prompt is not None else text.split("\n")
     if args.attention and (len(texts) > 1 or not text.strip()):
         raise UserError(f"--attention draws the picture of one text; {len(texts)} lines were given")
+    if args.attention:
+        check_output(args.attention, "--attention")
     return texts
 
 

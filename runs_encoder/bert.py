@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from conversion.config_fields import stored_labels
 from models.utils.errors import UserError
 from models.utils.files import decode_utf8, one_line, read_json
 from models.utils.tokenizers.wordpiece import WordPieceTokenizer
@@ -188,7 +189,7 @@ class Classify(Answer):
 
     def __init__(self, folder, tokenizer):
         super().__init__(folder, tokenizer)
-        labels = read_json(folder / "labels.json")
+        labels = stored_labels(folder)
         self.labels, problem = labels["labels"], labels["problem_type"]
         if problem == "regression":
             self.kind, self.score = "value", torch.Tensor.float
@@ -219,7 +220,7 @@ class LabelTokens(Answer):
 
     def __init__(self, folder, tokenizer):
         super().__init__(folder, tokenizer)
-        self.labels = read_json(folder / "labels.json")["labels"]
+        self.labels = stored_labels(folder)["labels"]
 
     def results(self, texts, inputs, logits):
         return [

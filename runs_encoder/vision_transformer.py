@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
+from conversion.config_fields import stored_labels
 from models.utils.errors import UserError
-from models.utils.files import one_line, read_json
+from models.utils.files import check_output, one_line
 from models.utils.image_processor import load_image_processor, open_image
 from models.utils.machine import peak_memory, spoken_bytes
 from runs_ar.generate import NOT_FINITE
@@ -33,7 +34,7 @@ def run_vit(args, checkpoint):
     check_options(args)
     folder, config = checkpoint.folder, checkpoint.config
     processor = load_image_processor(folder, config.num_channels)
-    labels = read_json(folder / "labels.json") if config.num_labels else None
+    labels = stored_labels(folder) if config.num_labels else None
     inputs = [processor(open_image(path, config.num_channels)) for path in args.images]
     for path, image in zip(args.images, inputs):
         check_size(path, image, config)
@@ -102,6 +103,8 @@ def check_options(args):
         raise UserError("there is nothing to look at; give --image FILE, more than once for several images")
     if args.attention and len(args.images) > 1:
         raise UserError(f"--attention draws the picture of one image; {len(args.images)} were given")
+    if args.attention:
+        check_output(args.attention, "--attention")
 
 
 def check_size(path, image, config):

@@ -26,8 +26,8 @@ class LookupDrafter:
     def __init__(self, vocab_size, device="cpu"):
         self.vocab_size, self.device = vocab_size, device
 
-    def start(self, prompts, num_slots):
-        """num_slots is for drafters with a cache."""
+    def start(self, prompts, num_slots, num_draft_tokens):
+        """The two numbers are for drafters with a cache."""
         self.indexes = [Index() for _ in prompts]
 
     def draft(self, texts, num_tokens, sampling, u):

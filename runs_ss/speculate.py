@@ -25,7 +25,8 @@ p(x). The options of sampling (temperature, top-k, ...) change p and q before th
 chance: a draft must be the token that the target itself finds most probable.
 
 A rejection costs nothing to undo: the cache is written at `positions`, and the next round, which begins after
-the last accepted token, writes over the rest.
+the last accepted token, writes over the rest. Of a model that keeps states (runs_ar/generate.py) the cache
+has those after each of the last few tokens, and the round goes back to one of them.
 
 Papers: Leviathan et al. 2023, Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192;
 the rule: section 2.3, the proof: appendix A.1); Chen et al. 2023, Accelerating Large Language Model Decoding
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from models.utils.errors import UserError
 from models.utils.sampling import GREEDY, most_probable, pick, token_at, token_probs, uniform
-from runs_ar.generate import check_prompts, prefill
+from runs_ar.generate import check_prompts, keeps_states, prefill
 
 
 class Round(NamedTuple):
@@ -83,12 +84,12 @@ def speculate(
     check_vocabulary_size(model.config, drafter.vocab_size)
     check_num_draft_tokens(model.config, num_draft_tokens)
     ends = [min(len(prompt) + max_new_tokens, model.config.max_seq_len) for prompt in prompts]
-    texts = Texts(prompts, ends, eos_ids, finished)
+    texts = Texts(prompts, ends, eos_ids, finished, has_states=keeps_states(model))
 
-    cache = model.new_cache(len(prompts), max(ends))
+    cache = new_cache(model, len(prompts), max(ends), num_draft_tokens)
     first = pick(model.lm_head(prefill(model, prompts, cache)), sampling, generators)
     yield texts.advance([[]] * len(prompts), [0] * len(prompts), first.tolist())
-    drafter.start(prompts, max(ends))
+    drafter.start(prompts, max(ends), num_draft_tokens)
 
     def verify(tokens, positions):
         return model(tokens, positions, cache)
@@ -110,7 +111,7 @@ def rounds(verify, drafter, texts, sampling, generators, num_draft_tokens):
 
         # 2. Verify: the target reads the last token and the drafts in one pass. The logits at place n are for
         # the token after the n-th draft, at place 0 for the one after the last token.
-        logits = verify(*texts.verification_inputs(drafts))
+        logits = verify(*texts.verification_inputs(drafts, counts))
 
         # 3. Accept: in order, up to the first draft that fails.
         if sampling.greedy:
@@ -133,6 +134,13 @@ def rounds(verify, drafter, texts, sampling, generators, num_draft_tokens):
 
         drafts = [row[:count] for row, count in zip(drafts.tolist(), counts)]
         yield texts.advance(drafts, num_accepted.tolist(), own.flatten().tolist())
+
+
+def new_cache(model, batch_size, num_slots, num_draft_tokens):
+    """One in which a round may begin before the last one's drafts, and before the token that they follow."""
+    if keeps_states(model):
+        return model.new_cache(batch_size, num_slots, num_undo=num_draft_tokens + 1)
+    return model.new_cache(batch_size, num_slots)
 
 
 def accept(target_probs, draft_probs, drafts, u):
@@ -166,9 +174,10 @@ def mask_of(counts, device):
 class Texts:
     """The rows' token ids so far, and where each of them must end."""
 
-    def __init__(self, prompts, ends, eos_ids, finished=None):
+    def __init__(self, prompts, ends, eos_ids, finished=None, has_states=False):
+        """has_states: the target keeps states, which a pad must not move."""
         self.tokens = [list(prompt) for prompt in prompts]
-        self.ends, self.eos_ids = ends, eos_ids
+        self.ends, self.eos_ids, self.has_states = ends, eos_ids, has_states
         self.finished = [False] * len(prompts) if finished is None else finished
 
     def room(self):
@@ -176,17 +185,21 @@ class Texts:
         rows = zip(self.tokens, self.ends, self.finished)
         return [0 if finished else end - len(tokens) - 1 for tokens, end, finished in rows]
 
-    def verification_inputs(self, drafts):
+    def verification_inputs(self, drafts, counts):
         """(tokens, positions), each (B, k + 1): the last token of each row and its drafts.
 
-        A row with fewer drafts than others has pads after them, and one that has ended goes on unseen. What
-        these write into the cache is overwritten before anyone attends to it, or stands in the very last
-        slot, which no token needs: the last token of a text is never fed.
+        counts: of each row, how many of the drafts are its own. A row with fewer drafts than others has pads
+        after them, and one that has ended goes on unseen. What these write into the cache is overwritten
+        before anyone attends to it, or stands in the very last slot, which no token needs: the last token of
+        a text is never fed.
         """
         last = torch.tensor([tokens[-1:] for tokens in self.tokens], device=drafts.device)
         starts = torch.tensor([[len(tokens) - 1] for tokens in self.tokens], device=drafts.device)
-        positions = starts + torch.arange(drafts.shape[1] + 1, device=drafts.device)
-        return torch.cat([last, drafts], dim=1), positions.clamp(max=max(self.ends) - 1)
+        places = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+        positions = (starts + places).clamp(max=max(self.ends) - 1)
+        if self.has_states:
+            positions = positions.where(places <= torch.tensor(counts, device=drafts.device)[:, None], -1)
+        return torch.cat([last, drafts], dim=1), positions
 
     def advance(self, drafts, num_accepted, own):
         """Append each row's accepted drafts and the target's own token, up to an EOS; returns the Round."""
@@ -209,15 +222,21 @@ class ModelDrafter:
     def __init__(self, model):
         self.model, self.vocab_size = model, model.config.vocab_size
 
-    def start(self, prompts, num_slots):
+    def start(self, prompts, num_slots, num_draft_tokens):
         """Read the prompts. Where the text outgrows the smaller model's context, it drafts no more."""
         self.num_slots = min(num_slots, self.model.config.max_seq_len)
-        self.cache = self.model.new_cache(len(prompts), self.num_slots)
+        self.cache = new_cache(self.model, len(prompts), self.num_slots, num_draft_tokens)
         prefill(self.model, [prompt[: self.num_slots] for prompt in prompts], self.cache)
 
     def logits(self, tokens, positions):
         """For the token that follows the last of `tokens`: (B, V)."""
         return self.model(tokens, positions, self.cache)[:, -1]
+
+    def inside(self, positions):
+        """Where the cache ends, nothing is drafted any more; what is fed then must do no harm."""
+        if keeps_states(self.model):
+            return positions.masked_fill(positions >= self.num_slots, -1)
+        return positions.clamp(max=self.num_slots - 1)
 
     def draft(self, texts, num_tokens, sampling, u):
         # The first step feeds the last two tokens: if the round before accepted everything, the one before
@@ -228,7 +247,7 @@ class ModelDrafter:
         drafts = torch.zeros(len(texts), num_tokens, dtype=torch.long, device=device)
         probs = None if sampling.greedy else torch.zeros(*drafts.shape, self.vocab_size, device=device)
         for step in range(num_tokens):
-            logits = self.logits(tokens, positions.clamp(max=self.num_slots - 1))
+            logits = self.logits(tokens, self.inside(positions))
             if sampling.greedy:
                 drafts[:, step] = most_probable(logits)
             else:

@@ -8,6 +8,7 @@ Proof: tests/test_run_speculate.py.
 import dataclasses
 import sys
 
+from models.utils.command_line import shows_colours
 from models.utils.errors import UserError
 from models.utils.sampling import seeded_generators
 from runs_ar.generate import TextStream
@@ -71,7 +72,7 @@ class Speculation:
             check_pair(config, tokenizer, draft.config, draft.tokenizer)
         self.num_draft_tokens, self.device = args.num_draft_tokens, args.device
         self.vocab_size, self.tokenizer, self.draft = config.vocab_size, tokenizer, draft
-        self.in_colour = args.show_drafts and sys.stdout.isatty() and not args.json
+        self.in_colour = args.show_drafts and shows_colours(sys.stdout) and not args.json
         self.account = Account()
         self.model = None
 

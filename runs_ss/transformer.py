@@ -29,7 +29,7 @@ def speculate(model, drafter, sources, rules, sampling=GREEDY, generators=None, 
     end = 1 + rules.max_new_tokens
     texts = Texts([[rules.start_id]] * len(sources), [end] * len(sources), rules.eos_ids)
     cache = read_sources(model, sources, end)
-    drafter.start(sources, end)
+    drafter.start(sources, end, num_draft_tokens)
 
     def verify(tokens, positions):
         return obey(rules, model.decode(tokens, positions, cache), positions)
@@ -52,7 +52,7 @@ class TransformerDrafter(ModelDrafter):
         super().__init__(model)
         self.rules = rules
 
-    def start(self, sources, num_slots):
+    def start(self, sources, num_slots, num_draft_tokens):
         self.num_slots = num_slots
         self.cache = read_sources(self.model, sources, num_slots)
 

@@ -13,7 +13,12 @@ Proof: tests/test_train_seq2seq.py, with the standard library's datetime.
 
 import random
 import re
+import sys
 from datetime import date, timedelta
+
+if not __package__:
+    print("error: start it as: python -m runs_train.dates_data, in the project's folder", file=sys.stderr)
+    sys.exit(2)
 
 from models.utils.errors import run_main
 

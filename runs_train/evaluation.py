@@ -5,6 +5,7 @@ also file compressors: a text that gzip halves costs it 4 bits per byte.
 
     bits per byte = sum over tokens of -log2 p(token | those before it in its window) / bytes of these tokens
 
+Shapes: V vocabulary.
 Proof: tests/test_train_language_model.py.
 """
 

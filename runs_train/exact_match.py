@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from runs_train.pair_data import pad
 
+ROWS = 256  # translated at once
 
-def exact_matches(model, tokenizer, pairs, batch_size=256):
+
+def exact_matches(model, tokenizer, pairs, batch_size=ROWS):
     """{kind: (how many of its pairs came out right, how many there are)}, kinds in alphabetical order."""
     # Sources of a length together, so that there is little padding.
     pairs = sorted(pairs, key=lambda pair: len(pair.source))

@@ -1,6 +1,6 @@
 """Labelled images for training: a folder of files becomes pixels, of which every fifth is held out.
 
-    a subfolder per label, or "digits" --resize--> pixels (N, C, height, width), uint8 --shifted--> batches
+    a subfolder per label, or "digits" --resize--> pixels (B, C, height, width), uint8 --shifted--> batches
 
 digits: 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn (a part of the "Optical
 Recognition of Handwritten Digits" set of the UCI repository; E. Alpaydin and C. Kaynak 1998).
@@ -8,10 +8,12 @@ Recognition of Handwritten Digits" set of the UCI repository; E. Alpaydin and C.
 Of each label's images every fifth is held out, in the order of their names (in scikit-learn's order), so that
 the same images are held out whoever trains.
 
+Shapes: B images, of a whole part or of a batch; C channels.
 Proof: tests/test_train_image_classifier.py.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from models.utils.errors import UserError
 from models.utils.image_processor import DEFAULTS, image_processor, open_image
+from runs_train.fresh_model import check_room
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
@@ -29,8 +32,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 class Images:
     """Some images and what they show."""
 
-    pixels: np.ndarray  # (N, C, height, width), uint8
-    labels: torch.Tensor  # (N,)
+    pixels: np.ndarray  # (B, C, height, width), uint8
+    labels: torch.Tensor  # (B,)
 
     def __len__(self):
         return len(self.labels)
@@ -47,8 +50,13 @@ class Album:
     facts: dict  # what is known of the data
 
 
-def prepare(data, image_size, num_channels):
-    """The images of `data`, as squares of `image_size`: "digits" or a folder that has one per label."""
+def prepare(data, image_size, num_channels, shift=0):
+    """The images of `data`, as squares of `image_size`: "digits" or a folder that has one per label.
+
+    shift: how far they will be moved.
+    """
+    if shift > image_size:
+        raise UserError(f"--shift {shift} moves images of {image_size} pixels out of sight; give less")
     fields = preprocessing(image_size, num_channels)
     if data == "digits":
         pixels, labels, names = digits()
@@ -80,7 +88,7 @@ def preprocessing(image_size, num_channels):
 
 
 def every_fifth(labels):
-    """(N,) bool: the fifth image of each label, the tenth, and so on."""
+    """(B,) bool: the fifth image of each label, the tenth, and so on."""
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         held_out[(labels == label).nonzero()[4::5]] = True
@@ -115,6 +123,8 @@ def read_folder(folder, processor, num_channels):
             f"are {len(groups)}, too small: {', '.join(few) or 'none'}"
         )
     files = [file for group in groups.values() for file in group]
+    num_bytes = len(files) * num_channels * math.prod(processor.size)
+    check_room(num_bytes, f"--data {folder}: the pixels of {len(files)} images", torch.device("cpu"))
     pixels = [
         processor.resize(open_image(file, num_channels))
         for file in tqdm(files, desc=str(folder), unit="image", disable=None)

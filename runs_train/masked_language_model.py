@@ -1,20 +1,14 @@
 """Train a BERT of the zoo to fill gaps in text, from fresh weights to a checkpoint that runs.
 
-    python -m runs_train.masked_language_model --config tiny-bert-python --data stdlib --out checkpoints/mine
+    python -m runs_train.masked_language_model --config tiny-bert-python --data stdlib
 
     text --passage_data.py--> gaps --> model --cross-entropy at the gaps--> gradients --AdamW--> model
 
-A language model predicts each token from those before it. BERT predicts a hidden token from both sides, and
-in exchange learns from 15% of the tokens only (Devlin et al. 2019, section 3.1). With --masked it is another
-share: a larger one teaches more per step (Wettig et al. 2023), and all figures are measured with 15%. The
-paper's second task, to tell whether two texts follow each other, is left out: RoBERTa does no worse without
-it (Liu et al. 2019, section 4.2).
+What a step does stands in masked_tokens.py, the loop around it in training_run.py. A run that was stopped
+(Ctrl-C saves it) and is started again by the same command goes on as if it had never been stopped: to the bit
+on a CPU.
 
-All that a step reads and does follows from its number: which passages, which gaps, at which learning rate. A
-run that was stopped (Ctrl-C saves it) and is started again by the same command therefore goes on as if it had
-never been stopped: to the bit on a CPU.
-
-In the folder --out, by default checkpoints/NAME, a run writes
+In the folder --out, by default checkpoints/my-NAME, a run writes
     training/                             the tokens, and state.pt, from which the same command goes on
     config.json, model.safetensors, ...   at the end: the model in Hugging Face's layout, in bf16
     README.md, loss.png                   what it was trained on, how well it does, how it came about
@@ -22,269 +16,46 @@ In the folder --out, by default checkpoints/NAME, a run writes
 Proof: tests/test_train_masked_language_model.py.
 """
 
-import math
 import sys
-from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+if not __package__:
+    message = "error: start it as: python -m runs_train.masked_language_model, in the project's folder"
+    print(message, file=sys.stderr)
+    sys.exit(2)
 
-from models import create_model, load_config
-from models.utils.errors import UserError, run_main
-from models.utils.tokenizer import load_tokenizer
+from models.utils.errors import run_main
 from runs_train.options import (
+    MOST_TOKENS,
     TrainingParser,
     add_folder_options,
     add_machine_options,
+    add_step_options,
     number,
-    prepare_folder,
     whole,
 )
-from runs_train.passage_data import (
-    PAD,
-    SPECIAL_TOKENS,
-    TOKENIZER_CONFIG,
-    Passages,
-    cut,
-    hide_for_evaluation,
-    hide_for_training,
-    padded,
-    prepare,
-    spans,
-)
-from runs_train.trained_checkpoint import draw_losses, picture, save_checkpoint, time_row, write_readme
-from runs_train.training_run import (
-    TrainingRun,
-    autocast,
-    context_of,
-    learning_rate,
-    make_forward,
-    make_optimizer,
-)
-
-EVALUATION_TOKENS = 4096  # of a batch; the masks of the held-out text depend on it, so it is no option
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    options = parse_options(argv)
-    model_name, config = load_config(options.config)
-    if model_name != "bert" or config.head != "masked_lm":
-        raise UserError(f'--config {options.config}: give a config of model "bert" with the head "masked_lm"')
-    folder = prepare_folder(options)
-    corpus = prepare(options.data, folder / "training" / "tokens", options.vocab_size)
+def main(arguments=None):
+    options = parse_options(sys.argv[1:] if arguments is None else arguments)
+    # Not above: it imports torch, which takes seconds, and what is wrong with a command is said at once.
+    from runs_train.masked_tokens import train
 
-    torch.manual_seed(options.seed)
-    model = create_model(options.config, vocab_size=options.vocab_size).to(options.device)
-    start_near(model)
-    run = Run(model, corpus, options, folder / "training")
-    run.train()
-    save(run, folder)
-    report(run, folder, argv)
+    train(options)
 
 
-@torch.no_grad()
-def start_near(model):
-    """First weights with which a token attends to its neighbours (Trockman and Kolter 2023).
-
-    From plain random weights all tokens get the same attention. The model then sees no order, and with as
-    little text as here takes long to find any. What makes the difference: the position table begins as
-    sinusoids (Vaswani et al. 2017, section 3.5), whose products fall with distance, and queries and keys
-    begin as the same map, so that what is alike, in place or in kind, attends to each other.
-    """
-    M, D = model.pos_embed.weight.shape
-    frequencies = 1000 ** -(torch.arange(0, D, 2) / D)  # (D / 2,)
-    angles = torch.arange(M)[:, None] * frequencies  # (M, D / 2)
-    sinusoids = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :D]  # (M, D)
-    # Of the same size as the embeddings that they are added to.
-    model.pos_embed.weight.copy_(sinusoids * math.sqrt(2) * model.token_embed.weight.std())
-    for layer in model.layers:
-        torch.nn.init.normal_(layer.attn.q_proj.weight, std=1.25 / math.sqrt(D))
-        layer.attn.k_proj.weight.copy_(layer.attn.q_proj.weight)
-
-
-# A run ------------------------------------------------------------------------------------------------------
-
-
-class Run(TrainingRun):
-    """The loop itself stands in training_run.py; here is what it does for gaps in text."""
-
-    SETTINGS = ("config", "context", "batch_tokens", "accumulate", "steps", "lr", "warmup")
-    SETTINGS += ("masked", "weight_decay", "clip", "seed", "float32")
-    DATA_SETTINGS = ("file_list_sha256", "vocab_size")
-
-    def __init__(self, model, corpus, options, folder):
-        optimizer = make_optimizer(model, options, betas=(0.9, 0.98))
-        super().__init__(model, optimizer, options, corpus.facts, folder)
-        self.corpus = corpus
-        self.context = context_of(model, options)
-        self.passages = Passages(corpus.train, self.context, options.batch_tokens, options.seed)
-        self.hidden = make_forward(model, options, model.hidden)
-
-    def batch(self, n):
-        """(tokens, inputs, chosen), each (B, T)."""
-        tokens = self.passages.batch(n)
-        inputs, chosen = hide_for_training(
-            tokens, self.options.masked, self.options.vocab_size, seed=self.options.seed + n
-        )
-        return [tensor.to(self.options.device) for tensor in (tokens, inputs, chosen)]
-
-    def num_predictions(self, batch):
-        return batch[-1].sum().item()
-
-    def loss(self, batch):
-        """Mean cross-entropy of the chosen tokens; the head is applied to these alone, a seventh of all."""
-        tokens, inputs, chosen = batch
-        with autocast(self.options):
-            logits = self.model.lm_head(self.hidden(inputs, attention_mask=inputs != PAD)[chosen])
-        return F.cross_entropy(logits.float(), tokens[chosen])
-
-    def learning_rate(self):
-        return learning_rate(self.step, self.options)
-
-    def evaluate(self):
-        with autocast(self.options):
-            measured = masked_accuracy(self.model, self.corpus.held_out, self.context)
-        self.evaluations.append((self.step, measured.accuracy))
-        self.show_evaluation(f"hidden tokens of the held-out text guessed {measured.accuracy:.2%}")
-
-    def describe(self):
-        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        passes = self.options.steps * self.options.accumulate / self.passages.per_pass
-        print(
-            f"{num_parameters:,} parameters, {len(self.corpus.train):,} tokens of training text in "
-            f"{self.facts['train_passages']:,} passages, {passes:.1f} passes over it in "
-            f"{self.options.steps} steps"
-        )
-
-    def speed(self):
-        return {"tokens_per_s": f"{self.tokens_read() / self.seconds:.0f}"}
-
-    def tokens_read(self):
-        return self.step * self.options.accumulate * len(self.corpus.train) // self.passages.per_pass
-
-
-# Evaluation -------------------------------------------------------------------------------------------------
-
-
-class Accuracy(NamedTuple):
-    accuracy: float  # the share of the hidden tokens that the model holds most probable
-    constant: float  # the same for the best constant guess: always the token that is hidden most often
-    constant_id: int  # which token that is
-
-
-@torch.no_grad()
-def masked_accuracy(model, tokens, context):
-    """How many of 15% of the tokens the model guesses, given the rest; the gaps are always the same."""
-    model.eval()
-    device = next(model.parameters()).device
-    rows = sorted(cut(tokens, context), key=len)
-    guesses, truths = [], []
-    for n, (start, stop) in enumerate(spans([len(row) for row in rows], EVALUATION_TOKENS)):
-        batch = padded(rows[start:stop])
-        inputs, chosen = hide_for_evaluation(batch, seed=n)
-        hidden = model.hidden(inputs.to(device), attention_mask=(inputs != PAD).to(device))
-        guesses.append(model.lm_head(hidden[chosen.to(device)]).argmax(dim=-1).cpu())
-        truths.append(batch[chosen])
-    guesses, truths = torch.cat(guesses), torch.cat(truths)
-    counts = truths.bincount()
-    right = (guesses == truths).sum().item()
-    return Accuracy(right / len(truths), counts.max().item() / len(truths), counts.argmax().item())
-
-
-# What a run leaves behind -----------------------------------------------------------------------------------
-
-
-def save(run, folder):
-    """The checkpoint: the model, and its tokenizer in both forms that BERT's come in."""
-    tokens = run.folder / "tokens"
-    files = {
-        "tokenizer.json": (tokens / "tokenizer.json").read_bytes(),
-        "vocab.txt": (tokens / "vocab.txt").read_bytes(),
-        "tokenizer_config.json": TOKENIZER_CONFIG | {"model_max_length": run.model.config.max_seq_len},
-    }
-    save_checkpoint(folder, "bert", run.model, files, {"pad_token_id": PAD})
-
-
-def report(run, folder, argv):
-    """Measure the model as it was written, and put its story beside it."""
-    measured = masked_accuracy(run.model.float(), run.corpus.held_out, run.context)
-    draw(run, folder / "loss.png", measured.constant)
-    guess = load_tokenizer(run.folder / "tokens").token_text(measured.constant_id)
-    notes = (
-        "Measured in fp32: 15% of the tokens become [MASK], always the same ones, and of all tokens the\n"
-        f"most probable one is the guess. The best constant guess is always `{guess}`."
-    )
-    write_readme(folder, "masked_language_model", argv, readme_rows(run, measured), notes)
-    print(
-        f"{measured.accuracy:.2%} of the hidden tokens guessed; always guessing {guess!r} would be right in "
-        f"{measured.constant:.2%}\nto see it at work: python run.py --checkpoint {folder}"
-    )
-
-
-def draw(run, path, constant):
-    """The training loss, and on an axis of its own the held-out accuracy."""
-    with picture(path, f"{run.options.config} on {run.facts['data']}") as axes:
-        draw_losses(axes, run.losses)
-        axes.set_ylabel("nats per hidden token")
-        right = axes.twinx()
-        steps, accuracies = zip(*run.evaluations)
-        percent = [100 * accuracy for accuracy in accuracies]
-        right.plot(steps, percent, "C1", linewidth=1, marker=".", label="held-out tokens guessed")
-        right.axhline(100 * constant, color="C1", linewidth=1, linestyle=":", label="the best constant guess")
-        right.set_ylabel("percent")
-        right.set_ylim(bottom=0)
-
-
-def readme_rows(run, measured):
-    facts = run.facts
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    tokens_read, train_tokens = run.tokens_read(), len(run.corpus.train)
-    source = f"Python {facts['python']}'s standard library, docstrings" if facts["python"] else facts["data"]
-    return {
-        "parameters": f"{num_parameters:,}",
-        "data": source,
-        "training text": f"{facts['train_passages']:,} passages, {facts['train_bytes']:,} bytes",
-        "held-out text": f"{facts['held_out_passages']:,} passages, {facts['held_out_bytes']:,} bytes",
-        "files": f"{facts['train_files']} and {facts['held_out_files']}",
-        "sha256 of the file list": facts["file_list_sha256"],
-        "vocabulary": f"{facts['vocab_size']} pieces, {facts['train_bytes'] / train_tokens:.2f} bytes each",
-        "tokens read": f"{tokens_read:,}, {tokens_read / train_tokens:.1f} times the training text",
-        "time": time_row(run),
-        "hidden tokens guessed, all held-out text": f"{measured.accuracy:.2%}",
-        "the best constant guess": f"{measured.constant:.2%}",
-    }
-
-
-# Options ----------------------------------------------------------------------------------------------------
-
-
-def parse_options(argv):
+def parse_options(arguments):
     parser = TrainingParser("masked_language_model", __doc__)
-    add_data_options(parser.add_argument_group("what [default]").add_argument)
-    add_training_options(parser.add_argument_group("how [default]").add_argument)
-    add_machine_options(parser.add_argument_group("on this machine [default]").add_argument)
-    return parser.parse_args(argv)
-
-
-def add_data_options(add):
+    add = parser.group("what")
     add_folder_options(add)
     add("--data", required=True, help="a text file, a folder of them, or stdlib: its docstrings")
-    least = len(SPECIAL_TOKENS) + 1
-    add("--vocab-size", type=whole(least), default=4096, metavar="V", help="of the tokenizer [%(default)s]")
-
-
-def add_training_options(add):
-    add("--steps", type=whole(1), default=5000, metavar="N", help="updates in all [%(default)s]")
+    # One more than the special tokens at least.
+    add("--vocab-size", type=whole(6, MOST_TOKENS), default=4096, metavar="V", help="pieces [%(default)s]")
+    add = add_step_options(parser, 5000, lr=1e-3, warmup=200, weight_decay=0.01, draws="weights, order, gaps")
     add("--batch-tokens", type=whole(1), default=2048, metavar="N", help="padded passages [%(default)s]")
-    add("--accumulate", type=whole(1), default=1, metavar="N", help="batches per update [%(default)s]")
     add("--context", type=whole(3), metavar="T", help="longest passage, in tokens [the model's max_seq_len]")
     add("--masked", type=number(least=0, most=1), default=0.15, help="share hidden [%(default)s]")
-    add("--lr", type=number(above=0), default=1e-3, help="the highest learning rate [%(default)s]")
-    add("--warmup", type=whole(0), default=200, metavar="N", help="steps up to it [%(default)s]")
-    add("--weight-decay", type=number(least=0), default=0.01, metavar="W", help="AdamW's [%(default)s]")
-    add("--clip", type=number(above=0), default=1.0, metavar="G", help="the longest gradient [%(default)s]")
-    add("--seed", type=whole(0), default=0, metavar="N", help="for weights, order and masks [%(default)s]")
+    add_machine_options(parser.group("on this machine"))
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """The command line of the training pages: what they all ask, and numbers that are checked as they are read.
 
-Proof: tests/test_train_language_model.py.
+It imports nothing slow: --help, and what is wrong with a command, are answered before torch is imported.
+Proof: tests/test_train_loops.py.
 """
 
 import argparse
 import math
-from pathlib import Path
 
-from models.utils.command_line import CHECKPOINTS, Parser
+from models.utils.command_line import Parser
 from models.utils.errors import UserError
-from models.utils.files import remove
-from models.utils.machine import choose_device
+
+MOST = 2**62  # numbers that are added to each other still fit into 64 bits
+MOST_TOKENS = 2**16  # token ids are stored in 16 bits
 
 
 class TrainingParser(Parser):
@@ -18,36 +19,63 @@ class TrainingParser(Parser):
 
     def __init__(self, page, text):
         super().__init__(f"python -m runs_train.{page}", text)
+        self.page, self.longest_warmup, self.least_warmup = page, 0, 0
 
-    def parse_args(self, argv=None):
-        options = super().parse_args(argv)
-        if options.warmup >= options.steps:
+    def group(self, name):
+        return self.add_argument_group(f"{name} [default]").add_argument
+
+    def parse_args(self, arguments):
+        """The options, with `page` and `arguments` (but --restart), the command that goes on with the run."""
+        options = super().parse_args(arguments)
+        options.page, options.arguments = self.page, [word for word in arguments if word != "--restart"]
+        if options.warmup is not None and options.warmup >= options.steps:
             raise UserError(f"--warmup {options.warmup} leaves nothing of --steps {options.steps}; give less")
-        options.device = choose_device(options.device)
+        # Of fewer steps than usual as large a share, which a run that goes on with more of them keeps.
+        share = options.steps * self.longest_warmup // self.get_default("steps")
+        options.default_warmup = max(self.least_warmup, min(self.longest_warmup, share))
+        options.eval_every = options.eval_every or min(250, math.ceil(options.steps / 6))
         return options
 
 
 def add_folder_options(add):
-    add("--config", required=True, metavar="NAME", help="a config of configs/, or the path of a JSON file")
-    add("--out", metavar="FOLDER", help="where to write [checkpoints/NAME]")
-    add("--restart", action="store_true", help="begin anew, in place of what is in that folder")
+    add("--config", required=True, metavar="NAME", help="a config of configs/, or a JSON file's path")
+    add("--out", metavar="FOLDER", help="where to write [checkpoints/my-NAME]")
+    add("--restart", action="store_true", help="begin anew, in place of the run in that folder")
+
+
+def add_step_options(
+    parser, steps, lr, warmup, weight_decay, draws, lr_help="the highest learning rate", least=0
+):
+    """draws: what the seed draws; least: of the warm-up. What this returns adds more options to the group."""
+    parser.longest_warmup, parser.least_warmup = warmup, least
+    add = parser.group("how")
+    add("--steps", type=whole(1), default=steps, metavar="N", help="updates in all [%(default)s]")
+    add("--accumulate", type=whole(1), default=1, metavar="N", help="batches per update [%(default)s]")
+    add("--lr", type=number(above=0), default=lr, metavar="F", help=f"{lr_help} [%(default)s]")
+    add("--warmup", type=whole(least), metavar="N", help=f"steps up to it [{warmup}, fewer of fewer --steps]")
+    add("--weight-decay", type=number(least=0), default=weight_decay, help="AdamW's [%(default)s]")
+    add("--clip", type=number(above=0), default=1.0, metavar="G", help="the longest gradient [%(default)s]")
+    add("--seed", type=whole(0), default=0, metavar="N", help=f"for {draws} [%(default)s]")
+    return add
 
 
 def add_machine_options(add):
     add("--device", help="cpu, cuda, cuda:1, mps [the best of cuda, mps, cpu]")
-    add("--float32", action="store_true", help="no bf16: for machines that are slow at it")
+    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products [bfloat16 where that is fast]")
     add("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
-    add("--eval-every", type=whole(1), default=250, metavar="N", help="steps [%(default)s]")
+    add("--eval-every", type=whole(1), metavar="N", help="steps [250, or a sixth of --steps]")
     add("--save-every", type=whole(1), default=250, metavar="N", help="steps [%(default)s]")
 
 
-def whole(least):
-    """An argparse type: a whole number from `least` up."""
+def whole(least, most=MOST):
+    """An argparse type: a whole number from the `least` to the `most`."""
+    bound = f"from {least} up" if most == MOST else f"from {least} to {most}"
 
     def parse(text):
-        if not (text.isascii() and text.isdecimal() and least <= int(text) < 2**63):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        # Digits beyond any bound are not converted: Python refuses 5,000 of them with another error.
+        if not (text.isascii() and text.isdecimal() and len(text) < 30 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
         return int(text)
 
     return parse
@@ -68,13 +96,3 @@ def number(above=-math.inf, least=-math.inf, most=math.inf):
         return value
 
     return parse
-
-
-def prepare_folder(options):
-    """Where the run writes. What another run left there is not replaced unasked."""
-    folder = Path(options.out or CHECKPOINTS / Path(options.config).stem)
-    if options.restart:
-        remove(folder / "training")
-    elif (folder / "config.json").is_file() and not (folder / "training" / "state.pt").is_file():
-        raise UserError(f"{folder} holds a model already; give another --out, or --restart to replace it")
-    return folder

@@ -10,6 +10,7 @@ The tokenizer is laid out as Marian's: source.spm and target.spm cut texts into 
 the pieces of both their ids. As sentencepiece does by default, it applies NFKC, takes a run of spaces for one
 and drops those at the ends, so that odd spacing between words never reaches the model.
 
+Shapes: B pairs in a batch, S tokens of their longest source, T of their longest target.
 Proof: tests/test_train_seq2seq.py.
 """
 
@@ -17,6 +18,7 @@ import hashlib
 import io
 import json
 from array import array
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +27,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.errors import UserError, one_line
 from models.utils.tokenizer import load_tokenizer
 from runs_train.dates_data import all_days, write_days
 from runs_train.text_data import is_held_out, make_once
@@ -42,6 +43,7 @@ class Pair(NamedTuple):
 
 
 class Corpus(NamedTuple):
+    folder: Path  # where its tokenizer is
     train: list  # of Pair
     held_out: list  # likewise
     tokenizer: object  # models/utils/tokenizers/marian.py
@@ -85,8 +87,8 @@ def read_pairs(path):
 # Tokenizer --------------------------------------------------------------------------------------------------
 
 
-def prepare(data, folder, vocab_size=None):
-    """The corpus `data`, and in `folder` its tokenizer, which serves again if nothing changed.
+def prepare(data, training, vocab_size=None):
+    """The corpus `data`, and inside the folder `training` its tokenizer; an earlier call's serves again.
 
     vocab_size: the number of pieces of each of source and target; None: their characters.
     """
@@ -98,8 +100,8 @@ def prepare(data, folder, vocab_size=None):
         "train_pairs": len(train),
         "held_out_pairs": len(held_out),
     }
-    make_once(folder, facts, lambda new: write_tokenizer(train, vocab_size, new))
-    return Corpus(train, held_out, load_tokenizer(folder), facts)
+    folder = make_once(training, facts, partial(write_tokenizer, train, vocab_size))
+    return Corpus(folder, train, held_out, load_tokenizer(folder), facts)
 
 
 def hash_of(pairs):

@@ -6,6 +6,7 @@
 
 A passage is a docstring of the standard library where the data are `stdlib`, a paragraph where they are other
 text. Which files are held out is decided by a hash of their names, as in text_data.py.
+Shapes: B passages in a batch, T tokens of the longest of them.
 Proof: tests/test_train_masked_language_model.py.
 """
 
@@ -14,6 +15,7 @@ import json
 import math
 import re
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import tokenizers
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
-from runs_train.text_data import Corpus, Document, facts_of, make_once, read_tokens, split_documents
+from runs_train.text_data import Document, facts_of, make_once, open_corpus, split_documents
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4
 PAD, UNK, CLS, SEP, MASK = range(len(SPECIAL_TOKENS))
@@ -65,8 +67,8 @@ def split_passages(data):
     return train, held_out, *passages
 
 
-def prepare(data, folder, vocab_size):
-    """The corpus `data` as tokens in `folder`; those of an earlier call serve again if nothing changed."""
+def prepare(data, training, vocab_size):
+    """The corpus `data` as tokens inside the folder `training`; those of an earlier call serve again."""
     train, held_out, train_passages, held_out_passages = split_passages(data)
     facts = facts_of(data, train, held_out) | {
         "vocab_size": vocab_size,
@@ -76,8 +78,14 @@ def prepare(data, folder, vocab_size):
         "held_out_bytes": sum(len(passage.text.encode()) for passage in held_out_passages),
     }
 
-    make_once(folder, facts, lambda new: write_corpus(train_passages, held_out_passages, vocab_size, new))
-    return Corpus(read_tokens(folder / "train.bin"), read_tokens(folder / "held_out.bin"), facts)
+    write = partial(write_corpus, train_passages, held_out_passages, vocab_size)
+    corpus = open_corpus(make_once(training, facts, write), facts)
+    for name, tokens in ("train", corpus.train), ("held_out", corpus.held_out):
+        if tokens[0] != CLS or tokens[-1] != SEP:
+            raise UserError(
+                f"{corpus.folder / name}.bin: is damaged; remove that folder, and it is made again"
+            )
+    return corpus
 
 
 def write_corpus(train, held_out, vocab_size, folder):
@@ -96,7 +104,7 @@ def write_tokens(tokenizer, passages, path):
             ids = tokenizer.encode(passage.text)
             # A passage of nothing but characters that the vocabulary does not have teaches nothing.
             if max(ids) >= len(SPECIAL_TOKENS):
-                np.array(ids, dtype=np.uint16).tofile(file)
+                file.write(np.array(ids, dtype=np.uint16).tobytes())
 
 
 # Vocabulary -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Which files are held out follows from a hash of their names: the same ones on ev
 files come or go. Token files are mapped into memory, so a corpus may be larger than the RAM.
 
 `stdlib` is a corpus that every machine with Python has: the source of its standard library.
+Shapes: B windows in a batch.
 Proof: tests/test_train_language_model.py.
 """
 
@@ -16,6 +17,7 @@ import json
 import platform
 import shutil
 import sysconfig
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +26,10 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from models.utils.errors import UserError
-from models.utils.files import one_line, read_json, write_atomically
+from models.utils.errors import UserError, one_line
+from models.utils.files import read_json, remove, write_atomically
+from runs_train.folder import writing
+from runs_train.options import MOST_TOKENS
 
 HELD_OUT_ONE_IN = 10
 
@@ -41,6 +45,7 @@ class Document(NamedTuple):
 
 
 class Corpus(NamedTuple):
+    folder: Path  # where its tokens and tokenizer are
     train: np.ndarray  # token ids, mapped from disk
     held_out: np.ndarray  # likewise
     facts: dict  # what data.json says: where the text comes from and how much there is
@@ -146,9 +151,8 @@ def train_tokenizer(documents, vocab_size):
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = one_line(error).rpartition("] ")[
-            2
-        ]  # what stands before it is a place in the library's source
+        # What stands before the bracket is a place in the library's source.
+        reason = one_line(error).rpartition("] ")[2]
         raise UserError(f"--vocab-size {vocab_size} does not suit this text ({reason})") from None
     return model.getvalue()
 
@@ -163,8 +167,8 @@ def load_sentencepiece(path):
 # Tokens on disk ---------------------------------------------------------------------------------------------
 
 
-def prepare(data, folder, vocab_size, tokenizer=None):
-    """The corpus `data` as tokens in `folder`, where those of an earlier call serve again if nothing changed.
+def prepare(data, training, vocab_size, tokenizer=None):
+    """The corpus `data` as tokens inside the folder `training`; those of an earlier call serve again.
 
     tokenizer: the path of a tokenizer.model to use; None trains one with `vocab_size` pieces.
     """
@@ -175,11 +179,18 @@ def prepare(data, folder, vocab_size, tokenizer=None):
         "train_bytes": num_bytes(train),
         "held_out_bytes": num_bytes(held_out),
     }
-    if facts["vocab_size"] > np.iinfo(np.uint16).max + 1:
-        raise UserError(f"a vocabulary of {facts['vocab_size']} does not fit into 16 bits; 65536 is the most")
+    if facts["vocab_size"] > MOST_TOKENS:
+        raise UserError(
+            f"--tokenizer {tokenizer}: has {facts['vocab_size']} pieces; {MOST_TOKENS} are the most"
+        )
 
-    make_once(folder, facts, lambda new: write_corpus(train, held_out, vocab_size, tokenizer, new))
-    return Corpus(read_tokens(folder / "train.bin"), read_tokens(folder / "held_out.bin"), facts)
+    folder = make_once(training, facts, partial(write_corpus, train, held_out, vocab_size, tokenizer))
+    return open_corpus(folder, facts)
+
+
+def open_corpus(folder, facts):
+    tokens = [read_tokens(folder / f"{part}.bin", facts["vocab_size"]) for part in ("train", "held_out")]
+    return Corpus(folder, *tokens, facts)
 
 
 def facts_of(data, train, held_out):
@@ -193,14 +204,27 @@ def facts_of(data, train, held_out):
     }
 
 
-def make_once(folder, facts, write):
-    """Have write(folder) fill the folder, unless it was made of the same facts before."""
+def make_once(training, facts, write):
+    """The folder inside `training` that write(folder) filled, now or at an earlier call with the same facts.
+
+    Other facts have another folder: a command that does not go on with a run leaves the run's tokens alone.
+    """
+    text = json.dumps(facts, indent=2) + "\n"
+    folder = training / f"tokens-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     if (folder / "data.json").is_file() and read_json(folder / "data.json") == facts:
-        return
-    with write_atomically(folder) as new:
+        return folder
+    with writing(folder), write_atomically(folder) as new:
         new.mkdir()
         write(new)
-        (new / "data.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (new / "data.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def forget_others(folder):
+    """Delete what make_once made of other facts beside `folder`, for a run that has been replaced."""
+    for path in folder.parent.glob("tokens-*"):
+        if path != folder:
+            remove(path)
 
 
 def write_corpus(train, held_out, vocab_size, tokenizer, folder):
@@ -223,11 +247,19 @@ def write_tokens(processor, documents, path):
             ids = processor.encode(document.text)
             if processor.decode(ids) != document.text:
                 raise UserError(f"{document.name}: --tokenizer does not give this text back; train one on it")
-            np.array([bos, *ids, eos], dtype=np.uint16).tofile(file)
+            file.write(np.array([bos, *ids, eos], dtype=np.uint16).tobytes())
 
 
-def read_tokens(path):
-    return np.memmap(path, dtype=np.uint16, mode="r")
+def read_tokens(path, vocab_size):
+    """The tokens of a file, mapped; UserError if they are not what was written there."""
+    try:
+        tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        is_whole = tokens.max() < vocab_size
+    except (OSError, ValueError):  # empty, or an odd number of bytes
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{path}: is damaged; remove {path.parent}, and it is made again")
+    return tokens
 
 
 def file_list_hash(train, held_out):

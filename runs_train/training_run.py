@@ -7,16 +7,16 @@ does. All that a step reads and does must follow from its number and the random 
 stopped and is started again by the same command goes on as if it had never been stopped, to the bit on a CPU.
 (torch's random state, that is; neither Python's nor numpy's is kept.)
 
-Proof: tests/test_train_language_model.py, and the tests of each page.
+Proof: tests/test_train_loops.py, for every page.
 """
 
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -24,8 +24,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from models.utils.errors import UserError
-from models.utils.files import one_line, write_atomically
+from models import load_config
+from models.utils.errors import UserError, one_line
+from models.utils.files import write_atomically
+from models.utils.machine import dtype_named, keep_freed_memory, training_dtype
+from models.utils.training_notes import write_notes
+from runs_train.folder import writing
+from runs_train.fresh_model import count_parameters
+from runs_train.interrupts import Interrupts
+
+SECONDS_BETWEEN_LINES = 20  # of progress, where there is no terminal for a bar
 
 
 class TrainingRun:
@@ -37,7 +45,7 @@ class TrainingRun:
         loss(batch)              that mean
         learning_rate()          of the step `self.step`
         evaluate()               measures, and appends (step, figure) to self.evaluations
-        describe()               prints how much there is to do
+        describe()               how much there is to do
         speed()                  {"tokens_per_s": ...} or the like, for the progress bar
     and names what the losses depend on, which must not change when a run goes on:
         SETTINGS                 of `options`, what was said on the command line
@@ -51,73 +59,138 @@ class TrainingRun:
         self.seconds = 0.0
         self.losses = []  # one per step
         self.evaluations = []  # (step, figure)
+        self.interrupts = Interrupts()
+        for parameter in model.parameters():
+            # The backward pass is one long call, in which Python hears of no Ctrl-C. Here it gets a turn.
+            parameter.register_post_accumulate_grad_hook(lambda parameter: None)
 
     def train(self):
+        """All steps that are still to do. Ctrl-C breaks off at once, and what was reached is kept."""
+        keep_freed_memory()  # every step takes and frees the same blocks: up to a third of its time
         self.load_state()
-        self.describe()
-        with InterruptFlag() as interrupted, self.progress_bar() as bar:
-            while self.step < self.options.steps and not interrupted:
-                start = time.perf_counter()
-                self.train_step()
-                if self.is_due(self.options.eval_every):
-                    self.evaluate()
-                self.seconds += time.perf_counter() - start
-                self.show_progress(bar)
-                if self.is_due(self.options.save_every):
+        self.settle_options()
+        self.introduce()
+        with self.interrupts, self.progress_bar() as bar:
+            try:
+                self.evaluate_if_due()  # the run may have been stopped between a step and this
+                while self.step < self.options.steps:
+                    self.train_step()
+                    self.evaluate_if_due()
+                    self.show_progress(bar)
+                    if self.is_due(self.options.save_every):
+                        self.save_state()
+            except KeyboardInterrupt:
+                if self.step:
                     self.save_state()
-        if self.step < self.options.steps:
-            self.save_state()
-            print(f"stopped after step {self.step}; the same command goes on from here")
-            raise KeyboardInterrupt
+                    say(f"stopped after step {self.step}; the same command goes on from here")
+                raise
 
     def train_step(self):
-        """One update: the gradients of `accumulate` batches, clipped, then AdamW."""
+        """One update: the gradients of `accumulate` batches, clipped, then AdamW.
+
+        Broken off, it leaves no trace: the same step will draw the same random numbers again.
+        """
+        start, number, random = time.perf_counter(), self.step, random_state(self.options.device)
+        try:
+            loss = self.find_gradients()
+            with self.interrupts.held():
+                self.update(loss)
+        except KeyboardInterrupt:
+            if self.step == number:
+                set_random_state(random, self.options.device)
+            raise
+        self.seconds += time.perf_counter() - start
+
+    def find_gradients(self):
+        """Leave the gradients, clipped, in the parameters; the loss: the mean over the step's predictions."""
+        self.model.train()
+        first, total, count = self.step * self.options.accumulate, 0.0, 0
+        for n in range(first, first + self.options.accumulate):
+            batch = self.batch(n)
+            num_predictions = self.num_predictions(batch)
+            # The sum over them, so that each counts the same in whichever batch it is.
+            loss = self.loss(batch) * num_predictions
+            loss.backward()
+            total, count = total + loss.item(), count + num_predictions
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= count
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip).item()
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise UserError(
+                f"step {self.step + 1}: the loss is {total / count}, the gradient's length {norm}; "
+                f"begin anew with --restart and a lower --lr ({self.kept()})"
+            )
+        return total / count
+
+    def update(self, loss):
+        """What is never left half done: all that makes one step into the next."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-
-        self.model.train()
-        first = self.step * self.options.accumulate
-        batches = [self.batch(first + n) for n in range(self.options.accumulate)]
-        counts = [self.num_predictions(batch) for batch in batches]
-        step_loss = 0.0
-        for batch, count in zip(batches, counts):
-            # Weighted, so that the sum is the mean over the predictions of all batches.
-            loss = self.loss(batch) * (count / sum(counts))
-            loss.backward()
-            step_loss += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip).item()
-        if not math.isfinite(step_loss) or not math.isfinite(norm):
-            raise UserError(
-                f"step {self.step}: the loss is {step_loss}, the gradient's length {norm}; try a lower --lr, "
-                "with --restart"
-            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.losses.append(step_loss)
+        self.losses.append(loss)
 
     def is_due(self, every):
         """Every so many steps, and after the last."""
         return self.step % every == 0 or self.step == self.options.steps
 
+    def evaluate_if_due(self):
+        measured_at = self.evaluations[-1][0] if self.evaluations else 0
+        if self.step > measured_at and self.is_due(self.options.eval_every):
+            start = time.perf_counter()
+            self.evaluate()
+            self.seconds += time.perf_counter() - start
+
     # What is shown.
+
+    def settle_options(self):
+        """What neither the command nor the state says."""
+        if self.options.warmup is None:
+            self.options.warmup = self.options.default_warmup
+        if self.options.dtype is None:
+            dtype, line = training_dtype(self.options.device)
+            self.options.dtype = str(dtype).removeprefix("torch.")
+            line = line or f"{self.options.dtype}: this {self.options.device.type} has instructions for it"
+            print(f"{line}; --dtype takes another", flush=True)
+
+    def introduce(self):
+        num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        print(f"{num_parameters:,} parameters, {self.describe()}")
+        ours, name = asdict(self.model.config), self.options.config
+        theirs = asdict(load_config(name)[1])
+        changes = [f"{key} is {ours[key]}, not {theirs[key]}" for key in ours if ours[key] != theirs[key]]
+        if changes:
+            # A name like transformer-lm-15m promises a size.
+            print(f"{name} itself has {count_parameters(name):,}: with these data {', '.join(changes)}")
+        sys.stdout.flush()
 
     def progress_bar(self):
         # disable=None: no bar where standard error is no terminal.
+        self.last_line = -math.inf
         return tqdm(total=self.options.steps, initial=self.step, unit="step", disable=None)
 
     def show_progress(self, bar):
         bar.set_postfix(loss=f"{self.losses[-1]:.3f}", **self.speed(), refresh=False)
         bar.update()
+        now = time.perf_counter()
+        if bar.disable and now - self.last_line >= SECONDS_BETWEEN_LINES:
+            left = self.seconds / self.step * (self.options.steps - self.step) / 60
+            speed = ", ".join(f"{value} {unit}" for unit, value in self.speed().items())
+            # The first steps are slow, and say nothing of the rest.
+            speed += f", {left:.1f} minutes left" if self.last_line > -math.inf else ""
+            say(f"step {self.step:6}   loss {self.losses[-1]:.3f}   {speed}")
+            self.last_line = now
 
     def show_evaluation(self, text):
         recent = self.losses[-self.options.eval_every :]
-        mean = sum(recent) / len(recent)
-        tqdm.write(f"step {self.step:6}   loss {mean:.3f}   {text}", sys.stderr)
+        say(f"step {self.step:6}   loss {sum(recent) / len(recent):.3f}   {text}")
+        self.last_line = time.perf_counter()
 
     # What is kept. Batches and learning rates follow from `step`; dropout draws from the random state.
 
-    PROGRESS = ("step", "seconds", "losses", "evaluations")
+    PROGRESS = {"step": int, "seconds": float, "losses": list, "evaluations": list}
     WITH_STATE = ("model", "optimizer")
 
     def save_state(self):
@@ -125,13 +198,22 @@ class TrainingRun:
         state |= {name: getattr(self, name).state_dict() for name in self.WITH_STATE}
         state["random"] = random_state(self.options.device)
         state["settings"] = self.settings()
-        with write_atomically(self.folder / "state.pt") as path:
-            torch.save(state, path)
+        path = self.folder / "state.pt"
+        with writing(path):
+            write_notes(self.folder.parent, page=self.options.page, arguments=self.options.arguments)
+            # Opened here: then torch says why it cannot write, see `writing`.
+            with write_atomically(path) as partial, open(partial, "wb") as file:
+                torch.save(state, file)
+
+    def kept(self):
+        path = self.folder / "state.pt"
+        return f"{path} has an earlier step" if path.is_file() else "no state was kept yet"
 
     def load_state(self):
-        """Go on where state.pt was written, if it is there."""
+        """Go on where state.pt was written, if it is there and nobody says --restart."""
         path = self.folder / "state.pt"
-        if not path.is_file():
+        # An earlier run's state stays where it is until this run has one of its own.
+        if self.options.restart or not path.is_file():
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,21 +221,51 @@ class TrainingRun:
             raise UserError(
                 f"{path}: cannot be read ({one_line(error)}); begin anew with --restart"
             ) from None
+        try:
+            self.check_settings(path, state["settings"])
+            self.take(state)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"[:200]
+            raise UserError(
+                f"{path}: is no state of this run ({reason}); begin anew with --restart"
+            ) from None
+
+    def check_settings(self, path, stored):
+        for name in ("warmup", "dtype"):
+            # Left open, they stay what they were.
+            if getattr(self.options, name) is None:
+                setattr(self.options, name, stored[name])
         for name, value in self.settings().items():
-            if state["settings"].get(name) != value:
+            if stored.get(name) != value:
                 raise UserError(
-                    f"{path}: that run was started with {name} {state['settings'].get(name)}, not {value}; "
+                    f"{path}: that run was started with {name} {stored.get(name)}, not {value}; "
                     "give the same command to go on with it, another --out, or --restart to begin anew"
                 )
-        for name in self.PROGRESS:
+
+    def take(self, state):
+        """The state's content in place of our own; an error of Python's if it is no such content."""
+        for name, kind in self.PROGRESS.items():
+            if type(state[name]) is not kind:
+                raise TypeError(f"{name} is {type(state[name]).__name__}, not {kind.__name__}")
             setattr(self, name, state[name])
+        if len(self.losses) != self.step:
+            raise ValueError(f"{len(self.losses)} losses of {self.step} steps")
         for name in self.WITH_STATE:
             getattr(self, name).load_state_dict(state[name])
+        for parameter, means in self.optimizer.state.items():
+            # Which load_state_dict does not look at.
+            if any(mean.shape not in (parameter.shape, ()) for mean in means.values()):
+                raise ValueError("the optimizer's means have other shapes than the parameters")
         set_random_state(state["random"], self.options.device)
 
     def settings(self):
-        settings = {name: getattr(self.options, name) for name in self.SETTINGS}
+        settings = {name: getattr(self.options, name) for name in ("page", "dtype", "warmup", *self.SETTINGS)}
         return settings | {name: self.facts[name] for name in self.DATA_SETTINGS}
+
+
+def say(text):
+    """To standard error, above the progress bar if there is one."""
+    tqdm.write(text, sys.stderr)
 
 
 # Parts of a step --------------------------------------------------------------------------------------------
@@ -178,7 +290,9 @@ def learning_rate(step, options):
 
 
 def context_of(model, options):
-    longest = model.config.max_seq_len
+    longest = getattr(model.config, "max_seq_len", None)
+    if longest is None:  # a model that keeps a state has no longest text
+        return options.context or 512
     if (options.context or 0) > longest:
         raise UserError(f"--context {options.context} is longer than the model's max_seq_len, {longest}")
     return options.context or longest
@@ -186,7 +300,9 @@ def context_of(model, options):
 
 def autocast(options):
     """Matrix products in bf16, what needs digits in fp32; the weights themselves stay in fp32."""
-    return nullcontext() if options.float32 else torch.autocast(options.device.type, torch.bfloat16)
+    if options.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(options.device.type, dtype_named(options.dtype))
 
 
 def make_forward(model, options, forward=None):
@@ -218,24 +334,3 @@ def set_random_state(states, device):
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-class InterruptFlag:
-    """True after Ctrl-C: the step that is under way is finished first. A second Ctrl-C does not wait."""
-
-    def __init__(self):
-        self.pressed = False
-
-    def __bool__(self):
-        return self.pressed
-
-    def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self.press)
-        return self
-
-    def press(self, *_):
-        self.pressed = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)

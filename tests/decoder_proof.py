@@ -1,11 +1,13 @@
 """What every decoder of the zoo must be able to show: the proof of every model, and that of its cache."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runs_ar.generate import generate
-from tests.model_proof import ModelProof, assert_close
+from tests.model_proof import ModelProof, assert_close, assert_rounded_alike
 
 
 def random_tokens(model, batch_size, length, seed=0):
@@ -38,12 +40,21 @@ class DecoderProof(ModelProof):
             pieces.append(model(tokens[:, start:end], positions, cache))
         assert_close(torch.cat(pieces, dim=1), model(tokens))
 
+    def test_the_cache_is_as_exact_in_bf16_as_the_whole_pass(self, model):
+        tokens, half = random_tokens(model, 2, 40), copy.deepcopy(model).bfloat16()
+        cache = half.new_cache(2, 40)
+        pieces = [half(tokens[:, :30], cache=cache)]
+        for n in range(30, 40):
+            pieces.append(half(tokens[:, n : n + 1], torch.full((2, 1), n), cache))
+        assert_rounded_alike(torch.cat(pieces, dim=1), half(tokens), model(tokens))
+
     def test_a_cache_that_is_just_long_enough(self, model):
         tokens = random_tokens(model, 2, 12)
         cache = model.new_cache(2, 12)
         model(tokens[:, :5], cache=cache)
         positions = torch.arange(5, 12).expand(2, -1)
         assert_close(model(tokens[:, 5:], positions, cache), model(tokens)[:, 5:])
+        assert_close(model(tokens, cache=cache), model(tokens))
         with pytest.raises(AssertionError, match="slots"):
             model(random_tokens(model, 2, 13), cache=cache)
 

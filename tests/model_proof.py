@@ -26,6 +26,13 @@ def assert_close(actual, expected):
     assert difference <= tolerance(expected), f"differs by {difference:.2e}"
 
 
+def assert_rounded_alike(actual, expected, exact):
+    """Two ways of the same sum in bf16 are equally far from the sum in fp32."""
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    error, usual = ((logits - exact).abs().mean() for logits in (actual, expected))
+    assert error < 1.2 * usual, f"off by {error:.2e} on average, where {usual:.2e} is usual"
+
+
 class ModelProof:
     model_name = None
     oracle_config = None

@@ -28,6 +28,8 @@ def redraw(model, seed=0, std_of_logits=1.0):
 def weight_std(name, parameter):
     if "wte" in name or "wpe" in name or "embed_tokens" in name or "embed_in" in name:
         return 1.0
+    if ".experts." in name:
+        return 1.5 * parameter.shape[-1] ** -0.5  # the experts' matrices in one tensor, (expert, out, in)
     # Conv1D (GPT-2) stores its matrix as (in, out), nn.Linear as (out, in).
     fan_in = parameter.shape[0] if ".c_" in name else parameter.shape[1]
     return 1.5 * fan_in**-0.5

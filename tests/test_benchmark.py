@@ -18,7 +18,7 @@ import benchmark
 from benchmarks import measure, weights
 from benchmarks.checks import Expected, check, check_rows
 from benchmarks.picture import COLORS, draw
-from benchmarks.report import quartiles
+from benchmarks.report import quartiles, table
 from benchmarks.turns import Process
 from benchmarks.weights import Writer
 from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Encoder, Speculative
@@ -101,22 +101,53 @@ def test_a_token_reads_every_matrix_once(run):
             assert entry["bytes_per_token"] == 2 * (matrices + norms)
         elif entry["subject"] == "llama.cpp":
             assert entry["bytes_per_token"] == matrices * 18 // 32 + 4 * norms
+        else:
+            # Codes of half a byte, and for 32 of them scale and zero in bf16. The head is the embedding's.
+            head = config.vocab_size * D
+            assert entry["bytes_per_token"] == (matrices - head) * (16 + 4) // 32 + 2 * head + 2 * norms
 
 
-def test_the_table_shows_medians_and_ratios(run):
+def test_the_table_shows_medians_and_ratios():
+    """Of figures made up: 1 MB a token at 100 MB/s is 10 ms."""
+
+    def entry(subject, weights, milliseconds, num_bytes):
+        seconds = {"decode": milliseconds, "first token": 40, "prefill": 3 * milliseconds, "batch 3": 5}
+        quartiles = ("low", "median", "high")
+        return {
+            "config": "a model",
+            "weights": weights,
+            "subject": subject,
+            "bytes_per_token": num_bytes,
+            "seconds_to_load": 0.5,
+            "seconds_to_first_token_ever": 0.25,
+            "peak_memory": 2_000_000,
+            "phases": {phase: dict.fromkeys(quartiles, ms / 1e3) for phase, ms in seconds.items()},
+        }
+
+    settings = {"prompt_tokens": 12, "new_tokens": 6, "prefill_tokens": 20, "rounds": 2}
+    machine = {"processor": "a processor", "threads": 2, "instructions": ["avx2", "avx512"]}
+    subjects = [
+        entry("transformers", "bfloat16", 60, 4e6),
+        entry("eager", "int4", 20, 1e6),
+        entry("llama.cpp", "int4", 25, 1e6),
+    ]
+    report = {"settings": settings, "machine": machine, "bandwidth": {"median": 1e8}, "subjects": subjects}
+    first, _, _, heads, *rows = table(report)
+    assert first.startswith(
+        "a processor (avx2 avx512), 2 threads, reading 0.1 GB/s; 12 tokens and 6 new ones"
+    )
+    assert "ms/token" in heads
+    assert rows[0].split()[:6] == ["bfloat16", "transformers", "60.00", "60.00", "..", "60.00"]
+    figures = ["50%", "3.00", "1.25", "40.0", "60", "3.00", "0.50", "0.75", "2", "MB"]
+    assert rows[1].split() == ["int4", "eager", "20.00", "20.00", "..", "20.00", *figures]
+    # The second block is that of the batches, with tokens a second of all rows and the ratio to transformers.
+    (batch,) = [line.split() for line in rows[4:] if line.startswith("int4      eager")]
+    assert batch == ["int4", "eager", "200", "1.00"]
+
+
+def test_the_table_of_a_run_is_that_of_its_report(run):
     report, lines, _ = run
-    entries = {(entry["weights"], entry["subject"]): entry for entry in report["subjects"]}
-    times = {key: entry["phases"]["decode"]["median"] * 1e3 for key, entry in entries.items()}
-    rows = [line.split() for line in lines if line.split()[:2] == ["int4", "eager"]]
-    cells = rows[0]
-    assert cells[2] == f"{times['int4', 'eager']:.2f}"
-    assert cells[7] == f"{times['bfloat16', 'transformers'] / times['int4', 'eager']:.2f}"
-    if llama_cpp_is_there():
-        assert cells[8] == f"{times['int4', 'llama.cpp'] / times['int4', 'eager']:.2f}"
-    # The second row is that of the batches.
-    assert rows[1][2] == f"{1 / entries['int4', 'eager']['phases']['batch 3']['median']:.0f}"
-    limit = entries["int4", "eager"]["bytes_per_token"] / report["bandwidth"]["median"] * 1e3
-    assert cells[6] == f"{limit / times['int4', 'eager']:.0%}"
+    assert lines[: len(table(report))] == table(report) or set(table(report)) <= set(lines)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +343,7 @@ def test_a_drafter_agrees_as_often_as_it_is_told_to(agreement):
 
 def test_what_the_drafter_says():
     drafter = AgreeingDrafter(create_model(TINY).eval(), list(range(100)), agreement=1.0)
-    drafter.start([list(range(10))], 100)
+    drafter.start([list(range(10))], 100, 4)
     assert drafter.draft([list(range(10))], 4, GREEDY, None).tokens.tolist() == [[10, 11, 12, 13]]
     assert drafter.draft([list(range(98))], 4, GREEDY, None).tokens.tolist() == [[98, 99, 0, 0]]
     drafter.agreement = 0.0
@@ -345,7 +376,7 @@ def test_a_process_that_waits_takes_no_processor_time_and_one_that_died_is_named
         time.sleep(measure.SECONDS_TO_SETTLE)
         before = processor_seconds(process.process.pid)
         time.sleep(0.5)
-        assert processor_seconds(process.process.pid) - before <= 0.02
+        assert processor_seconds(process.process.pid) - before <= 0.1
         with pytest.raises(UserError, match="the eager one: the prompt is empty"):
             process.call("run", prompts=[[]], new_tokens=20)
         with pytest.raises(RuntimeError, match="Traceback"):
@@ -379,17 +410,8 @@ def workers(parent):
 def test_nothing_is_left_when_a_run_is_broken_off(tmp_path, sent, status):
     results, scratch = tmp_path / "results", tmp_path / "scratch"
     scratch.mkdir()
-    command = [
-        sys.executable,
-        "benchmark.py",
-        TINY,
-        "--subjects",
-        "eager",
-        "--weights",
-        "float32",
-        "bfloat16",
-    ]
-    command += ["--rounds", "1000", "--out", str(results)]
+    command = [sys.executable, "benchmark.py", TINY, "--subjects", "eager", "--rounds", "1000"]
+    command += ["--weights", "float32", "bfloat16", "--out", str(results)]
     environment = {**os.environ, "TMPDIR": str(scratch)}
     running = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -398,17 +420,17 @@ def test_nothing_is_left_when_a_run_is_broken_off(tmp_path, sent, status):
         wait_until(lambda: len(workers(running.pid)) >= wanted)
         children = workers(running.pid)
         running.send_signal(sent)
-        assert running.wait(timeout=20) == status
+        assert running.wait(timeout=120) == status
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     finally:
         running.kill()
     assert list(results.iterdir()) == []
-    if sent != signal.SIGKILL:  # after which nobody can clear up
-        assert list(scratch.iterdir()) == []
-        assert "Traceback" not in running.stderr.read()
+    # After SIGKILL another process clears up.
+    wait_until(lambda: not list(scratch.iterdir()))
+    assert "Traceback" not in running.stderr.read()
 
 
-def wait_until(condition, seconds=40):
+def wait_until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -422,12 +444,23 @@ def wait_until(condition, seconds=40):
     "arguments, message",
     [
         (["gpt-2"], "no config named 'gpt-2'; did you mean 'gpt2'"),
-        (["opus-mt"], "opus-mt is a transformer model; give one of gpt2, .*, vision_transformer"),
-        (["vit-b-16", "--subjects", "compiled"], "a vision_transformer model is measured as eager, transf"),
-        (["--rounds", "0"], "--rounds is 0; give 1 or more"),
+        (["opus-mt"], "opus-mt is an encoder-decoder; give a decoder or a model that answers in one pass"),
+        (
+            ["vit-b-16", "--subjects", "compiled"],
+            "nothing is left to measure .no compiled: it ans",
+        ),
+        (["--rounds", "0"], "--rounds is 0; give a number from 1 to 100,000"),
+        (["--rounds", str(10**30)], "--rounds is 10*; give a number from 1 to 100,000"),
+        (["--threads", str(10**30)], "--threads is 10*; give a number from 1"),
+        (["--batches", str(10**30)], "--batches is 10*; give a number from 2"),
+        (["--prefill-tokens", str(10**30)], "--prefill-tokens is 10*; give a number from 1"),
+        (["--out", ""], "--out is empty"),
+        (["--out", f"{__file__}/results"], "--out .* cannot be written .*; give another"),
+        ([""], "no config named ''"),
+        (["--device", ""], "device '' is not on this machine"),
         (["--threads", "-1"], "--threads is -1"),
-        (["--new-tokens", "1"], "--new-tokens is 1; give 2 or more"),
-        (["--batches", "8", "1"], "--batches is 1; give 2 or more"),
+        (["--new-tokens", "1"], "--new-tokens is 1; give a number from 2"),
+        (["--batches", "8", "1"], "--batches is 1; give a number from 2"),
         (["--agreement", "1.5"], "--agreement is 1.5; give 0 to 1"),
         (["--prompt-tokens", "1000"], "gpt2: --prompt-tokens 1000 and --new-tokens 128 are more than its"),
         (["--weights", "fp8"], "invalid choice: 'fp8'"),
@@ -436,7 +469,7 @@ def wait_until(condition, seconds=40):
         (["--out", __file__], "--out .* cannot be written .*; give another"),
         (
             ["transformer-lm-15m", "--subjects", "llama.cpp", "--new-tokens", "9"],
-            "a transformer_lm model is measured as eager, compiled, |nothing",
+            "nothing is left to measure",
         ),
     ],
 )
@@ -457,6 +490,23 @@ def test_what_is_not_installed_is_said_and_left_out(monkeypatch, capsys):
     assert "pip install '.[benchmark]'" in skipped[1]
     with pytest.raises(UserError, match="nothing is left to measure: transformers is left out"):
         benchmark.skip_what_is_missing(benchmark.parse_arguments(["--subjects", "transformers"]))
+
+
+def test_what_a_model_cannot_be_measured_as_is_left_out_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: True)
+    args = benchmark.parse_arguments(["gpt2", "vit-b-16", "--subjects", "eager", "compiled", "transformers"])
+    said = ["vit-b-16: compiled is left out (it answers in one pass)"]
+    assert benchmark.skip_what_is_missing(args) == said == capsys.readouterr().out.splitlines()
+    assert {name for _, name in measure.plan_subjects("vit-b-16", args)} == {"eager", "transformers"}
+    assert {name for _, name in measure.plan_subjects("gpt2", args)} == {"eager", "compiled", "transformers"}
+
+
+def test_a_drafter_is_smaller_in_what_its_model_has():
+    for config in ("gpt2", "llama-124m", "pythia-160m", "transformer-lm-15m"):
+        model_name, fields = load_config(config)
+        drafter = create_model(config, **weights.draft_fields(model_name, fields)).config
+        assert drafter.vocab_size == fields.vocab_size and 3 * drafter.d_model <= fields.d_model
+        assert getattr(drafter, "tied_head", True)
 
 
 def test_subjects_that_do_not_fit_together_are_refused_before_anything_is_written(monkeypatch):

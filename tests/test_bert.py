@@ -14,6 +14,7 @@ from conversion.tables import from_hf_config
 from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from tests.model_proof import ModelProof, assert_close, tolerance
+from tests.shape_cases import Case
 
 BASE = {
     "vocab_size": 101,
@@ -424,7 +425,7 @@ def test_inspect_shows_what_becomes_of_everything(tmp_path, capsys):
         ("BertModel", {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ("BertModel", {"hidden_act": "silu"}, "hidden_act is 'silu'; models/bert.py implements gelu,"),
         ("BertModel", {"hidden_act": 3}, "hidden_act is 3, where a word was expected"),
-        ("BertModel", {"hidden_dropout_prob": 0.3}, "one dropout rate for both"),
+        ("BertModel", {"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0, where a number from 0"),
         ("BertModel", {"embedding_size": 128}, "does not know embedding_size"),
         ("BertModel", {"intermediate_size": 90}, "where the config asks for"),
     ],
@@ -528,3 +529,43 @@ def test_fresh_weights():
             assert parameter.abs().max() <= 0.04
             expected = pytest.approx(0.02 * 0.8796, rel=0.03 if parameter.numel() > 1000 else 0.1)
             assert parameter.std().item() == expected, name
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """A model for each head, and one that has none."""
+    for head in None, "masked_lm", "next_sentence", "pretraining", "sequence", "tokens":
+        yield module.Config(
+            vocab_size=43,
+            max_seq_len=31,
+            num_segments=3,
+            d_model=15,
+            num_layers=4,
+            num_heads=3,
+            d_ff=29,
+            norm_eps=1e-12,
+            activation="relu" if head == "tokens" else "gelu",
+            dropout=0.1,
+            pooler=head not in ("masked_lm", "tokens"),
+            head=head,
+            num_labels=23 if head in ("sequence", "tokens") else None,
+        )
+
+
+def run_shapes(model, recorder, B, T, **free):
+    """With padding and without, in training and in evaluation; the head of some tokens; the pooler."""
+    config = model.config
+    tokens, segments = torch.randint(config.vocab_size, (B, T)), torch.randint(config.num_segments, (B, T))
+    mask = torch.arange(T) < T - torch.arange(B)[:, None]
+    recorder.running(config, B=B, T=T, **free)
+    model.train()(tokens, segments, mask).sum().backward()
+    model.eval()(tokens)
+    recorder.running(config, B=1, T=T, **free)
+    hidden = model.hidden(tokens[:1])
+    if config.pooler:
+        model.pooler(hidden)
+
+
+SHAPES = Case(shape_configs, run_shapes, {"B": 7, "T": 11, "d": 5, "Y": 23}, same={("H", "d")})

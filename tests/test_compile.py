@@ -8,18 +8,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from models.utils import compile as page
 from models.utils.compile import attend, compile_decoding, row_times_int8, row_times_matrix
 from models.utils.kernels.row_linear import load_row_linear
-from models.utils.kernels.tiled_linear import TiledLinear, load_kernel, tile_layers
-from models.utils.quantize import Quantization, quantize_int8, quantize_layers
+from models.utils.kernels.tiled_linear import TiledLinear, tile_layers, why_not_faster
+from models.utils.quantize import Quantization, prepare, quantize_int8, quantize_layers
 from runs_ar.generate import generate
 from runs_ss.speculate import ModelDrafter, speculate
+from tests import zoo
 from tests.test_speculate import disturbed, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +71,9 @@ def test_bf16_is_summed_in_fp32():
     # 257 ones: bf16 has no 257, a sum in bf16 stays at 256.
     x = torch.cat([torch.ones(257), -torch.ones(128)]).bfloat16()
     assert row_times_matrix(x, torch.ones(1, 385).bfloat16()) == 129
+    # (1 + 2^-7)^2 is 1 + 2^-6 + 2^-14, of which bf16 has no more than 1 + 2^-6.
+    x, weight = torch.tensor([[1 + 2**-7, 1], [1 + 2**-7, -1 - 2**-6]]).bfloat16()
+    assert row_times_matrix(x[None], weight[None]) == 2**-14
 
 
 def test_a_row_times_int8_is_the_kernel():
@@ -116,7 +123,7 @@ def assert_same_steps(model, compiled, batch_size, width, tolerance):
     """A prompt, then steps of `width` tokens at places of their own, in the model and in the compiled one."""
     torch.manual_seed(3)
     cache = compiled.new_cache(batch_size, 20)
-    assert compiled.steps[batch_size, cache[0].k.shape[2], width] is not None
+    assert compiled.steps[(width, *page.shapes_of(cache))] is not None
     expected_cache = model.new_cache(batch_size, cache[0].k.shape[2])
     prompt = torch.randint(50, (batch_size, 7))
     model(prompt, cache=expected_cache), compiled(prompt, cache=cache)
@@ -136,9 +143,9 @@ def assert_same_steps(model, compiled, batch_size, width, tolerance):
             torch.testing.assert_close(ours.v, theirs.v, rtol=0, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox", "transformer_lm"])
-def test_a_step_is_the_models(name, said):
-    model = small(name)
+@zoo.every_decoder
+def test_a_step_is_the_models(model_name, said):
+    model = small(model_name)
     assert_same_steps(model, compile_decoding(copy.deepcopy(model), report=said.append), 1, 1, 1e-5)
     assert len(said) == 1 and "compiling" in said[0]
 
@@ -149,7 +156,7 @@ def test_ragged_rows_and_several_tokens(said):
     assert_same_steps(model, compiled, 3, 1, 1e-5)
     assert_same_steps(model, compiled, 3, 4, 1e-5)
     # Fewer tokens than the step is wide are filled up; what the pads write is out of sight.
-    assert compiled.steps.get((3, 32, 2)) is None
+    assert {width for width, *_ in compiled.steps} == {1, 4}
     cache, expected_cache = compiled.new_cache(3, 20), model.new_cache(3, 32)
     tokens = torch.randint(50, (3, 2))
     positions = torch.tensor([[0, 1]] * 3)
@@ -175,8 +182,8 @@ def test_no_pad_stands_behind_the_context(said):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized_steps(kind, said):
-    if kind == "int4" and load_kernel() is not None:
-        pytest.skip(load_kernel())
+    if kind == "int4" and why_not_faster() is not None:
+        pytest.skip(why_not_faster())
     model = small("llama").bfloat16()
     quantize_layers(model, Quantization(kind, 32 if kind == "int4" else None))
     compiled = compile_decoding(copy.deepcopy(model), report=said.append)
@@ -190,9 +197,10 @@ def test_a_tied_head_is_an_int8_copy(kind):
     model = small("gpt2").bfloat16()
     quantize_layers(model, Quantization(kind, 32 if kind == "int4" else None))
     compiled = compile_decoding(copy.deepcopy(model))
+    prepare(model)
     assert torch.equal(compiled.token_embed.weight, model.token_embed.weight)
     assert model.lm_head.weight is model.token_embed.weight
-    if load_kernel() is None:
+    if why_not_faster() is None:
         assert isinstance(compiled.lm_head, TiledLinear) and compiled.lm_head.bits == 8
     hidden = torch.randn(1, 3, 32).bfloat16()
     expected = model.lm_head(hidden).float()
@@ -213,6 +221,58 @@ def test_texts_are_the_same(said):
     drafter = ModelDrafter(disturbed(model, 0.05))
     rounds = speculate(compiled, drafter, [PROMPT], 20, num_draft_tokens=3)
     assert [token for round in rounds for token in round.tokens[0]] == greedy
+
+
+class LayerState(NamedTuple):
+    state: torch.Tensor  # (B, D)
+
+
+class States(NamedTuple):
+    layers: tuple
+    slots: None = None
+
+
+class Recurrent(nn.Module):
+    """A model whose memory is no slot per position: a state, two tuples deep."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(max_seq_len=64, vocab_size=50)
+        self.token_embed, self.mix = nn.Embedding(50, 32), nn.Linear(32, 32)
+        self.lm_head = nn.Linear(32, 50, bias=False)
+
+    def forward(self, tokens, positions=None, cache=None):
+        return self.lm_head(self.hidden(tokens, positions, cache))
+
+    def hidden(self, tokens, positions=None, cache=None):
+        states, x = [cache.layers[0].state], self.token_embed(tokens)
+        for t in range(tokens.shape[1]):
+            states.append(torch.tanh(self.mix(states[-1]) + x[:, t]))
+        cache.layers[0].state.copy_(states[-1])
+        return torch.stack(states[1:], dim=1)
+
+    def new_cache(self, batch_size, num_slots, num_undo=0):
+        return States((LayerState(torch.zeros(batch_size, 32)),))
+
+
+def test_a_cache_is_any_nest_of_tensors_and_a_state_takes_no_pads(said):
+    model = Recurrent()
+    compiled = compile_decoding(copy.deepcopy(model), (1, 3), said.append)
+    cache, expected = compiled.new_cache(2, 20, num_undo=0), model.new_cache(2, 20)
+    assert all(compiled.steps.values()) and len(compiled.steps) == 2, said
+    for start, width in ((0, 1), (1, 3), (4, 2), (6, 1)):
+        tokens, positions = torch.randint(50, (2, width)), torch.arange(start, start + width).expand(2, -1)
+        out = compiled(tokens, positions, cache)
+        torch.testing.assert_close(out, model(tokens, positions, expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cache.layers[0].state, expected.layers[0].state, rtol=0, atol=1e-5)
+
+
+def test_a_cache_that_holds_a_number_is_refused_by_a_sentence(monkeypatch, said):
+    monkeypatch.setattr(Recurrent, "new_cache", lambda self, batch_size, num_slots: (torch.zeros(1), 7))
+    compiled = compile_decoding(Recurrent(), report=said.append)
+    compiled.new_cache(1, 20)
+    expected = "going on without compilation: a step takes tensors alone, and this cache holds int too"
+    assert said[-1] == expected
 
 
 # The disk ---------------------------------------------------------------------------------------------------

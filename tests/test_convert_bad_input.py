@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,19 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 import convert_hf_checkpoint
 from conversion import hub, weight_files
-from conversion.convert import convert
+from conversion.convert import convert, reverse
 from conversion.tables import HF_TYPES
 from models import load_model
 from models.utils.errors import UserError, run_main
+from models.utils.files import MARKER
 from tests.published import META_PARAMS, config_of, meta_state, state_of, write, write_meta
+from tests.tiny_marian import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +92,6 @@ REFUSED = [
     ("llama", "rope_scaling", [1]),
     ("llama", "partial_rotary_factor", 0.5),
     ("llama", "sliding_window", 4096),
-    ("llama", "quantization_config", {"bits": 4}),
     ("mistral", "sliding_window", 4096),
     ("mistral", "layer_types", ["full_attention"]),
     ("qwen2", "use_sliding_window", True),
@@ -103,7 +106,15 @@ REFUSED = [
     ("gpt2", "reorder_and_upcast_attn", True),
     ("gpt2", "add_cross_attention", True),
     ("gpt2", "tie_word_embeddings", False),
-    ("gpt2", "attn_pdrop", 0.2),
+    ("gpt2", "attn_pdrop", "0.2"),
+    ("llama", "rms_norm_eps", 0),
+    ("llama", "rms_norm_eps", -1e-5),
+    ("llama", "rms_norm_eps", float("inf")),
+    ("llama", "rms_norm_eps", 10**400),
+    ("llama", "rope_theta", -1.0),
+    ("llama", "rope_theta", 0),
+    ("gpt2", "resid_pdrop", 5),
+    ("gpt2", "embd_pdrop", -0.1),
     ("llama", "vocab_size", "many"),
     ("llama", "hidden_size", 0),
     ("llama", "num_attention_heads", -8),
@@ -122,8 +133,8 @@ def test_a_field_is_refused_by_its_name(kind, field, value, tmp_path, fails):
     config = {name: v for name, v in config_of(kind).items() if name != "rope_parameters"}
     write(tmp_path, kind, config={**config, field: value})
     message = one_line(fails(tmp_path))
-    spoken = {"num_hidden_layers": "layers", "intermediate_size": "config.json"}
-    assert field in message or spoken[field] in message
+    ours = {"num_hidden_layers": "layers", "rms_norm_eps": "norm_eps", "rope_theta": "rope_base"}
+    assert field in message or ours.get(field, "dropout") in message
     assert "config.json" in message
 
 
@@ -178,6 +189,13 @@ def test_a_wrong_shape(tmp_path, fails):
     state = {**state_of("gpt2"), "transformer.h.2.attn.c_attn.weight": torch.ones(24, 71)}
     message = one_line(fails(write(tmp_path, "gpt2", state=state)))
     assert "has shape (24, 71), where the config asks for (24, 72) (n = 2)" in message
+
+
+def test_a_matrix_that_lies_the_other_way_round(tmp_path, fails):
+    state, name = state_of("llama"), "model.layers.1.mlp.up_proj.weight"
+    here, there = (tuple(tensor.shape) for tensor in (state[name].T, state[name]))
+    message = one_line(fails(write(tmp_path, "llama", state={**state, name: state[name].T.contiguous()})))
+    assert f"mlp.up_proj.weight has shape {here}, where the config asks for {there} (n = 1)" in message
 
 
 def test_an_untied_head_that_nobody_fills(tmp_path, fails):
@@ -375,7 +393,7 @@ def test_a_failed_conversion_leaves_the_old_one_whole(tmp_path, monkeypatch):
         convert(tmp_path, dtype=torch.bfloat16)
     after = load_model(tmp_path).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not (tmp_path / "converted.partial").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "converted"}
 
 
 def run_script(arguments, prelude):
@@ -415,7 +433,7 @@ def kill(file, tensor, spec):
 weight_files.write_tensor = kill
 """
     assert run_script([tmp_path], prelude).returncode == -signal.SIGKILL
-    left = tmp_path / "converted.partial" / "model.safetensors"
+    (left,) = tmp_path.glob(".converted.*.partial/converted/model.safetensors")
     assert left.stat().st_size > 10_000, "the kill came in the middle"
     assert not (tmp_path / "converted").exists()
     with pytest.raises(UserError, match="not converted yet"):
@@ -601,3 +619,258 @@ def test_two_repositories_do_not_mix(tmp_path, monkeypatch, fails):
     hub.fetch("openai-community/gpt2")
     hub.fetch("openai-community/gpt2")
     assert "already holds openai-community/gpt2" in one_line(fails("somebody/gpt2"))
+
+
+# What is the user's -----------------------------------------------------------------------------------------
+
+
+def test_a_link_called_converted_is_not_followed(tmp_path, monkeypatch, capsys):
+    """An unpacked checkpoint may bring one."""
+    folder = write(tmp_path / "llama", "llama")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "letter.txt").write_text("dear")
+    for name, arguments in (("converted", []), ("reversed", ["--reverse"])):
+        (folder / name).symlink_to(precious)
+        monkeypatch.setattr(sys, "argv", ["convert_hf_checkpoint.py", str(folder), *arguments])
+        with pytest.raises(SystemExit):
+            run_main(convert_hf_checkpoint.main)
+        assert f"{name}: is a link" in capsys.readouterr().err
+        assert (folder / name).is_symlink() and (precious / "letter.txt").read_text() == "dear"
+        (folder / name).unlink()
+        if name == "converted":
+            convert(folder)
+
+
+def test_notes_in_a_converted_folder_and_backups_beside_it_stay(tmp_path):
+    write(tmp_path, "llama")
+    backup = convert(tmp_path).rename(tmp_path / "converted.old")
+    (tmp_path / "converted.partial").mkdir()
+    folder = convert(tmp_path)
+    assert (backup / "config.json").exists() and (tmp_path / "converted.partial").exists()
+
+    (folder / "notes.md").write_text("dear")
+    with pytest.raises(UserError, match=r"converted: holds notes\.md, which this program did not write"):
+        convert(tmp_path, dtype=torch.bfloat16)
+    assert (folder / "notes.md").read_text() == "dear"
+
+
+@pytest.mark.parametrize("name", ["converted", "reversed"])
+def test_a_file_of_that_name_stays(name, tmp_path, monkeypatch):
+    """Which is said before any work is done."""
+    write(tmp_path, "llama")
+    if name == "reversed":
+        convert(tmp_path)
+    (tmp_path / name).write_text("dear")
+    monkeypatch.setattr("conversion.convert.write_moves", None)
+    with pytest.raises(UserError, match=f"{name}: is there and no folder"):
+        convert(tmp_path) if name == "converted" else reverse(tmp_path)
+    assert (tmp_path / name).read_text() == "dear"
+
+
+def test_a_folder_from_before_there_were_markers_is_replaced_if_it_is_nothing_else(tmp_path):
+    write(tmp_path, "llama")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    folder = convert(tmp_path)
+    (folder / MARKER).unlink()
+    convert(tmp_path, dtype=torch.bfloat16)
+    assert (folder / MARKER).exists()
+
+    (folder / MARKER).unlink()
+    for change in (lambda: (folder / "letter.txt").write_text("dear"), lambda: write(folder, "llama")):
+        shutil.copytree(folder, tmp_path / "kept")
+        change()
+        with pytest.raises(UserError, match="did not write"):
+            convert(tmp_path)
+        shutil.rmtree(folder)
+        (tmp_path / "kept").rename(folder)
+
+
+def test_a_place_below_a_file_is_none(tmp_path, fails):
+    folder = write(tmp_path / "llama", "llama")
+    (tmp_path / "file").write_text("dear")
+    for out in ("file", "file/new", "file/new/deep"):
+        assert "--out" in one_line(fails(folder, "--out", tmp_path / out))
+    assert (tmp_path / "file").read_text() == "dear"
+
+
+def test_options_that_say_nothing(tmp_path, fails):
+    folder = write(tmp_path, "llama")
+    assert "--out says nothing to --inspect" in one_line(fails(folder, "--inspect", "--out", "x"))
+    assert "--dtype says nothing to --inspect" in one_line(fails(folder, "--inspect", "--dtype", "float16"))
+    assert "--model says nothing to --reverse" in one_line(fails(folder, "--reverse", "--model", "llama"))
+    for option in ("--out", "--model", "--calibrate"):
+        assert option in one_line(fails(folder, option, ""))
+
+
+def test_what_is_not_read_yet_says_so(tmp_path, fails):
+    assert "GGUF files are not read yet" in one_line(fails(tmp_path / "x.gguf"))
+    (tmp_path / "x.gguf").write_text("GGUF")
+    assert "GGUF files are not read yet" in one_line(fails(tmp_path))
+    write(tmp_path, "llama", config={**config_of("llama"), "quantization_config": {"bits": 4}})
+    message = one_line(fails(tmp_path))
+    assert "quantized checkpoints are not read" in message and "--allow" not in message
+
+
+# Files that are none of the checkpoint's --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"]
+)
+def test_links_out_of_the_folder_are_not_followed(name, tmp_path, fails):
+    folder = write(tmp_path / "llama", "llama")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    place = folder / name
+    if "/" in name:
+        (secret / "config.json").write_text("{}")
+        place.parent.symlink_to(secret)
+    else:
+        place.rename(secret / name) if place.exists() else (secret / name).write_text("{}")
+        place.symlink_to(secret / name)
+    assert "is a link that leads out of its folder" in one_line(fails(folder))
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe"])
+def test_devices_and_pipes_are_not_copied(target, tmp_path, fails):
+    folder = write(tmp_path / "llama", "llama")
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "tokenizer.json").symlink_to(tmp_path / target)
+    assert "tokenizer.json: is no regular file" in one_line(fails(folder))
+
+
+def test_a_companion_of_a_terabyte_is_not_copied(tmp_path, fails):
+    with open(write(tmp_path, "llama") / "vocab.txt", "wb") as file:
+        file.truncate(10**12)
+    assert "vocab.txt: has more than" in one_line(fails(tmp_path))
+
+
+# Tensors that are none --------------------------------------------------------------------------------------
+
+STRANGE = {
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "csr": lambda tensor: tensor.to_sparse_csr(),
+    "meta": lambda tensor: tensor.to("meta"),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor[0], tensor[1][:2]]),
+    "expanded": lambda tensor: torch.zeros(1).expand(tensor.shape),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_pickle_of_tensors_that_are_not_plain(kind, tmp_path, fails):
+    name, state = "model.embed_tokens.weight", state_of("llama")
+    state[name] = STRANGE[kind](state[name])
+    torch.save(state, write(tmp_path, "llama", "bin") / "pytorch_model.bin")
+    assert "pytorch_model.bin" in one_line(fails(tmp_path))
+
+
+def test_a_compressed_pickle_is_not_opened(tmp_path, fails):
+    """A few bytes of it could become more than there is memory."""
+    path = write(tmp_path, "llama", "bin") / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        parts = {part.filename: archive.read(part) for part in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content + bytes(1000))
+    assert "is a compressed archive" in one_line(fails(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_dtypes_that_no_parameter_has(dtype, tmp_path, fails):
+    state = state_of("llama")
+    state["model.norm.weight"] = torch.ones(32).to(dtype)
+    write(tmp_path, "llama", state=state)
+    assert "model.norm.weight is stored as" in one_line(fails(tmp_path))
+
+    (tmp_path / "model.safetensors").unlink()
+    folder = convert(write(tmp_path, "llama"))
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "final_norm.weight": torch.ones(32).to(dtype)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"final_norm\.weight is stored as"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_weights_that_are_no_numbers_stop_the_conversion(value, form, tmp_path, fails):
+    state = state_of("gpt2")
+    state["transformer.h.1.mlp.c_fc.weight"][3, 2:4] = value
+    message = one_line(fails(write(tmp_path, "gpt2", form, state)))
+    assert "transformer.h.1.mlp.c_fc.weight: 2 of its 960 numbers are NaN or infinite" in message
+
+
+def test_names_from_a_file_reach_the_terminal_harmless(tmp_path, fails):
+    """An escape sequence, a line end that forges a message, and a name of megabytes."""
+    state = state_of("llama")
+    bad = ["\x1b[2J", "a\nerror: all is well", "y" * 2_000_000]
+    write(tmp_path, "llama", state=state | {name: torch.ones(1) for name in bad})
+    for arguments in ([], ["--inspect"]):
+        message = fails(tmp_path, *arguments)
+        assert "\x1b" not in message and len(message.splitlines()) == 4 and len(message) < 5000
+        assert "a\\nerror: all is well" in message
+
+
+# Numbers that would take the machine ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "field, value", [("num_labels", 2**31), ("num_labels", 10**9), ("id2label", {"a": "b"})]
+)
+def test_labels_by_the_billion(field, value, tmp_path, fails, capsys):
+    config = transformers.BertConfig(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=20
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields = {name: v for name, v in fields.items() if name not in ("id2label", "label2id")}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, field: value}))
+    capsys.readouterr()  # transformers' progress
+    assert field in one_line(fails(tmp_path))
+
+
+def test_llama3_scaling_between_equal_factors(tmp_path, fails):
+    config = config_of("llama-3")
+    config["rope_parameters"]["low_freq_factor"] = config["rope_parameters"]["high_freq_factor"]
+    assert "low_freq_factor must be below" in one_line(fails(write(tmp_path, "llama-3", config=config)))
+
+
+def test_a_converted_config_cannot_ask_for_a_billion_layers(tmp_path):
+    folder = convert(write(tmp_path, "llama"))
+    config = json.loads((folder / "config.json").read_text())
+    for field, value in (("num_layers", 10**9), ("d_ff", 10**30), ("head_dim", 2**30)):
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(UserError, match=f"{field}|no llama of such sizes|has shape"):
+            load_model(folder)
+
+
+# Tables that follow from the config -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, name, tensor",
+    [
+        ("llama", "model.layers.1.self_attn.rotary_emb.inv_freq", 500.0 ** (-torch.arange(0, 10, 2) / 10)),
+        ("llama", "model.rotary_emb.inv_freq", torch.ones(4)),
+        ("gpt_neox", "gpt_neox.layers.0.attention.rotary_emb.inv_freq", torch.tensor([1.0, 0.5])),
+    ],
+)
+def test_stored_frequencies_that_are_others(kind, name, tensor, tmp_path, fails):
+    write(tmp_path, kind, state=state_of(kind) | {name: tensor})
+    assert "inv_freq does not hold RoPE's frequencies" in one_line(fails(tmp_path))
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_stored_positions_that_are_others(half, tmp_path, fails, capsys):
+    """transformers computes with the table that is stored, so a file with another one means another model."""
+    save_checkpoint(tmp_path)
+    oracle = transformers.MarianMTModel.from_pretrained(tmp_path)
+    name = f"model.{half}.embed_positions.weight"
+    table, state = oracle.state_dict()[name], load_file(tmp_path / "model.safetensors")
+    for dtype in (torch.float32, torch.float16):
+        save_file({**state, name: table.to(dtype)}, tmp_path / "model.safetensors")
+        shutil.rmtree(convert(tmp_path))
+    save_file({**state, name: table.roll(1, 0)}, tmp_path / "model.safetensors")
+    capsys.readouterr()  # transformers' progress
+    assert f"{name} does not hold sines and cosines" in one_line(fails(tmp_path))

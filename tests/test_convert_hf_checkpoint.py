@@ -5,6 +5,7 @@ What a bad checkpoint does is in test_convert_bad_input.py.
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file
 
 from conversion import weight_files
-from conversion.config_fields import INERT
+from conversion.config_fields import INERT, SPELLINGS
 from conversion.convert import convert, inspect, reverse
 from conversion.meta import MetaOptions
-from conversion.tables import HF_TYPES, from_hf_config, to_hf_config, to_hf_state
+from conversion.tables import HF_TYPES, LAYOUTS, from_hf_config, to_hf_config, to_hf_state
 from conversion.tensor_table import TRANSFORMS
 from models import config_from_dict, config_names, config_to_dict, load_config, load_model
 from models.utils.errors import UserError
+from models.utils.files import MARKER
 from tests.published import (
     CONFIGS,
     FORMS,
@@ -122,7 +124,7 @@ def test_gpt2_as_published(tmp_path):
 def test_llama_as_published_by_old_versions(tmp_path):
     state = state_of("llama")
     for n in range(3):
-        state[f"model.layers.{n}.self_attn.rotary_emb.inv_freq"] = torch.rand(5)
+        state[f"model.layers.{n}.self_attn.rotary_emb.inv_freq"] = oracle("llama").model.rotary_emb.inv_freq
     convert(write(tmp_path, "llama", "bin shards", state))
     assert_same_logits(tmp_path, oracle("llama")(TOKENS).logits)
 
@@ -142,6 +144,12 @@ def test_a_tied_head_may_be_stored_twice_but_only_if_equal(kind, embedding, tmp_
     assert_same_logits(tmp_path, oracle(kind)(TOKENS).logits)
 
     state["lm_head.weight"][5, 7] += 0.001
+    with pytest.raises(UserError, match=f"lm_head.weight differs from {embedding}.weight.*tied"):
+        convert(write(tmp_path, kind, state=state))
+    # Of another dtype it is another tensor, though torch.equal compares values alone.
+    for name in ("lm_head.weight", f"{embedding}.weight"):
+        state[name] = torch.ones_like(state[name])
+    state["lm_head.weight"] = state["lm_head.weight"].bfloat16()
     with pytest.raises(UserError, match=f"lm_head.weight differs from {embedding}.weight.*tied"):
         convert(write(tmp_path, kind, state=state))
 
@@ -172,20 +180,66 @@ def test_dtype_can_be_chosen_and_may_differ_between_tensors(tmp_path):
     )
 
 
-def test_float16_is_refused_where_it_would_overflow(tmp_path):
+def test_tensors_are_aligned_in_the_files(tmp_path, monkeypatch):
+    """Each number stands at a multiple of its size: the header is filled up, wide dtypes come first."""
     state = state_of("llama")
-    state["model.layers.1.mlp.up_proj.weight"][0, 0] = 70000.0
+    state |= {name: tensor.bfloat16() for name, tensor in state.items() if "q_proj" in name}
+    monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 10_000)
+    kinds = []
+    for path in sorted(convert(write(tmp_path, "llama", state=state)).glob("*.safetensors")):
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        assert length % 8 == 0
+        header = json.loads(content[8 : 8 + length])
+        del header["__metadata__"]
+        kinds += [tensor["dtype"] for tensor in sorted(header.values(), key=lambda t: t["data_offsets"])]
+    assert kinds == sorted(kinds, reverse=True) and set(kinds) == {"F32", "BF16"}
+
+
+@pytest.mark.parametrize(
+    "stored_as, dtype, value",
+    [
+        (torch.float32, torch.float16, 70_000.0),
+        (torch.bfloat16, torch.float16, 70_000.0),
+        (torch.float64, torch.float32, 1e300),
+        (torch.float64, torch.bfloat16, -1e300),
+    ],
+)
+def test_a_dtype_is_refused_where_it_would_overflow(stored_as, dtype, value, tmp_path):
+    state = {name: tensor.to(stored_as) for name, tensor in state_of("llama").items()}
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = value
     write(tmp_path, "llama", state=state)
-    with pytest.raises(UserError, match=r"layers\.1\.ffn\.up_proj\.weight.*too large.*bfloat16"):
-        convert(tmp_path, dtype=torch.float16)
+    with pytest.raises(UserError, match=r"layers\.1\.ffn\.up_proj\.weight.*too large for"):
+        convert(tmp_path, dtype=dtype)
     assert not (tmp_path / "converted").exists()
+
+
+def test_reverse_can_choose_a_dtype_and_writes_it_into_the_config(tmp_path):
+    convert(write(tmp_path, "llama"))
+    folder = reverse(tmp_path, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in stored(folder).values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert read_by_transformers(folder)[0].dtype == torch.bfloat16
+
+
+def test_of_mixed_dtypes_the_model_takes_that_of_most_numbers(tmp_path):
+    """As published files have it: norms in fp32 beside matrices in bf16."""
+    state = {
+        name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in state_of("llama").items()
+    }
+    convert(write(tmp_path, "llama", state=state))
+    model = load_model(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model(TOKENS).isfinite().all()
 
 
 def test_large_output_is_sharded_with_an_index(tmp_path, monkeypatch):
     expected = stored(convert(write(tmp_path / "whole", "llama-3")))
     monkeypatch.setattr(weight_files, "MAX_SHARD_BYTES", 10_000)
     folder = convert(write(tmp_path / "cut", "llama-3"))
-    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(names) > 3
+    assert names == [f"model-{n + 1:05}-of-{len(names):05}.safetensors" for n in range(len(names))]
     assert all(path.stat().st_size < 12_000 for path in folder.glob("*.safetensors"))
     assert_same_tensors(stored(folder), expected)
     assert_same_logits(folder, oracle("llama-3")(TOKENS).logits)
@@ -203,7 +257,7 @@ def test_what_running_needs_comes_along(tmp_path):
         (tmp_path / name).write_text(name)
     folder = convert(tmp_path)
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert there == {"config.json", "model.safetensors", "generation_config.json", *kept}
+    assert there == {"config.json", "model.safetensors", "generation_config.json", MARKER, *kept}
     assert all((folder / name).read_text() == name for name in kept)
 
 
@@ -213,6 +267,8 @@ def test_special_tokens_are_kept_where_config_json_alone_names_them(tmp_path):
         "bos_token_id": 1,
         "eos_token_id": [7, 9],
     }
+    back = json.loads((reverse(tmp_path) / "config.json").read_text())
+    assert (back["bos_token_id"], back["eos_token_id"]) == (1, [7, 9])
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     folder = convert(tmp_path)
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 3}
@@ -330,6 +386,31 @@ def test_published_configs_are_read():
         assert config_from_dict(config, "test")[1] == load_config(name)[1]
 
 
+@pytest.mark.parametrize("field", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+def test_dropout_rates_may_differ(field, tmp_path):
+    """They act in training alone; the highest is ours."""
+    folder = convert(write(tmp_path, "gpt2", config={**config_of("gpt2"), field: 0.3}))
+    assert json.loads((folder / "config.json").read_text())["dropout"] == 0.3
+    assert_same_logits(folder, oracle("gpt2")(TOKENS).logits)
+
+
+@pytest.mark.parametrize("activation", SPELLINGS)
+def test_spellings_of_an_activation_are_one_function(activation):
+    x = torch.linspace(-8, 8, 1001)
+    expected = transformers.activations.ACT2FN[activation](x)
+    for name in SPELLINGS[activation]:
+        assert torch.allclose(transformers.activations.ACT2FN[name](x), expected, rtol=0, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "kind, field, spelling",
+    [("llama", "hidden_act", "swish"), ("gpt2", "activation_function", "gelu_pytorch_tanh")],
+)
+def test_another_spelling_is_taken(kind, field, spelling, tmp_path):
+    convert(write(tmp_path, kind, config={**config_of(kind), field: spelling}))
+    assert_same_logits(tmp_path, oracle(kind)(TOKENS).logits)
+
+
 # Tables -----------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +436,20 @@ def test_to_hf_state_refuses_what_has_no_place(tmp_path):
     assert_same_tensors(to_hf_state("gpt2", config, state), state_of("gpt2"))
     with pytest.raises(UserError, match="_orig_mod.token_embed.weight"):
         to_hf_state("gpt2", config, {"_orig_mod.token_embed.weight": torch.zeros(1)})
+
+
+def test_a_parameter_of_ours_that_no_row_fills_is_shown(tmp_path, capsys, monkeypatch):
+    """As it happens while a new page's table is being written."""
+    layout = LAYOUTS["gpt2"]
+    rows = [row for row in layout.rows if not row.ours.startswith("final_norm")]
+    monkeypatch.setitem(LAYOUTS, "gpt2", replace(layout, rows=rows))
+    with pytest.raises(UserError) as error:
+        inspect(write(tmp_path, "gpt2"))
+    assert "our final_norm.bias (24,) has no row in conversion/tables/gpt2.py" in str(error.value)
+    table = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    table = [[cell.strip() for cell in line if cell.strip()] for line in table]
+    assert ["?", "final_norm.weight", "(24,)"] in table
+    assert ["transformer.ln_f.weight", "(24,) float32", "?"] in table
 
 
 def test_inspect_shows_both_sides(tmp_path, capsys):
@@ -400,7 +495,7 @@ def test_meta_says_less_and_the_weights_say_more(tmp_path):
     for n in range(2):
         for name in ("wk", "wv"):
             state[f"layers.{n}.attention.{name}.weight"] = torch.randn(24, 24) * 0.3
-    state["rope.freqs"] = torch.rand(3)
+    state["rope.freqs"] = 10000.0 ** (-torch.arange(0, 6, 2) / 6)
     params = {"dim": 24, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": -1, "multiple_of": 256}
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tokenizer.model").write_text("ranks")

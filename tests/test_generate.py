@@ -178,11 +178,12 @@ def test_prompts_that_cannot_be_continued(model, prompt, message):
         next(generate(model, [[1, 2], prompt], 5))
 
 
-def test_weights_that_compute_nan_are_an_error(model):
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_compute_no_number_are_an_error(model, value):
     weight = model.final_norm.weight
     before = weight.detach().clone()
     try:
-        weight.data[0] = float("nan")
+        weight.data[0] = float(value)
         with pytest.raises(UserError, match="NaN"):
             next(generate(model, [[1, 2]], 5))
     finally:
@@ -290,6 +291,13 @@ def test_the_first_new_word_keeps_its_space(tokenizer):
     assert TextStream(tokenizer, tokenizer.encode("def")).push(word) == " " + piece[1:]
 
 
+def test_a_character_that_the_prompt_begins_is_finished(tokenizer):
+    """More than the prompt's last token counts: of the three bytes of a euro it holds two, the text one."""
+    tokens = [tokenizer.core.piece_to_id(f"<0x{byte:02X}>") for byte in "€".encode()]
+    stream = TextStream(tokenizer, tokenizer.encode("def") + tokens[:2])
+    assert stream.push(tokens[2]) + stream.finish() == "€"
+
+
 def test_a_stop_string_ends_the_generation(model, tokenizer):
     prompt = tokenizer.encode("def ")
     tokens = alone(model, prompt, 40, sampling=SAMPLING, generators=seeded_generators(0, 1))
@@ -335,7 +343,9 @@ def test_defaults_come_from_generation_config(tmp_path, fields, sampling, eos_id
     "fields, name",
     [
         ({"do_sample": True, "temperature": "hot"}, "temperature"),
+        ({"do_sample": True, "top_k": True}, "top_k"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
         ({"do_sample": True, "top_p": -1}, "top_p"),
     ],
     ids=str,
@@ -416,8 +426,10 @@ def test_leaving_off_keeps_what_was_said(model, tokenizer):
 def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(model, tokenizer):
     conversation = Conversation(model, tokenizer)
     for number in range(8):
-        "".join(conversation.answer(f"n {number}", 10))
-        assert conversation.messages[-2]["content"] == f"n {number}"
+        question = "?" * number
+        "".join(conversation.answer(question, 10))
+        assert conversation.messages[-2]["content"] == question
+        assert conversation.messages[0]["role"] == "user", "a question is forgotten with its answer"
         again = fresh_answer(model, tokenizer, conversation.messages[:-1], 10)
         assert conversation.messages[-1]["content"] == again
     assert len(conversation.messages) < 16

@@ -1,11 +1,13 @@
 """The proof of benchmarks/gguf_file.py: the gguf package reads it, and llama.cpp says what the model says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.weights import redrawn
 from benchmarks.zoo import bytes_read_per_token
-from models import create_model
+from models import create_model, load_config
 from models.utils.errors import UserError
 from runs_ar.generate import generate
 
@@ -20,11 +22,13 @@ SMALL = {
     "llama": ("llama", LLAMA),
     "llama, biases, tied": ("llama", {**LLAMA, "qkv_bias": True, "tied_head": True}),
     "llama, scaled rope": ("llama", {**LLAMA, "rope_scaling": SCALING}),
+    "transformer_lm": ("transformer_lm", {**SIZES, "num_heads": 4, "head_dim": 32}),
     "gpt2": ("gpt2", {**SIZES, "num_heads": 4}),
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt_neox, in series": ("gpt_neox", {**NEOX, "rotary_dim": 32, "parallel_residual": False}),
 }
 CONFIGS = {"llama": "tiny-llama-python", "gpt2": "tiny-gpt2-python", "gpt_neox": "tiny-neox-python"}
+CONFIGS["transformer_lm"] = "transformer-lm-15m"
 PROMPT = [5, 17, 60, 2, 33, 91, 8, 41]
 
 
@@ -46,17 +50,19 @@ def test_every_tensor_is_read_back(small, tmp_path, kind, levels):
     model_name, model = small
     gguf_file.write_gguf(tmp_path / "x.gguf", model_name, model, kind)
     read_back, left = read(tmp_path / "x.gguf"), dict(model.named_parameters())
+    # A Llama with biases on q, k and v is a Qwen2, whose heads llama.cpp rotates as we do.
+    pairs = model_name in ("llama", "transformer_lm") and not getattr(model.config, "qkv_bias", False)
     if model_name == "gpt_neox":  # of which llama.cpp wants an output matrix even if it is the embedding's
         left["lm_head.weight"] = model.lm_head.weight
     for n in range(model.config.num_layers):
-        if model_name == "llama":
+        if model_name in ("llama", "transformer_lm"):
             continue
         for part in ("weight", "bias"):  # one block above the other
             blocks = [left.pop(f"layers.{n}.attn.{which}_proj.{part}") for which in "qkv"]
             left[f"layers.{n}.attn.qkv_proj.{part}"] = torch.cat(blocks)
     for name, tensor in left.items():
         theirs = read_back.pop(their_name(name))
-        if model_name == "llama" and ("q_proj" in name or "k_proj" in name):
+        if pairs and ("q_proj" in name or "k_proj" in name):
             theirs = unpaired(theirs, model.config.head_dim)
         assert theirs.shape == tensor.shape, name
         if tensor.dim() == 1 or levels is None:
@@ -138,6 +144,17 @@ def test_bytes_that_a_token_reads(small, tmp_path):
     assert found == bytes_read_per_token(model) + frequencies
 
 
-def test_a_model_that_llama_cpp_does_not_have(tmp_path):
-    with pytest.raises(UserError, match="no model like transformer_lm"):
-        gguf_file.write_gguf(tmp_path / "x.gguf", "transformer_lm", None, "F32")
+@pytest.mark.parametrize(
+    "config, arch", [("gpt2", "gpt2"), ("pythia-14m", "gptneox"), ("llama-3-8b", "llama")]
+)
+def test_what_llama_cpp_calls_a_model(config, arch):
+    assert gguf_file.architecture(*load_config(config)) == arch
+
+
+def test_a_model_that_llama_cpp_does_not_have():
+    with pytest.raises(UserError, match="no model like transformer"):
+        gguf_file.architecture(*load_config("opus-mt"))
+    model_name, config = load_config("transformer-lm-15m")
+    assert gguf_file.architecture(model_name, config) == "llama"
+    with pytest.raises(UserError, match="this one has no RoPE"):
+        gguf_file.architecture(model_name, replace(config, rope_base=None))

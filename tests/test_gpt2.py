@@ -9,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models import build_model, create_model, load_config
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
+from tests.shape_cases import Case, run_decoder
 
 
 def dropout(p):
@@ -88,3 +89,22 @@ def test_fresh_weights():
             assert parameter.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.03), name
         else:
             assert parameter.std().item() == pytest.approx(0.01 if "pos" in name else 0.02, rel=0.03), name
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    yield module.Config(
+        vocab_size=40,
+        max_seq_len=26,
+        d_model=15,
+        num_layers=2,
+        num_heads=3,
+        d_ff=17,
+        norm_eps=1e-5,
+        dropout=0.1,
+    )
+
+
+SHAPES = Case(shape_configs, run_decoder, {"B": 7, "T": 11, "S": 19, "d": 5}, same={("H", "d")})

@@ -15,6 +15,7 @@ from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close, tolerance
+from tests.shape_cases import Case, run_decoder
 
 
 def rope(fraction=0.3, base=1000.0):
@@ -78,6 +79,12 @@ class TestGPTNeoX(DecoderProof):
         turned = neox().rotate(x, cos, sin)
         assert torch.equal(turned[..., 6:], x[..., 6:])
         assert (turned[0, 0, 1:, :6] != x[0, 0, 1:, :6]).all()
+
+    def test_angles_are_exact_in_bf16_too(self, model):
+        """bf16 has no number between 256 and 258."""
+        cos, sin = neox().rope(torch.tensor([[256, 257, 100_001]]), model.config)
+        assert cos.dtype == sin.dtype == torch.float32
+        assert (cos[0, 0, 0] != cos[0, 0, 1]).all() and (sin[0, 0, 0] != sin[0, 0, 1]).all()
 
     def test_attention_is_the_four_lines_of_its_docstring(self, model):
         attn, config = model.layers[0].attn, model.config
@@ -275,3 +282,29 @@ def test_fresh_weights():
             adds = name.endswith(("o_proj.weight", "down_proj.weight"))
             expected = 2 / (4 * 320**0.5) if adds else (2 / (5 * 320)) ** 0.5
             assert parameter.std().item() == pytest.approx(expected, rel=0.03), name
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """Parallel and sequential, without and with everything that is optional."""
+    for on in False, True:
+        yield module.Config(
+            vocab_size=23,
+            max_seq_len=29,
+            d_model=30,
+            num_layers=2,
+            num_heads=3,
+            d_ff=17,
+            norm_eps=1e-5,
+            rotary_dim=8,
+            rope_base=10_000.0,
+            parallel_residual=on,
+            gelu_approximation="none",
+            attn_bias=on,
+            tied_head=on,
+        )
+
+
+SHAPES = Case(shape_configs, run_decoder, {"B": 7, "T": 11, "S": 13, "d": 10}, same={("H", "d")})

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from models import build_model, config_from_dict, create_model, load_config
+from models import build_model, config_from_dict, create_model, load_config, transformer_lm
 from models import llama as page
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
 from tests.oracle import redraw
+from tests.shape_cases import Case, run_decoder
 
 SCALING = {
     "rope_type": "llama3",
@@ -146,6 +148,18 @@ class TestLlama(DecoderProof):
         assert agreement.min() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page", [page, transformer_lm], ids=["llama", "transformer_lm"])
+def test_the_norm_is_the_oracles_to_the_bit(page, dtype):
+    """It divides in fp32, rounds to the dtype of x, and is multiplied by the weight then."""
+    ours, theirs = page.RMSNorm(70, 1e-5), LlamaRMSNorm(70, 1e-5)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(size, generator=generator).to(dtype) for size in (70, (50, 70)))
+    for norm in ours, theirs:
+        norm.weight.data = weight
+    assert torch.equal(ours(4 * x), theirs(4 * x)) and ours(x).dtype == dtype
+
+
 def config_without_scaling(config):
     return page.Config(**{**vars(config), "rope_scaling": None})
 
@@ -189,3 +203,31 @@ def test_a_config_that_cannot_be():
         config_from_dict({"model": "llama", **fields, "num_kv_heads": 4}, "here")
     with pytest.raises(Exception, match="head_dim must be even"):
         config_from_dict({"model": "llama", **fields, "head_dim": 63}, "here")
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """Without and with everything that is optional."""
+    for on in False, True:
+        yield module.Config(
+            vocab_size=31,
+            max_seq_len=25,
+            d_model=16,
+            num_layers=2,
+            num_heads=12,
+            num_kv_heads=3,
+            head_dim=10,
+            d_ff=29,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            rope_scaling=module.RopeScaling(4.0, 1.0, 4.0, 64) if on else None,
+            qkv_bias=on,
+            o_bias=on,
+            ffn_bias=on,
+            tied_head=on,
+        )
+
+
+SHAPES = Case(shape_configs, run_decoder, {"B": 7, "T": 11, "S": 13})

@@ -52,7 +52,7 @@ def test_an_index_that_grows_with_the_text_finds_what_a_search_finds():
 
 def test_rows_draft_by_themselves():
     drafter, texts = LookupDrafter(9), [[1, 2, 3, 1], [4, 5, 6], [7, 7]]
-    drafter.start(texts, num_slots=20)
+    drafter.start(texts, num_slots=20, num_draft_tokens=4)
     draft = drafter.draft(texts, 3, GREEDY, None)
     assert draft.counts == [3, 0, 3] and draft.probs is None
     assert draft.tokens[0].tolist() == [2, 3, 1] and draft.tokens[2].tolist() == [7, 7, 7]
@@ -63,5 +63,5 @@ def test_rows_draft_by_themselves():
     assert draft.probs.shape == (3, 2, 9) and draft.probs.sum() == 6
     assert draft.probs.gather(-1, draft.tokens[:, :, None]).min() == 1
 
-    drafter.start([[1, 1]], num_slots=20)
+    drafter.start([[1, 1]], num_slots=20, num_draft_tokens=4)
     assert drafter.draft([[2, 5, 3]], 2, GREEDY, None).counts == [0], "another text's index was kept"

@@ -8,13 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from conversion.checkpoint import find_checkpoint
-from models import create_model, load_model
+from models import load_model
 from models.utils.kernels import onednn
+from tests import zoo
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
     reason="this torch has not both libraries",
 )
+
+
+@pytest.fixture
+def avx512(monkeypatch):
+    """What this page chooses where there is AVX-512, and gives everywhere."""
+    monkeypatch.setattr(onednn, "instructions", lambda: ["avx2", "avx512"])
 
 
 def draw(*shape):
@@ -79,20 +86,19 @@ def test_a_compiler_sees_f_linear():
     assert called == ["aten.linear.default"]
 
 
-@pytest.mark.parametrize("config", ["pythia-14m", "transformer-lm-15m", "gpt2", "vit-b-16"])
-def test_a_model_says_what_it_said(config):
-    size = {"num_labels": 9} if config == "vit-b-16" else {"vocab_size": 4001}
-    model = create_model(config, num_layers=2, **size).eval()
+@zoo.every_model
+def test_a_model_says_what_it_said(model_name, avx512):
+    model = zoo.small_model(model_name, vocab_size=4001, d_model=192, num_heads=6, d_ff=2048)
     other = copy.deepcopy(model)
     onednn.choose_products(other)
-    inputs = draw(2, 3, 224, 224) if config == "vit-b-16" else torch.arange(40).view(2, 20)
+    inputs = zoo.small_inputs(model, batch_size=2, length=20)
     with torch.inference_mode():
-        assert torch.allclose(other(inputs), model(inputs), atol=1e-4)
+        assert torch.allclose(other(*inputs), model(*inputs), atol=1e-4)
     ours, theirs = model.state_dict(), other.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_large_matrices_go_to_onednn_and_small_ones_lie_in_columns():
+def test_large_matrices_go_to_onednn_and_small_ones_lie_in_columns(avx512):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -115,14 +121,30 @@ def test_large_matrices_go_to_onednn_and_small_ones_lie_in_columns():
     assert type(model.large) is nn.Linear and model.small.weight.is_contiguous()
 
 
-def test_without_one_of_the_libraries_nothing_changes(monkeypatch):
+def test_without_one_of_the_libraries_nothing_changes(monkeypatch, avx512):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     model = nn.Sequential(nn.Linear(512, 512), nn.Linear(8, 16))
     onednn.choose_products(model)
     assert type(model[0]) is nn.Linear and model[1].weight.is_contiguous()
 
 
-def test_load_model_chooses():
-    model = load_model(find_checkpoint("checkpoints/tiny-llama-python"), dtype=torch.float32)
+def test_without_avx512_nothing_changes(monkeypatch):
+    monkeypatch.setattr(onednn, "instructions", lambda: ["avx2"])
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(8, 16))
+    onednn.choose_products(model)
+    assert type(model[0]) is nn.Linear and model[1].weight.is_contiguous()
+
+
+def test_load_model_chooses(avx512):
+    folder = find_checkpoint("tiny-llama-python")
+    model = load_model(folder, dtype=torch.float32)
     assert type(model.lm_head) is onednn.Linear
     assert not model.layers[0].attn.q_proj.weight.is_contiguous()
+    model = load_model(folder, dtype=torch.float32, arranged=False)
+    assert type(model.lm_head) is nn.Linear and model.layers[0].attn.q_proj.weight.is_contiguous()
+
+
+def test_a_step_reads_rows(avx512):
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(8, 16))
+    onednn.choose_products(model, by_columns=False)
+    assert type(model[0]) is onednn.Linear and model[1].weight.is_contiguous()

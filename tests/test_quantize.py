@@ -17,7 +17,7 @@ import convert_hf_checkpoint
 import run
 from conversion import checkpoint
 from conversion.convert import calibration_windows, convert, reverse
-from models import build_model, config_from_dict, load_model
+from models import MODEL_NAMES, build_model, config_from_dict, load_model
 from models.transformer_lm import Linear
 from models.utils import calibration, quantize
 from models.utils.calibration import input_products
@@ -27,6 +27,7 @@ from models.utils.tokenizer import load_tokenizer
 from models.utils.weights import load_weights
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
 from runs_train.text_data import is_held_out
+from tests import zoo
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints"
@@ -60,6 +61,7 @@ def quantized(layer, quantization):
     """The layer that takes its place in a model."""
     model = torch.nn.Sequential(layer)
     quantize_layers(model, quantization)
+    quantize.prepare(model)
     return model[0]
 
 
@@ -311,6 +313,39 @@ def test_a_group_that_does_not_divide_falls_back_and_says_so():
     assert torch.equal(model["d"].weight, before["d"])
 
 
+def test_what_is_no_matrix_of_a_linear_layer_is_named():
+    """As the weights of many experts in one tensor."""
+    model = torch.nn.Sequential(linear(16, 64))
+    model.register_parameter("experts", torch.nn.Parameter(torch.zeros(4, 32, 64)))
+    notes = quantize_layers(model, INT8)
+    assert notes == ["experts keeps its precision (its 32.8 kB are no matrix of a linear layer)"]
+    assert isinstance(model[0], Int8Linear) and model.experts.dtype == torch.float32
+
+
+def test_whoever_waits_is_told_for_how_long(monkeypatch, capsys):
+    seconds = iter(range(0, 100, 2))
+    monkeypatch.setattr(quantize.time, "monotonic", lambda: next(seconds))
+    quantize_layers(torch.nn.Sequential(*(linear(16, 64) for _ in range(5))), INT8)
+    said = [line for line in capsys.readouterr().err.splitlines() if "takes about" in line]
+    assert said == ["quantizing 5 layers, which takes about 10 s"]
+
+
+@pytest.mark.parametrize("quantization", [INT8, INT4])
+def test_many_rows_are_multiplied_in_what_the_cpu_is_fast_at(quantization, monkeypatch):
+    layer = linear(32, 64, torch.bfloat16)
+    model = torch.nn.Sequential(layer)
+    quantize_layers(model, quantization)
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    again, asked = model[0].dequantized(), []
+    product = F.linear
+    monkeypatch.setattr(quantize.F, "linear", lambda *args: asked.append(args[1].dtype) or product(*args))
+    for slow, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        monkeypatch.setattr(quantize, "is_slow", lambda *_, slow=slow: slow)
+        out = model(x)
+        assert out.dtype == torch.bfloat16 and asked.pop() == dtype
+        assert relative_error(out.float(), product(x.float(), again.float(), layer.bias.float())) < 4e-3
+
+
 def test_own_linear_of_transformer_lm_is_swapped():
     layer = Linear(64, 32)
     x = torch.randn(3, 64)
@@ -318,17 +353,8 @@ def test_own_linear_of_transformer_lm_is_swapped():
     assert relative_error(out, layer(x)) < 0.02
 
 
-def inputs_of(model_name, config):
-    generator = torch.Generator().manual_seed(2)
-    if model_name == "vision_transformer":
-        size = (2, config.num_channels, config.image_size, config.image_size)
-        return (torch.rand(size, generator=generator),)
-    tokens = torch.randint(3, 60, (2, 24), generator=generator)
-    return (tokens, tokens.flip(1)) if model_name == "transformer" else (tokens,)
-
-
 def logits_of(model):
-    out = model(*inputs_of(type(model).__module__.split(".")[1], model.config))
+    out = model(*zoo.small_inputs(model, length=24, seed=2))
     return out if isinstance(out, torch.Tensor) else out[0]
 
 
@@ -336,31 +362,21 @@ def logits_of(model):
 def fresh(tmp_path_factory):
     """Folders of all kinds of model: the tiny trained ones, and what has none, with fresh weights."""
     root = tmp_path_factory.mktemp("fresh")
-    names = {"gpt2": "tiny-gpt2-python", "llama": "tiny-llama-python-draft", "bert": "tiny-bert-python"}
-    names |= {"transformer": "tiny-transformer-dates", "vision_transformer": "tiny-vit-digits"}
-    for kind, name in names.items():
-        convert(TINY / name, out=root / kind, progress=False)
-    sizes = {"vocab_size": 61, "max_seq_len": 64, "d_model": 64, "num_layers": 2, "num_heads": 4, "d_ff": 96}
-    others = {
-        "transformer_lm": {"head_dim": 16, "norm_eps": 1e-5, "rope_base": 1e4, "tied_head": False},
-        "gpt_neox": json.loads((ROOT / "configs" / "pythia-70m.json").read_text()) | sizes,
-    }
-    for kind, fields in others.items():
-        fields = {"model": kind, **sizes, **fields}
-        _, config = config_from_dict(fields, kind)
-        model = build_model(kind, config, device="cpu")
+    for kind in MODEL_NAMES:
+        trained = ["tiny-llama-python-draft"] if kind == "llama" else zoo.checkpoints_of(kind)
+        if trained:
+            convert(TINY / trained[0], out=root / kind, progress=False)
+            continue
+        model = build_model(kind, zoo.small_config(kind, d_model=64, d_ff=96, head_dim=16), device="cpu")
         torch.manual_seed(0)
         model.init_weights()
         (root / kind).mkdir()
-        (root / kind / "config.json").write_text(json.dumps(fields))
+        (root / kind / "config.json").write_text(json.dumps(zoo.fields_of(kind, model.config)))
         save_file(dict(model.named_parameters()), root / kind / "model.safetensors")
     return root
 
 
-KINDS = ["gpt2", "gpt_neox", "llama", "transformer_lm", "transformer", "bert", "vision_transformer"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MODEL_NAMES)
 def test_every_kind_of_model_stays_close_to_full_precision(kind, fresh):
     # The tokens are random, which no model has learned, so errors are larger than on text; two layers mixed
     # up would make them larger than 1.
@@ -551,7 +567,7 @@ def test_quantizing_on_loading_holds_one_matrix_at_a_time(fresh, monkeypatch):
 def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        checkpoint, "load_weights", lambda *args: loaded.append(load_weights(*args)) or loaded[-1]
+        checkpoint, "load_weights", lambda *args, **kw: loaded.append(load_weights(*args, **kw)) or loaded[-1]
     )
     options = ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5", "--temperature", "0"]
     run.main(["--checkpoint", str(fresh / "llama"), "--quantize", "int4", "--group-size", "64", *options])
@@ -566,7 +582,9 @@ def test_run_quantizes_on_loading(fresh, capsys, monkeypatch):
 
 def test_run_calibrates_target_and_draft_on_loading(fresh, capsys, monkeypatch):
     loaded = []
-    monkeypatch.setattr(checkpoint, "load_weights", lambda *args: loaded.append(args) or load_weights(*args))
+    monkeypatch.setattr(
+        checkpoint, "load_weights", lambda *args, **kw: loaded.append(args) or load_weights(*args, **kw)
+    )
     folder, options = str(fresh / "llama"), ["--device", "cpu", "--prompt", "def f(", "--max-new-tokens", "5"]
     words = ["--checkpoint", folder, "--draft", folder, "--quantize", "int4", "--calibrate", str(TEXT)]
     run.main([*words, *options])
@@ -592,7 +610,9 @@ def test_a_calibration_text_that_is_none(content, message, main, fresh, tmp_path
     path, out = tmp_path / "text", tmp_path / "out"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(checkpoint, "load_weights", lambda *_: pytest.fail("loaded before the text was read"))
+    monkeypatch.setattr(
+        checkpoint, "load_weights", lambda *_, **__: pytest.fail("loaded before the text was read")
+    )
     words = ["--quantize", "int4", "--calibrate", str(path)]
     with pytest.raises(UserError, match=message):
         if main == "run":
@@ -628,6 +648,10 @@ def test_options_that_make_no_sense(words, message):
         run.main(words)
 
 
+def test_groups_of_32_where_nothing_is_said():
+    assert quantize.quantization_of("int4", None) == quantize.Quantization("int4", 32)
+
+
 def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeypatch):
     out = tmp_path / "small"
     convert(TINY / "tiny-llama-python-draft", out=out, progress=False, quantization=INT8)
@@ -642,7 +666,7 @@ def test_what_is_quantized_is_not_quantized_again_nor_reversed(tmp_path, monkeyp
     monkeypatch.setattr(
         "sys.argv", ["convert", str(TINY / "tiny-gpt2-python"), "--reverse", "--quantize", "int4"]
     )
-    with pytest.raises(UserError, match="--reverse writes none"):
+    with pytest.raises(UserError, match="--quantize says nothing to --reverse, which writes .* unquantized"):
         convert_hf_checkpoint.main()
 
 

@@ -2,56 +2,16 @@
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from conversion.checkpoint import find_checkpoint
-from structure.differences import read_pages
-from tests.copies import table
+from tests import tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CODE_BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
-
-
-def tracked_files():
-    """What git holds or would add; in a folder without git, everything that is there."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if listing.returncode:
-        pytest.skip("the tree is compared with git's list of files, and this folder is no git checkout")
-    return [Path(line) for line in listing.stdout.splitlines() if (ROOT / line).exists()]
-
-
-def parse_tree(text):
-    """{path: whether the tree also shows what is inside} from lines `name   what it is`, indented by two."""
-    shown, parents = {}, []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        depth = (len(line) - len(line.lstrip())) // 2
-        parents = parents[:depth] + [line.split()[0]]
-        path = Path(*parents)
-        shown[path] = False
-        if depth:
-            shown[path.parent] = True
-    return shown
-
-
-def test_the_tree_is_the_tree():
-    shown = parse_tree(next(code for _, code in CODE_BLOCKS if code.startswith("models/")))
-    files = tracked_files()
-    for path in shown:
-        assert (ROOT / path).exists(), f"the README shows {path}, which is not there"
-
-    opened = {Path()} | {path for path, is_open in shown.items() if is_open}
-    for file in files:
-        for parent in [p for p in file.parents if p in opened]:
-            child = parent / file.relative_to(parent).parts[0]
-            if not child.name.startswith((".", "__init__")):
-                assert child in shown, f"{child} is not in the README's tree"
 
 
 def test_excerpts_are_real_code():
@@ -98,6 +58,37 @@ def test_commands_name_scripts_and_options_that_exist():
             assert option == "--help" or f'"{option}"' in source, f"README: {command}: no option {option}"
 
 
-def test_the_table_of_differences_is_the_one_that_the_copies_test_holds():
-    shown = README.split("<!-- differences -->")[1].split("<!-- end of differences -->")[0]
-    assert shown.strip() == table(read_pages()).strip()
+# Generated tables -------------------------------------------------------------------------------------------
+
+
+def test_the_generated_tables_are_new():
+    assert tables.problems() == []
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """A README with two regions, one of them old, in a folder that has no other."""
+    path = tmp_path / "README.md"
+    regions = [f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in ("models", "transcript")]
+    path.write_text("Before.\n" + "".join(regions))
+    monkeypatch.setattr(tables, "pages", lambda: [path])
+    return path
+
+
+def test_an_old_table_is_found_and_written(page, monkeypatch, capsys):
+    assert tables.main(["--check"]) == 1
+    assert "README.md: <!-- models --> is not new; run: python -m tests.tables" in capsys.readouterr().out
+    monkeypatch.setitem(tables.REGIONS, "transcript", lambda folder: "as it is")
+    assert tables.main([]) == 0
+    text = page.read_text()
+    assert (
+        text.startswith("Before.\n<!-- models -->\n| page |") and "as it is\n<!-- /transcript -->\n" in text
+    )
+    assert all(f"{name}.py" in text for name in tables.MODEL_NAMES)
+    assert tables.main(["--check"]) == 0
+
+
+def test_a_region_that_nobody_writes_or_ends_is_found(page):
+    page.write_text("<!-- modles -->\n<!-- /modles -->\n<!-- tree -->\n")
+    found = "\n".join(tables.problems())
+    assert "nobody writes a region <!-- modles -->" in found and "<!-- tree --> has no end" in found

@@ -163,7 +163,7 @@ def test_every_reason_to_end(llama, start, tmp_path):
 
 
 def test_a_text_that_is_piped_in_is_the_prompt(gpt2, start, tmp_path, monkeypatch):
-    for content, prompt in [(b"class A:\n    x\n", "class A:\n    x"), (b"", "def")]:
+    for content, prompt in [(b"class A:\n    x\n", "class A:\n    x"), (b"x = \n\n", "x = \n"), (b"", "def")]:
         (tmp_path / "prompt").write_bytes(content)
         with open(tmp_path / "prompt") as file:
             monkeypatch.setattr(sys, "stdin", file)

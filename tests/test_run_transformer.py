@@ -259,6 +259,15 @@ def test_enough_candidates_are_kept_when_there_are_several_ends():
     assert tokens == [3, 0] and score == pytest.approx(math.log(0.2) / 4)
 
 
+def test_probabilities_are_fp32_whatever_the_logits_are():
+    rules = Rules(start_id=3, eos_ids=frozenset([0]), max_new_tokens=20)
+    decoder = Table(torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).tolist(), 2)
+    decoder.log_probs = decoder.log_probs.bfloat16()
+    ((tokens, score),) = beam_search(decoder, rules, Beams(2, length_penalty=0.0))
+    log_probs = decoder.log_probs.double().log_softmax(dim=-1)
+    assert score == pytest.approx(log_probs[[3, *tokens[:-1]], tokens].sum().item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 1.5])
 def test_wide_enough_it_finds_the_best_of_all(length_penalty):
     probs = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)).softmax(-1).tolist()

@@ -1,6 +1,7 @@
 """A ViT at the terminal: preprocessing, labels and attention are the oracle's; mistakes get one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ from transformers.image_utils import load_image
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import run
+from conversion.convert import convert
 from models import load_model
 from models.utils.errors import UserError
 from models.utils.image_processor import image_processor, open_image
 from runs_encoder.attention_picture import attention, patches_seen, rollout
+from runs_encoder.vision_transformer import grid
 from tests.model_proof import assert_close
 from tests.test_vision_transformer import redraw
 
@@ -55,9 +58,11 @@ def write_checkpoint(folder, model=ViTForImageClassification, preprocessing=PREP
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(the oracle, the folder)"""
+    """(the oracle, the folder, which is converted)"""
     folder = tmp_path_factory.mktemp("vit") / "tiny-vit"
-    return write_checkpoint(folder), folder
+    oracle = write_checkpoint(folder)
+    convert(folder, progress=False)
+    return oracle, folder
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ def test_every_mode_becomes_the_channels_of_the_model(mode, tmp_path):
 
 
 def test_sixteen_bits_keep_their_range(tmp_path):
-    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    values = np.arange(0, 65280, 255, dtype=np.uint16).reshape(16, 16)  # no byte like its neighbour
     Image.fromarray(values).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png", 1)), values >> 8)
     assert np.array_equal(np.asarray(open_image(tmp_path / "deep.png", 3))[..., 1], values >> 8)
@@ -254,7 +259,17 @@ def test_rollout_follows_every_path_through_the_layers(checkpoint):
 
 
 def test_patches_stand_where_they_are_seen(checkpoint):
-    """A change of one patch alone changes what layer 1's keys say of it: rows first, then columns."""
+    """A change of one patch alone changes the keys of one token, and there light falls on the picture."""
+    model, keys = load_model(checkpoint[1]), []
+    images = torch.zeros(2, 3, 24, 36)  # 4 rows of 6 patches
+    images[1, :, 6:12, 24:30] = 1
+    model.layers[0].attn.k_proj.register_forward_hook(lambda module, inputs, out: keys.append(out))
+    model(images)
+    changed = (keys[0][0] != keys[0][1]).any(dim=-1).float()
+    expected = np.zeros((4, 6))
+    expected[1, 4] = 1
+    assert np.array_equal(patches_seen(changed, grid(images, model.config)), expected)
+    # The least that any patch was seen is dark, the most is light; the class token counts for neither.
     row = torch.tensor([0.5, 0.1, 0.0, 0.0, 0.0, 0.0, 0.4])
     assert np.allclose(patches_seen(row, (2, 3)), [[0.25, 0, 0], [0, 0, 1]])
 
@@ -291,8 +306,8 @@ def bad_file(folder, name):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("text.png", "is no image that Pillow can read"),
-        ("empty.png", "is no image that Pillow can read"),
+        ("text.png", "is no image of a kind that is read here"),
+        ("empty.png", "is no image of a kind that is read here"),
         ("half.jpg", "cannot be read .*truncated"),
         ("float.tif", "numbers of 32 bits"),
         ("bomb.png", "is too large"),
@@ -323,9 +338,32 @@ def test_options_that_make_no_sense(checkpoint, start, options, message):
         start(checkpoint[1], *options)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_kinds_of_images_that_are_read(kind, tmp_path):
+    Image.open(CHINA).save(tmp_path / "image", kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert open_image(tmp_path / "image", 3).size == (640, 427)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "PDF", "JPEG2000", "ICO", "PCX"])
+def test_no_other_kind_is_read(kind, tmp_path):
+    """Of some of them Pillow is not the reader: it starts Ghostscript for an EPS, whatever its name."""
+    Image.open(CHINA).convert("RGB").save(tmp_path / "image.png", kind)
+    with pytest.raises(UserError, match="is no image of a kind that is read here"):
+        open_image(tmp_path / "image.png", 3)
+
+
+def test_an_image_that_nobody_makes_smaller_is_not_too_large():
+    processor = image_processor({**PREPROCESSING, "do_resize": False}, 3)
+    with pytest.raises(UserError, match="too large"):
+        processor(Image.new("RGB", (5000, 10)))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"image_mean": [float("nan"), 0, 0]}, "nan stands where a number"),
+        ({"image_std": [10**400, 1, 1]}, "int too large"),
+        ({"size": 4097}, "size is 4097"),
         ({"size": {"shortest_edge": 24}}, "size is {'shortest_edge': 24}"),
         ({"size": 0}, "size is 0"),
         ({"size": "24"}, "size is '24'"),
@@ -334,7 +372,7 @@ def test_options_that_make_no_sense(checkpoint, start, options, message):
         ({"resample": 9}, "9 is not a valid Resampling"),
         ({"image_mean": [0.5]}, "1 numbers, the model 3 channels"),
         ({"image_std": [0.5, 0.5, 0]}, "0 stands where a number above 0"),
-        ({"image_mean": ["a", 0, 0]}, "could not convert"),
+        ({"image_mean": ["a", 0, 0]}, "'a' stands where a number"),
         ({"rescale_factor": True}, "True stands where"),
         ({"do_center_crop": True}, "do_center_crop is True, a step"),
         ({"do_sharpen": True}, "does not know do_sharpen"),
@@ -347,7 +385,7 @@ def test_preprocessing_that_is_not_understood(checkpoint, start, tmp_path, chang
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSING, **change}))
     for file in folder.glob("*"):
         if file.name != "preprocessor_config.json":
-            (tmp_path / file.name).symlink_to(file)
+            shutil.copyfile(file, tmp_path / file.name)
     with pytest.raises(UserError, match=message):
         start(tmp_path, "--image", CHINA)
 

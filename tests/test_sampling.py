@@ -7,7 +7,7 @@ import torch
 from transformers.generation import logits_process as oracle
 
 from models.utils.errors import UserError
-from models.utils.sampling import GREEDY, Sampling, draw, pick, seeded_generators, token_probs
+from models.utils.sampling import GREEDY, Sampling, draw, pick, seeded_generators, token_at, token_probs
 
 OPTIONS = [
     Sampling(),
@@ -215,3 +215,18 @@ def test_options_out_of_range_are_refused_by_name(options):
     (name,) = options
     with pytest.raises(UserError, match=name):
         Sampling(**options)
+
+
+def test_a_temperature_is_greedy_only_where_a_division_could_overflow():
+    logits = torch.tensor([0.0, 2e-5])
+    assert token_probs(logits, Sampling(temperature=2e-5)).tolist() == pytest.approx(
+        [0.2689, 0.7311], abs=1e-3
+    )
+    assert token_probs(logits, Sampling(temperature=1e-7)).tolist() == [0.0, 1.0]
+
+
+def test_a_number_on_the_border_falls_on_the_token_behind_it():
+    """Each token has the numbers from its border on: 0 belongs to the first that is possible."""
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.25, 0.5]])
+    expected = {0.0: 1, 0.2499: 1, 0.25: 3, 0.4999: 3, 0.5: 4, 0.9999: 4}
+    assert {u: token_at(probs, torch.tensor([u])).item() for u in expected} == expected

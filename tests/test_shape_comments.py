@@ -1,10 +1,9 @@
 """The shape comments of every model file are true; the checker finds each mistake put in on purpose."""
 
 import functools
+import importlib
 import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,295 +13,22 @@ from tests.shape_comments import SpecError, check, judge, judge_instead, parse_s
 
 MODELS = Path(__file__).parent.parent / "models"
 
-# ------------------------------------------------------- how each model is run; a new model adds a Case
-
-
-def run_decoder(model, recorder, B, T, S, **free):
-    """Every way of calling a decoder: whole pass, prefill, decode, chunks; in training and in evaluation."""
-    config, vocab_size = model.config, model.config.vocab_size
-    tokens = torch.randint(vocab_size, (B, T))
-    slots = torch.arange(S).expand(B, S)
-
-    recorder.running(config, B=B, T=T, S=T, **free)
-    model.train()(tokens).sum().backward()
-    model.eval()(tokens)
-    recorder.running(config, B=1, T=T, S=T, **free)
-    model(tokens[:1])
-
-    # The prompt fills a fresh cache, then each row decodes one token at a place of its own.
-    recorder.running(config, B=B, T=T, S={T, S}, **free)
-    cache = model.new_cache(B, S)
-    model(tokens, cache=cache)
-    recorder.running(config, B=B, T=1, S=S, **free)
-    model(tokens[:, :1], T - torch.arange(B)[:, None] % 2, cache)
-
-    # Chunked prefill: several tokens at given positions.
-    recorder.running(config, B=B, T=T, S=S, **free)
-    cache = model.new_cache(B, S)
-    model.hidden(tokens, slots[:, :T], cache)
-    recorder.running(config, B=B, T=S - T, S=S, **free)
-    model.hidden(tokens[:, T - S :], slots[:, T:], cache)
-
-
-def llama_configs(module):
-    """Without and with everything that is optional."""
-    for on in False, True:
-        yield module.Config(
-            vocab_size=31,
-            max_seq_len=25,
-            d_model=16,
-            num_layers=2,
-            num_heads=12,
-            num_kv_heads=3,
-            head_dim=10,
-            d_ff=29,
-            norm_eps=1e-5,
-            rope_base=10_000.0,
-            rope_scaling=module.RopeScaling(4.0, 1.0, 4.0, 64) if on else None,
-            qkv_bias=on,
-            o_bias=on,
-            ffn_bias=on,
-            tied_head=on,
-        )
-
-
-def run_transformer(model, recorder, B, T, S, d, n, w):
-    """Encoding, the whole pass in training and in evaluation, and the decoder's ways with a cache."""
-    config, factor = model.config, model.config.cross_downsample
-    length = factor * (n - 1) + 1  # the last of the n states is the mean of one
-    source, target = torch.randint(config.vocab_size, (B, length)), torch.randint(config.vocab_size, (B, T))
-    source[1:3, 5:] = config.pad_id
-    slots = torch.arange(S).expand(B, S)
-    free = {"d": d, "n": n, "w": config.d_model // 2 if config.positions == "sinusoidal" else d // 2}
-
-    recorder.running(config, B=B, T=length, S=length, **free)
-    memory = model.encode(source)
-    recorder.running(config, B=B, T={length, T, n}, S={length, T, n}, **free)
-    model.train()(source, target).sum().backward()
-    model.eval()(source, target)
-
-    recorder.running(config, B=B, T=n, S={S, n}, **free)
-    cache = model.new_cache(memory, S)
-    recorder.running(config, B=B, T=T, S={T, S, n}, **free)
-    model.decode(target, None, cache)
-    recorder.running(config, B=B, T=1, S={S, n}, **free)
-    model.decode(target[:, :1], T - torch.arange(B)[:, None] % 2, cache)
-    recorder.running(config, B=B, T=S - T, S={S, n}, **free)
-    model.hidden(target[:, T - S :], slots[:, T:], cache)
-
-
-def transformer_configs(module):
-    """The paper's, and one with all that is optional for each of the other positions."""
-    for positions in "sinusoidal", "alibi", "rope":
-        on = positions != "sinusoidal"
-        yield module.Config(
-            vocab_size=54,
-            max_seq_len=34,
-            d_model=30,
-            num_encoder_layers=2,
-            num_decoder_layers=2,
-            num_heads=3,
-            d_ff=28,
-            norm_eps=1e-5,
-            dropout=0.1,
-            activation="relu",
-            positions=positions,
-            window=4 if on else None,
-            cross_downsample=2 if on else 1,
-            scale_embedding=not on,
-            output_bias=on,
-            pad_id=53,
-        )
-
-
-def gpt2_configs(module):
-    yield module.Config(
-        vocab_size=40,
-        max_seq_len=26,
-        d_model=15,
-        num_layers=2,
-        num_heads=3,
-        d_ff=17,
-        norm_eps=1e-5,
-        dropout=0.1,
-    )
-
-
-def run_bert(model, recorder, B, T, **free):
-    """With padding and without, in training and in evaluation; the head of some tokens; the pooler."""
-    config = model.config
-    tokens, segments = torch.randint(config.vocab_size, (B, T)), torch.randint(config.num_segments, (B, T))
-    mask = torch.arange(T) < T - torch.arange(B)[:, None]
-    recorder.running(config, B=B, T=T, **free)
-    model.train()(tokens, segments, mask).sum().backward()
-    model.eval()(tokens)
-    recorder.running(config, B=1, T=T, **free)
-    hidden = model.hidden(tokens[:1])
-    if config.pooler:
-        model.pooler(hidden)
-
-
-def bert_configs(module):
-    """A model for each head, and one that has none."""
-    for head in None, "masked_lm", "next_sentence", "pretraining", "sequence", "tokens":
-        yield module.Config(
-            vocab_size=43,
-            max_seq_len=31,
-            num_segments=3,
-            d_model=15,
-            num_layers=4,
-            num_heads=3,
-            d_ff=29,
-            norm_eps=1e-12,
-            activation="relu" if head == "tokens" else "gelu",
-            dropout=0.1,
-            pooler=head not in ("masked_lm", "tokens"),
-            head=head,
-            num_labels=23 if head in ("sequence", "tokens") else None,
-        )
-
-
-def run_vision_transformer(model, recorder, B, h_px, w_px, g, **free):
-    """Images that stretch the position table and leave pixels over; then those of its own size."""
-    config = model.config
-    images = torch.randn(B, config.num_channels, h_px, w_px)
-    recorder.running(config, B=B, h_px=h_px, w_px=w_px, g=g, **free)
-    model.train()(images).sum().backward()
-    model.eval()(images)
-    recorder.running(config, B=1, h_px=h_px, w_px=w_px, g=g, **free)
-    model(images[:1])
-
-    size = config.image_size
-    free |= {"h": g, "w": g, "P": g * g, "T": g * g + 1}
-    recorder.running(config, B=B, h_px=size, w_px=size, g=g, **free)
-    model(torch.randn(B, config.num_channels, size, size))
-
-
-def vision_transformer_configs(module):
-    """With a classifier, with a pooler, and with neither."""
-    for pooler, num_labels in (False, 23), (True, None), (False, None):
-        yield module.Config(
-            image_size=85,
-            patch_size=5,
-            num_channels=37,
-            d_model=38,
-            num_layers=7,
-            num_heads=19,
-            d_ff=29,
-            norm_eps=1e-5,
-            qkv_bias=pooler,
-            dropout=0.1,
-            pooler=pooler,
-            num_labels=num_labels,
-        )
-
-
-def gpt_neox_configs(module):
-    """Parallel and sequential, without and with everything that is optional."""
-    for on in False, True:
-        yield module.Config(
-            vocab_size=23,
-            max_seq_len=29,
-            d_model=30,
-            num_layers=2,
-            num_heads=3,
-            d_ff=17,
-            norm_eps=1e-5,
-            rotary_dim=8,
-            rope_base=10_000.0,
-            parallel_residual=on,
-            gelu_approximation="none",
-            attn_bias=on,
-            tied_head=on,
-        )
-
-
-def transformer_lm_configs(module):
-    """With RoPE and without."""
-    for base in 100.0, None:
-        yield module.Config(
-            vocab_size=23,
-            max_seq_len=29,
-            d_model=17,
-            num_layers=2,
-            num_heads=3,
-            head_dim=10,
-            d_ff=19,
-            norm_eps=1e-5,
-            rope_base=base,
-            tied_head=base is None,
-        )
-
-
-def run_transformer_lm(model, recorder, B, T, S):
-    """As any decoder, and its attention on its own."""
-    run_decoder(model, recorder, B, T, S)
-    recorder.running(model.config, B=B, T=T, S=T)
-    mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T)
-    model.layers[0].attn(torch.rand(B, T, model.config.d_model), mask)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model file: its configs, how to run it, and the sizes of the free letters."""
-
-    configs: Callable  # module -> configs
-    run: Callable  # (model, recorder, **sizes)
-    sizes: dict
-    same: set = frozenset()  # products that equal a letter by the architecture
-    true_too: set = frozenset()  # (spec, another spec that cannot be told from it)
-
-    def drive(self, module, recorder):
-        torch.manual_seed(0)
-        for config in self.configs(module):
-            recorder.building(config)
-            model = module.Model(config)
-            model.init_weights()
-            self.run(model, recorder, **self.sizes)
-
-
-CASES = {
-    "bert.py": Case(bert_configs, run_bert, {"B": 7, "T": 11, "d": 5, "Y": 23}, same={("H", "d")}),
-    "gpt2.py": Case(gpt2_configs, run_decoder, {"B": 7, "T": 11, "S": 19, "d": 5}, same={("H", "d")}),
-    "vision_transformer.py": Case(
-        vision_transformer_configs,
-        run_vision_transformer,
-        # Y, the labels, is Config's letter, and has no size where there is no classifier.
-        {"B": 11, "h_px": 67, "w_px": 18, "h": 13, "w": 3, "g": 17, "P": 39, "T": 40, "d": 2, "Y": 23},
-        same={("H", "d"), ("h", "w")},
-    ),
-    "gpt_neox.py": Case(
-        gpt_neox_configs, run_decoder, {"B": 7, "T": 11, "S": 13, "d": 10}, same={("H", "d")}
-    ),
-    "llama.py": Case(llama_configs, run_decoder, {"B": 7, "T": 11, "S": 13}),
-    "transformer.py": Case(
-        run=run_transformer,
-        configs=transformer_configs,
-        sizes={"B": 7, "T": 11, "S": 19, "d": 10, "n": 13, "w": 15},
-        same={("H", "d")},
-        # In the encoder T = S, since all attend to all; the memory's keys and values are n, for T and for S.
-        true_too={
-            ("(B, T, D)", "(B, S, D)"),
-            ("(B, n)", "(B, S)"),
-            ("(B, n)", "(B, T)"),
-            ("(B, 1, T, T)", "(B, 1, S, T)"),
-            ("(B, 1, T, T)", "(B, 1, T, S)"),
-            ("each (B, H, T, d)", "each (B, H, S, d)"),
-        },
-    ),
-    "transformer_lm.py": Case(transformer_lm_configs, run_transformer_lm, {"B": 7, "T": 11, "S": 13}),
-}
-
 # ----------------------------------------------------------------------------------- the model files
 
 FILES = sorted(path.name for path in MODELS.glob("*.py") if path.name != "__init__.py")
 
 
+def case(name):
+    """How a page is built and run, as its test says."""
+    tests = importlib.import_module(f"tests.test_{name.removesuffix('.py')}")
+    assert hasattr(tests, "SHAPES"), f"tests/test_{name} has no SHAPES: say how its model is built and run"
+    return tests.SHAPES
+
+
 @functools.cache
 def recorded(name):
     """(page, recorder) of a model file that was run once and judged."""
-    assert name in CASES, f"models/{name} has no Case in {__file__}: say how its model is built and run"
-    page, recorder = record((MODELS / name).read_text(), f"models/{name}", CASES[name].drive)
+    page, recorder = record((MODELS / name).read_text(), f"models/{name}", case(name).drive)
     judge(page, recorder)
     return page, recorder
 
@@ -318,11 +44,12 @@ def test_every_shape_comment_is_true(name):
 def test_the_sizes_tell_every_letter_and_product_apart(name):
     page, recorder = recorded(name)
     for config in {id(call.stage): call.stage.sizes for call in recorder.calls if call.stage.sizes}.values():
-        sizes = config | CASES[name].sizes
+        sizes = config | case(name).sizes
         assert set(sizes) == page.free_letters | set(page.sized_letters.values())
+        sizes = {letter: size for letter, size in sizes.items() if letter not in case(name).by_data}
         terms = {(letter,): size for letter, size in sizes.items()}
         for pair in itertools.combinations_with_replacement(sizes, 2):
-            if not {pair, pair[::-1]} & CASES[name].same:
+            if not {pair, pair[::-1]} & case(name).same:
                 terms[pair] = sizes[pair[0]] * sizes[pair[1]]
         values = list(terms.values())
         assert [term for term, value in terms.items() if values.count(value) > 1] == []
@@ -335,12 +62,13 @@ TRUE_TOO = {("(B, T)", "(B, S)")}
 @pytest.mark.parametrize("name", FILES)
 def test_every_comment_made_wrong_is_noticed(name):
     page, recorder = recorded(name)
-    letters = sorted(page.free_letters | set(page.sized_letters.values()))
+    # A letter whose size the data decides may stand for any size.
+    letters = sorted((page.free_letters | set(page.sized_letters.values())) - case(name).by_data)
     unnoticed, tried = [], 0
     for line, spec in page.specs.items():
         for wrong in wrong_versions(spec.text, letters):
             tried += 1
-            true_too = TRUE_TOO | CASES[name].true_too
+            true_too = TRUE_TOO | case(name).true_too
             if (spec.text, wrong) not in true_too and not judge_instead(page, recorder, line, wrong):
                 unnoticed.append(f"{page.filename}:{line}: {spec.text} -> {wrong}")
     assert unnoticed == []
@@ -376,7 +104,7 @@ def test_a_model_file_with_one_false_comment_fails(name, place):
     line = {"first": lines[0], "middle": lines[len(lines) // 2], "last": lines[-1]}[place]
     lines_of_source = (MODELS / name).read_text().splitlines()
     lines_of_source[line - 1] = lines_of_source[line - 1].replace("# (", "# (1, ", 1)
-    problems = check("\n".join(lines_of_source) + "\n", name, CASES[name].drive)
+    problems = check("\n".join(lines_of_source) + "\n", name, case(name).drive)
     assert any(problem.startswith(f"{name}:{line}: `(1, ") for problem in problems)
 
 
@@ -800,5 +528,5 @@ def test_an_error_of_the_model_names_its_own_line():
 
 
 def test_a_model_file_without_a_case_fails():
-    with pytest.raises(AssertionError, match="no Case"):
-        recorded("unheard_of.py")
+    with pytest.raises(AssertionError, match=r"tests/test_style\.py has no SHAPES"):
+        case("style.py")

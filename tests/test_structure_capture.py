@@ -18,10 +18,11 @@ from structure.capture.sizes import Sizes, letters_of_numbers, letters_of_specs
 from structure.capture.source import page_of_class, shapes_in
 from structure.capture.trace import trace
 from structure.facts import product_of, walk
+from tests import zoo
 
 PROJECT = Path(__file__).parents[1]
 # Every model, and what its config can change in the picture.
-SUBJECTS = {
+SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
     "llama": ("tiny-llama-python", {}),
     "llama-biases": ("llama-3.1-8b", {"qkv_bias": True, "d_ff": 1000, "head_dim": 64, "num_layers": 3}),
     "gpt2": ("tiny-gpt2-python", {}),
@@ -277,6 +278,14 @@ SPINES = {
         ["add", "add"],
     ),
 }
+
+
+@zoo.every_decoder
+def test_the_residual_stream_of_any_decoder(model_name):
+    root = captured(model_name)
+    whole = spine(root)
+    assert whole[0] == "token_embed" and whole[-3:] == ["Layer", "final_norm", "lm_head"]
+    assert set(spine(next(child for child in root.children if child.repeat > 1))) == {"add"}
 
 
 @pytest.mark.parametrize("name", SPINES)

@@ -14,8 +14,9 @@ from structure.capture.capture import capture
 from structure.facts import DTYPES, add, describe, evaluate, product_of, scaled, totals, walk
 from structure.table import flops as spoken_flops
 from structure.table import plain, rows_of, table
+from tests import zoo
 
-SUBJECTS = {
+SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
     "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),
     "gpt2": ("tiny-gpt2-python", {}),
     "gpt_neox": ("tiny-neox-python", {}),
@@ -215,6 +216,10 @@ def test_a_source_is_read_once():
     assert {"encoder_layers.0.ffn.up_proj", "decoder_layers.0.cross_attn.k_proj"} <= once
     assert not {"decoder_layers.0.cross_attn.q_proj", "lm_head"} & once
     assert info["facts"]["encoder"]["decode"] == []
+    once = ("encoder", "pos_embed", "cross_attn.k_proj", "cross_attn.v_proj")
+    named = real("transformer").named_parameters()
+    read = sum(parameter.numel() for name, parameter in named if not any(part in name for part in once))
+    assert info["read"]["bf16"] <= 2 * read
 
 
 def test_terms():

@@ -17,9 +17,10 @@ from structure.capture import capture
 from structure.compare import compare
 from structure.page import page
 from structure.page.rows import arrange
+from tests import zoo
 
 ROOT = Path(__file__).parent.parent
-MODELS = ["llama-3-8b", "gpt2", "bert-base-uncased", "opus-mt", "vit-b-16", "pythia-1b", "transformer-lm-15m"]
+MODELS = list(zoo.one_config_each("llama-3-8b", "gpt2", "bert-base-uncased", "opus-mt", "vit-b-16").values())
 HOSTILE = "</script><script>window.broken = 1</script><b>\"bold\"</b> & 'quoted' {{ 7 * 7 }} <!--"
 
 

@@ -31,7 +31,6 @@ CALLS_THAT_BELONG_ELSEWHERE = {
     "cross_entropy": "losses belong to runs_train",
     "multinomial": "sampling belongs to models/utils",
     "argmax": "sampling belongs to models/utils",
-    "topk": "sampling belongs to models/utils",
 }
 OTHER_NAMES = {
     "d_model": "n_embd dim hidden_size embedding_dim embed_dim",
@@ -198,7 +197,7 @@ def test_what_a_docstring_names_is_there(file):
     docstring = ast.get_docstring(ast.parse((MODELS / file).read_text(encoding="utf-8")))
     for page in re.findall(r"^New against (\w+):", docstring, re.M):
         assert f"{page}.py" in FILES and page != file.removesuffix(".py")
-    config = re.search(r"show_structure.py ([\w-]+)", docstring)[1]
+    config = re.search(r"show_structure.py ([\w.-]+)", docstring)[1]
     assert load_config(config)[0] == file.removesuffix(".py")
 
 

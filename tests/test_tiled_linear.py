@@ -1,5 +1,6 @@
 """The proof of tiled_linear.py and its C++: arithmetic, layout, and what happens without it."""
 
+import copy
 import os
 import shutil
 import signal
@@ -12,15 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.utils.kernels import tiled_linear
+from models.utils.kernels import cpp_library, tiled_linear
 from models.utils.kernels.cpp_library import build
-from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, load_kernel, tile_layers
+from models.utils.kernels.tiled_linear import (
+    TiledLinear,
+    into_huge_pages,
+    load_kernel,
+    tile_layers,
+    why_not_faster,
+)
 from models.utils.quantize import (
     Int4Linear,
     Int8Linear,
     Quantization,
     dequantize_int4,
     dequantize_int8,
+    prepare,
     quantize_int4,
     quantize_int8,
     quantize_layers,
@@ -28,8 +36,11 @@ from models.utils.quantize import (
 
 ROOT = Path(__file__).parent.parent
 
-# Without a compiler, or on another CPU, only the tests of the fallback have something to say.
+# Without a compiler only the tests of the fallback have something to say; without the instructions torch's
+# kernels stay where there are some, in bf16.
 needs_kernel = pytest.mark.skipif(load_kernel() is not None, reason=str(load_kernel()))
+needs_vectors = pytest.mark.skipif(why_not_faster() is not None, reason=str(why_not_faster()))
+BF16, FP32 = pytest.param(torch.bfloat16, marks=needs_vectors), torch.float32
 INT4_SHAPES = [(64, 64, 32), (100, 128, 64), (33, 256, 128), (7, 96, 32), (200, 1024, 32)]
 # No group size is int8.
 SHAPES = [*INT4_SHAPES, (64, 64, None), (33, 160, None), (7, 96, None), (200, 1024, None)]
@@ -187,26 +198,21 @@ def quantized(*shapes, dtype=torch.bfloat16, kind="int4", bias=True):
     return model
 
 
-@pytest.mark.parametrize(
-    "N, K, group_size", [*INT4_SHAPES, (64, 32, 32), (65, 32, 32), (150, 64, 64), (1, 32, 32)]
-)
-def test_the_codes_come_back_from_the_order_of_torchs_kernel(N, K, group_size):
-    torch.manual_seed(N)
-    linear = torch.nn.Linear(K, N).bfloat16()
-    packed, _ = quantize_int4(linear.weight, group_size)
-    model = torch.nn.Sequential(linear)
-    quantize_layers(model, Quantization("int4", group_size))
-    assert model[0].tiled and torch.equal(tiled_linear.plain_codes(model[0]), packed)
+def as_torch_has_it(model):
+    """A copy with torch's own kernels, whose order of the codes is another one."""
+    model = copy.deepcopy(model)
+    prepare(model)
+    return model
 
 
 @needs_kernel
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_model_keeps_its_outputs_to_the_stated_error(kind, dtype, bias):
     model = quantized((96, 128), (130, 96), dtype=dtype, kind=kind, bias=bias)
     x = rows(5, 128, dtype)
-    before = model(x)
+    before = as_torch_has_it(model)(x)
     assert tile_layers(model) is None
     assert all(isinstance(layer, TiledLinear) for layer in model)
     after = model(x)
@@ -214,7 +220,7 @@ def test_a_model_keeps_its_outputs_to_the_stated_error(kind, dtype, bias):
     assert tile_layers(model) is None and torch.equal(model(x), after)
 
 
-@needs_kernel
+@needs_vectors
 def test_a_width_that_blocks_do_not_fill_keeps_its_layer():
     model = quantized((96, 48), (32, 96), kind="int8")
     assert tile_layers(model) is None
@@ -253,11 +259,12 @@ def test_the_compiler_takes_it_without_a_break():
 
 REPORT = """
 import sys, torch
-from models.utils.tiled_linear import tile_layers
-from models.utils.quantize import Int4Linear, Quantization, quantize_layers
+from models.utils.kernels.tiled_linear import tile_layers
+from models.utils.quantize import Int4Linear, Quantization, prepare, quantize_layers
 model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
 quantize_layers(model, Quantization("int4", 32))
 print(tile_layers(model))
+prepare(model)
 print(type(model[0]).__name__, model(torch.ones(1, 64).bfloat16()).isfinite().all().item())
 """
 
@@ -312,6 +319,12 @@ def test_a_cpu_without_the_instructions_keeps_torchs_kernel_where_it_has_one(mon
     assert tile_layers(in_fp32) is None and isinstance(in_fp32[0], TiledLinear)
 
 
+@needs_vectors
+def test_codes_in_the_order_of_torchs_kernel_stay_there():
+    model = as_torch_has_it(quantized((64, 64)))
+    assert "load the model with arranged=False" in tile_layers(model) and isinstance(model[0], Int4Linear)
+
+
 def test_what_has_nothing_quantized_on_the_cpu_is_not_touched(monkeypatch):
     monkeypatch.setattr(tiled_linear, "load_kernel", lambda: pytest.fail("built for nothing"))
     assert tile_layers(torch.nn.Sequential(torch.nn.Linear(64, 64))) is None
@@ -321,6 +334,52 @@ def test_what_has_nothing_quantized_on_the_cpu_is_not_touched(monkeypatch):
         tile_layers(elsewhere)
         == "the kernel of quantized layers needs a model on the CPU, this one is on meta"
     )
+
+
+@needs_kernel
+def test_two_builds_at_once_leave_one_whole_library(tmp_path):
+    """Each waits, half done, until the other has begun; what stands in the end works."""
+    compiler, begun, cache = tmp_path / "cxx", tmp_path / "begun", tmp_path / "cache"
+    begun.mkdir()
+    compiler.write_text(f"""#!/bin/sh
+for last; do :; done
+head -c 1000 {build(tiled_linear.SOURCE)} >$last
+touch {begun}/$$
+while [ $(ls {begun} | wc -l) -lt 2 ]; do sleep 0.1; done
+cp {build(tiled_linear.SOURCE)} $last
+""")
+    compiler.chmod(0o755)
+    environment = os.environ | {
+        "TORCH_EXTENSIONS_DIR": str(cache),
+        "CXX": str(compiler),
+        "PYTHONPATH": str(ROOT),
+    }
+    command, pipe = [sys.executable, "-c", REPORT], subprocess.PIPE
+    both = [subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in "12"]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0] and said[0][0].startswith(f"{why_not_faster()}\n")
+    assert [path.suffix for path in cache.iterdir()] == [".so"]
+
+
+def test_every_kind_of_processor_has_a_library_of_its_own(tmp_path, monkeypatch):
+    """A home folder may be shared by several, and ZOO_CPU is one too."""
+    commands = []
+
+    def compiled(command, **options):
+        commands.append(command)
+        Path(command[-1]).touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_library.subprocess, "run", compiled)
+    for names in (["avx2"], ["avx2", "avx512", "avx512_vnni"], ["neon"]):
+        monkeypatch.setattr(cpp_library, "instructions", lambda names=names: names)
+        library = build(tiled_linear.SOURCE)
+        assert build(tiled_linear.SOURCE) == library and library.exists()
+    assert len(list(tmp_path.iterdir())) == len(commands) == 3
+    told = [[word for word in command if word.startswith("-m")] for command in commands]
+    assert told == [["-mavx2", "-mfma"], ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vnni"], []]
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path):
@@ -353,7 +412,9 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path):
 def test_a_library_that_is_there_is_taken_and_one_that_is_broken_reported(tmp_path):
     library = build(tiled_linear.SOURCE)
     shutil.copy(library, tmp_path)
-    assert in_new_process(tmp_path) == ["None", "TiledLinear True"]
+    taken = "TiledLinear True" if why_not_faster() is None else "Int4Linear True"
+    assert in_new_process(tmp_path) == [str(why_not_faster()), taken]
+    assert [path.name for path in tmp_path.iterdir()] == [library.name]
     (tmp_path / library.name).write_text("no library")
     reason, layer = in_new_process(tmp_path)
     assert library.name in reason and layer == "Int4Linear True"

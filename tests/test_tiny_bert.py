@@ -9,25 +9,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 
 import run
 from conversion.convert import convert
 from models import load_model
 from models.utils.tokenizer import load_tokenizer
-from runs_train.masked_language_model import masked_accuracy, parse_options
+from runs_train.masked_tokens import masked_accuracy
 from runs_train.passage_data import split_passages
 from runs_train.text_data import file_list_hash, is_held_out
+from tests.tiny_readmes import readme_of, row
 
 ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "checkpoints" / "tiny-bert-python"
-README = (FOLDER / "README.md").read_text(encoding="utf-8")
+NAME = "tiny-bert-python"
+FOLDER, README = ROOT / "checkpoints" / NAME, readme_of(NAME)
 SAMPLE = json.loads((ROOT / "tests" / "data" / "held_out_docstrings.json").read_text(encoding="utf-8"))
-
-
-def row(key):
-    """A value in the README's table."""
-    return re.search(rf"^\| {re.escape(key)} \| (.+) \|$", README, flags=re.M).group(1)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +35,15 @@ def converted(tmp_path_factory):
 def test_hidden_tokens_of_the_sample(converted):
     model, tokenizer = load_model(converted, dtype=torch.float32), load_tokenizer(converted)
     tokens = np.concatenate([tokenizer.encode(passage["text"]) for passage in SAMPLE])
+    assert row(NAME, "vocabulary").startswith(f"{tokenizer.vocab_size} ")
     measured = masked_accuracy(model, tokens, model.config.max_seq_len)
     # A few thousand tokens are hidden; another processor may round two of them the other way.
-    claimed = row("hidden tokens guessed, tests/data/held_out_docstrings.json")
+    claimed = row(NAME, "hidden tokens guessed, tests/data/held_out_docstrings.json")
     assert 100 * measured.accuracy == pytest.approx(float(claimed.rstrip("%")), abs=0.1)
-    constant = row("the best constant guess there")
+    constant = row(NAME, "the best constant guess there")
     assert 100 * measured.constant == pytest.approx(float(constant.rstrip("%")), abs=0.006)
     assert measured.accuracy > 3 * measured.constant
-    whole, guess = (float(row(key).rstrip("%")) for key in (WHOLE, "the best constant guess"))
+    whole, guess = (float(row(NAME, key).rstrip("%")) for key in (WHOLE, "the best constant guess"))
     assert whole > 3 * guess
 
 
@@ -57,29 +53,11 @@ WHOLE = "hidden tokens guessed, all held-out text"
 def test_the_sample_was_held_out():
     assert all(is_held_out(passage["name"]) for passage in SAMPLE)
     train, held_out, _, passages = split_passages("stdlib")
-    if file_list_hash(train, held_out) != row("sha256 of the file list"):
+    if file_list_hash(train, held_out) != row(NAME, "sha256 of the file list"):
         pytest.skip("this Python's library is not the one that was trained on")
     names = {passage["name"] for passage in SAMPLE}
     there = [{"name": p.name, "text": p.text} for p in passages if p.name in names]
     assert sorted(SAMPLE, key=str) == sorted(there, key=str)
-
-
-def test_the_readme_is_about_this_model(converted):
-    model, tokenizer = load_model(converted), load_tokenizer(converted)
-    assert row("parameters") == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-    assert row("vocabulary").startswith(f"{tokenizer.vocab_size} ")
-    command = re.search(r"^    python -m runs_train.masked_language_model (.+)$", README, flags=re.M).group(1)
-    options = parse_options(shlex.split(command))
-    assert options.config == "tiny-bert-python" and options.data == "stdlib"
-    assert options.vocab_size == tokenizer.vocab_size == model.config.vocab_size
-
-
-def test_it_is_stored_in_bf16(converted):
-    num_parameters = sum(parameter.numel() for parameter in load_model(converted).parameters())
-    path = FOLDER / "model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    assert path.stat().st_size < 2 * num_parameters + 20_000
 
 
 def test_its_tokenizer_is_that_of_transformers(converted):

@@ -1,14 +1,11 @@
 """tiny-transformer-dates does what its README says, measured again here."""
 
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import MarianMTModel, MarianTokenizer
 
 from conversion.convert import convert
@@ -17,17 +14,12 @@ from models.utils.tokenizer import load_tokenizer
 from runs_train.dates_data import TEMPLATES
 from runs_train.exact_match import exact_matches, share, translate
 from runs_train.pair_data import read_pairs
-from runs_train.seq2seq import parse_options
 from runs_train.text_data import is_held_out
+from tests.tiny_readmes import row
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "checkpoints" / "tiny-transformer-dates"
 SAMPLE = ROOT / "tests" / "data" / "held_out_dates.tsv"
-
-
-@pytest.fixture(scope="module")
-def readme():
-    return (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +30,25 @@ def tiny(tmp_path_factory):
     return load_model(out, dtype=torch.float32), load_tokenizer(out)
 
 
-def row(readme, key):
-    """A value in the README's tables."""
-    return re.search(rf"^\| {re.escape(key)} \| (.+) \|$", readme, flags=re.M).group(1)
-
-
-def test_exact_match_on_the_sample(tiny, readme):
+def test_exact_match_on_the_sample(tiny):
     matches = exact_matches(*tiny, read_pairs(SAMPLE))
-    assert f"{share(matches):.2%}" == row(readme, "exact match, tests/data/held_out_dates.tsv")
+    assert f"{share(matches):.2%}" == row(FOLDER.name, "exact match, tests/data/held_out_dates.tsv")
+    assert row(FOLDER.name, "vocabulary") == f"{tiny[1].vocab_size} characters"
     assert share(matches) >= 0.99 and set(matches) == set(TEMPLATES)
 
 
-def test_exact_match_on_all_held_out_dates(readme):
+def test_exact_match_on_all_held_out_dates():
     """Every template is in the table; its rows add up to the figure above it, which is at least 99%."""
-    counts = [row(readme, f"`{template}`").replace(",", "").split(" of ") for template in TEMPLATES]
+    counts = [row(FOLDER.name, f"`{template}`").replace(",", "").split(" of ") for template in TEMPLATES]
     right, total = (sum(map(int, column)) for column in zip(*counts))
-    assert f"{total:,}" == row(readme, "held-out pairs")
-    assert f"{right / total:.2%}" == row(readme, "exact match, all held-out pairs")
+    assert f"{total:,}" == row(FOLDER.name, "held-out pairs")
+    assert f"{right / total:.2%}" == row(FOLDER.name, "exact match, all held-out pairs")
     assert right / total >= 0.99
 
 
 def test_the_sample_was_held_out():
     pairs = read_pairs(SAMPLE)
     assert len(pairs) >= 500 and all(is_held_out(pair.target) for pair in pairs)
-
-
-def test_the_readme_is_about_this_model(tiny, readme):
-    model, tokenizer = tiny
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert row(readme, "parameters") == f"{num_parameters:,}"
-    assert row(readme, "vocabulary") == f"{tokenizer.vocab_size} characters"
-    stored = load_file(FOLDER / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-    assert (FOLDER / "model.safetensors").stat().st_size < 2 * num_parameters + 20_000
-
-    command = re.search(r"^    python -m runs_train.seq2seq (.+)$", readme, flags=re.M).group(1)
-    options = parse_options(shlex.split(command))
-    assert (options.config, options.data, options.out) == (FOLDER.name, "dates", None)
-    pairs_read = options.steps * options.accumulate * options.batch_size
-    assert row(readme, "pairs read").startswith(f"{pairs_read:,}, ")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Proof of models/utils/tokenizer.py, tokenizer_settings.py and chat_template.py.
+"""Proof of models/utils/tokenizer.py and of tokenizers/: settings.py, chat_template.py and the kinds.
 
 Small tokenizers of every kind are trained here on the spot, written as a checkpoint would hold them, and
 compared with the libraries themselves and with `transformers`.
@@ -7,7 +7,10 @@ compared with the libraries themselves and with `transformers`.
 import base64
 import io
 import json
+import os
 import re
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
+from models.utils.tokenizers import chat_template, tiktoken_ranks
 from models.utils.tokenizers.tiktoken_ranks import TiktokenTokenizer, read_ranks
 
 MULTILINGUAL = """The quick brown fox isn't lazy; it's 12345 years old, they'll say.
@@ -288,6 +292,15 @@ BYTE_LEVEL = ["json-gpt-2", "json-llama-3", "ranks", "gpt-2-files", "sp-code"]
 folders = {}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_rank_files():
+    """Llama 3's own file has 128,000 ranks, and one with another number is refused."""
+    number = byte_level_bpe(TiktokenTokenizer.pattern).get_vocab_size()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken_ranks, "NUM_RANKS", number)
+        yield
+
+
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory):
     """The folder of a kind, made when first asked for."""
@@ -485,6 +498,7 @@ def test_bos_and_eos_follow_the_configuration(folder_of, tmp_path):
     assert load("sp-code", add_eos_token=True).encode("a") == [1, *plain, 2]
     assert load("sp-code", add_eos_token=True).encode("a", bos=False) == plain
     assert load("sp-code", bos_token=None).bos_id is None
+    assert load("sp-code", bos_token="<nowhere>").bos_id is None
     assert load("ranks", add_bos_token=False).encode("a") == load("ranks").encode("a", bos=False)
 
     gpt2 = load("gpt-2-files")
@@ -493,6 +507,45 @@ def test_bos_and_eos_follow_the_configuration(folder_of, tmp_path):
     assert with_bos.encode("a") == gpt2.encode("a", bos=True) == [gpt2.bos_id, *gpt2.encode("a")]
     with pytest.raises(UserError, match="no BOS"):
         load("json-bert").encode("a", bos=True)
+
+
+def test_a_null_bos_is_no_bos_whatever_the_model_s_files_say(folder_of, tmp_path):
+    folder = copy_of(folder_of("json-gpt-2"), tmp_path / "copy")
+    write_json(folder / "tokenizer_config.json", {"bos_token": None})
+    write_json(folder / "config.json", {"bos_token_id": 3, "eos_token_id": 4})
+    ours = load_tokenizer(folder)
+    assert (ours.bos_id, ours.eos_id) == (None, 4)
+
+
+@pytest.mark.parametrize("name", ["sp-code", "json-llama-2", "json-llama-3", "ranks"])
+def test_a_bos_that_is_there_is_not_put_twice(loaded, name):
+    ours = loaded(name)
+    assert ours.encode("a", bos=True) == ours.encode("a") and ours.encode("a").count(ours.bos_id) == 1
+
+
+@pytest.mark.parametrize("name", ["ranks", "sp-code"])
+def test_of_two_special_tokens_the_longer_is_meant(folder_of, tmp_path, name):
+    """One begins like the other: "<|im|>" and "<|im|>s"."""
+    folder = copy_of(folder_of(name), tmp_path / "copy")
+    start = load_tokenizer(folder).vocab_size
+    tokens = {str(start): {"content": "<|im|>", "special": True}}
+    tokens[str(start + 1)] = {"content": "<|im|>s", "special": True}
+    template = "{{ messages[0].content }}<|im|>s<|im|>"
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": tokens, "chat_template": template})
+    ids = load_tokenizer(folder).encode_chat([{"role": "user", "content": "x"}])
+    assert [id - start for id in ids if id >= start] == [1, 0]
+
+
+@pytest.mark.parametrize("flags", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_special_tokens_may_take_the_space_beside_them(folder_of, tmp_path, flags):
+    folder = copy_of(folder_of("json-gpt-2"), tmp_path / "copy")
+    core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.add_special_tokens([AddedToken("<mask>", special=True, normalized=True, **flags)])
+    core.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"chat_template": "{{ messages[0].content }} <mask> b"})
+    ours, chat = load_tokenizer(folder), [{"role": "user", "content": "a"}]
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    assert ours.encode_chat(chat) == theirs.encode("a <mask> b", add_special_tokens=False)
 
 
 def test_model_files_name_bos_and_eos_where_the_tokenizer_does_not(folder_of, tmp_path):
@@ -651,6 +704,20 @@ def with_template(folder_of, target, template):
     return load_tokenizer(folder)
 
 
+def test_of_several_templates_the_default_counts(folder_of, tmp_path):
+    folder = copy_of(folder_of("gpt-2-files"), tmp_path / "copy")
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    write_json(folder / "tokenizer_config.json", {"chat_template": templates})
+    assert load_tokenizer(folder).render_chat(CHAT) == "plain"
+
+
+def test_a_chat_changes_nothing_for_the_next_text(loaded):
+    ours, text = loaded("json-neox"), "a\U000f0000b"  # the character that marks what looks like a token
+    before = ours.encode(text)
+    ours.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+    assert ours.encode(text) == before
+
+
 def test_marks_do_not_disturb_the_text_around_them(folder_of, loaded):
     """A look-alike is encoded as `transformers` encodes it with split_special_tokens."""
     ours, oracle = loaded("json-neox"), reference(folder_of("json-neox"), "json-neox")
@@ -697,6 +764,96 @@ def test_messages_that_are_none(loaded, chat):
         loaded("json-gpt-2").encode_chat(chat)
 
 
+HOSTILE = [
+    "{{ 10 ** (10 ** 8) }}",
+    "{{ 'a' * 4000000000 }}",
+    "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
+    "{{ '%2000000000d' % 1 }}",
+    "{{ '{:2000000000}'.format(1) }}",
+    "{{ 'a'.ljust(2000000000) }}",
+    "{{ 'a' | center(2000000000) }}",
+    "{{ [1] | tojson(indent=2000000000) }}",
+    "{{ [[1] * 100000] * 100000 | tojson }}",
+    "{{ lipsum(n=100000000) }}",
+    "{{ (1).to_bytes(2000000000, 'big') }}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ '9' * 5000 }}{{ " + "9" * 5000 + " }}",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_template_exhausts_nothing(folder_of, tmp_path, monkeypatch, template):
+    """Neither time nor memory; one line says so, and the next conversation is rendered as ever."""
+    folder = copy_of(folder_of("json-gpt-2"), tmp_path / "copy")
+    (folder / "tokenizer_config.json").unlink()
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    chat_template.TEMPLATES.stop()
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match="template"):
+        load_tokenizer(folder).render_chat(CHAT)
+    (folder / "chat_template.jinja").write_text("{{ messages | length }}")
+    assert load_tokenizer(folder).render_chat(CHAT) == "4"
+
+
+def test_a_broken_off_rendering_does_not_answer_the_next_one():
+    process = chat_template.TemplateProcess()
+    question = json.dumps({"template": "{{ x }}", "variables": {"x": 1}})
+    assert process.ask(question) == {"text": "1"}
+
+    class Interrupted:
+        def __init__(self, stream):
+            self.stream, self.flush, self.close = stream, stream.flush, stream.close
+
+        def write(self, text):
+            self.stream.write(text)
+            self.stream.flush()
+            raise KeyboardInterrupt
+
+    process.process.stdin = Interrupted(process.process.stdin)
+    with pytest.raises(KeyboardInterrupt):
+        process.ask(json.dumps({"template": "old", "variables": {}}))
+    assert process.ask(question) == {"text": "1"}
+    process.process.kill()
+    process.process.wait()
+    assert process.ask(question) == {"text": "1"}
+    process.stop()
+
+
+def test_what_is_not_json_is_refused(loaded):
+    with pytest.raises(UserError, match="as in JSON"):
+        loaded("json-llama-3").render_chat(CHAT, tools=[print])
+
+
+def test_threads_share_a_tokenizer(folder_of):
+    """Encoding sets a switch of the library's object, may change its normaliser, and moves standard error."""
+    ours, failures = load_tokenizer(folder_of("json-llama-3")), []
+    text, mark = "a <|eot_id|> b " * 50, "\U000f0000"
+    calls = {
+        "text": lambda: ours.encode(text),
+        "chat": lambda: ours.encode_rendered(text, ""),
+        "guarded": lambda: ours.encode_rendered(text.replace("<|", f"<{mark}|"), mark),
+    }
+    expected, normalizer = {name: call() for name, call in calls.items()}, str(ours.core.normalizer)
+
+    def encode(name):
+        for _ in range(200):
+            failures.extend([name] if calls[name]() != expected[name] else [])
+
+    standard_error = os.fstat(2)
+    threads = [threading.Thread(target=encode, args=(name,)) for name in list(calls) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and str(ours.core.normalizer) == normalizer
+    assert os.path.samestat(os.fstat(2), standard_error)
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -720,6 +877,9 @@ def test_no_tokenizer(folder_of, tmp_path):
         load_tokenizer(tmp_path)
 
 
+RANKS_WITH_A_GAP = b"".join(base64.b64encode(bytes([n])) + b" %d\n" % (n + n // 200) for n in range(256))
+
+
 @pytest.mark.parametrize(
     "name, file, content",
     [
@@ -735,6 +895,7 @@ def test_no_tokenizer(folder_of, tmp_path):
         ("ranks", "tokenizer.model", b"AA== 0\nAQ==\n"),
         ("ranks", "tokenizer.model", b"AA== 0\nnot base64 1\n"),
         ("ranks", "tokenizer.model", b"AA== 0\nAQ== 1\n"),
+        pytest.param("ranks", "tokenizer.model", RANKS_WITH_A_GAP, id="ranks with a gap"),
         ("gpt-2-files", "vocab.json", None),
         ("gpt-2-files", "merges.txt", b"#version: 0.2\nnever seen\n"),
         ("gpt-2-files", "tokenizer_config.json", b'{"tokenizer_class": "Qwen2Tokenizer"}'),
@@ -747,6 +908,110 @@ def test_broken_files(folder_of, tmp_path, name, file, content):
     with pytest.raises(UserError) as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def with_json(folder, target, file, change):
+    """A copy of a tokenizer's folder, one of its JSON files changed."""
+    copy_of(folder, target)
+    content = json.loads((target / file).read_text()) if (target / file).exists() else {}
+    change(content)
+    write_json(target / file, content)
+    return target
+
+
+def added(id, content="<x>"):
+    return lambda config: config.update(added_tokens_decoder={str(id): {"content": content, "special": True}})
+
+
+@pytest.mark.parametrize("name", ["json-gpt-2", "ranks", "sp-code"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        added(10**9),
+        added(2**64),
+        added(-1),
+        added(900, ["<x>"]),
+        lambda config: config.update(bos_token=["<s>"]),
+        lambda config: config.update(eos_token={"content": 7}),
+        lambda config: config.update(additional_special_tokens=[["<s>"]]),
+        lambda config: config.update(additional_special_tokens=5),
+        lambda config: config.update(chat_template={"default": "x"}),
+        lambda config: config.update(chat_template=[{"name": "default", "template": ["x"]}]),
+    ],
+)
+def test_settings_that_are_not_what_they_should_be(folder_of, tmp_path, name, change):
+    folder = with_json(folder_of(name), tmp_path / "copy", "tokenizer_config.json", change)
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(folder)
+
+
+def replace(content, pattern="a"):
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+@pytest.mark.parametrize(
+    "part, spec",
+    [
+        ("normalizer", replace("b" * 10**6)),
+        ("normalizer", {"type": "Sequence", "normalizers": [replace("aa" * 50)] * 6}),
+        ("normalizer", {"type": "Prepend", "prepend": "b" * 10**6}),
+        ("decoder", {"type": "Sequence", "decoders": [replace("aa" * 50)] * 6}),
+        (
+            "normalizer",
+            {
+                "type": "Precompiled",
+                "precompiled_charsmap": base64.b64encode(bytes(4) + b"x" * 10**6).decode(),
+            },
+        ),
+    ],
+)
+def test_a_pipeline_that_makes_megabytes_of_a_letter(folder_of, tmp_path, part, spec):
+    def change(content):
+        content[part] = spec
+
+    folder = with_json(folder_of("json-gpt-2"), tmp_path / "copy", "tokenizer.json", change)
+    with pytest.raises(UserError, match="times as long"):
+        load_tokenizer(folder)
+
+
+def test_a_sentencepiece_normaliser_that_makes_megabytes_of_a_letter(folder_of, tmp_path):
+    folder = copy_of(folder_of("sp-code"), tmp_path / "copy")
+    content = (folder / "tokenizer.model").read_bytes()
+    charsmap = bytes(4) + b"x" * 10**6
+
+    def message(number, value):
+        """A field of bytes, as protobuf writes it."""
+        size, length = b"", len(value)
+        while length > 127:
+            size, length = size + bytes([length & 127 | 128]), length >> 7
+        return bytes([number << 3 | 2]) + size + bytes([length]) + value
+
+    # Of a field that comes twice the later counts.
+    (folder / "tokenizer.model").write_bytes(content + message(3, message(2, charsmap)))
+    with pytest.raises(UserError, match="1,000,000 times as long"):
+        load_tokenizer(folder)
+
+
+def test_a_pattern_that_panics_is_one_line(folder_of, tmp_path, capfd):
+    """The library gives up on a pattern after too many steps, with a report and an exception of its own."""
+
+    def change(content):
+        split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+        content["pre_tokenizer"] = split
+
+    folder = with_json(folder_of("json-gpt-2"), tmp_path / "copy", "tokenizer.json", change)
+    ours = load_tokenizer(folder)
+    print("before", file=sys.stderr)
+    with pytest.raises(UserError, match="copy: its tokenizer fails on this text"):
+        ours.encode("a" * 50 + "!")
+    assert ours.encode("b") and capfd.readouterr().err == "before\n"
+
+
+def test_a_rank_file_of_another_model_is_refused(folder_of, monkeypatch):
+    """Llama 4's has 200,000 ranks and another pattern; its ids would be wrong."""
+    monkeypatch.setattr(tiktoken_ranks, "NUM_RANKS", 128_000)
+    with pytest.raises(UserError, match="where Llama 3 has 128,000"):
+        load_tokenizer(folder_of("ranks"))
 
 
 @pytest.mark.parametrize("name", MAKERS)

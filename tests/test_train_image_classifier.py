@@ -1,59 +1,39 @@
 """The ViT's training page: runs go on exactly, transformers reads the result, the data are what they say."""
 
 import json
-import os
-import re
-import shlex
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 import run
 from conversion.convert import convert
-from models import load_config, load_model
+from models import load_model
 from models.utils.errors import UserError
 from models.utils.files import read_json
 from models.utils.image_processor import image_processor, load_image_processor, open_image
-from runs_train.image_classifier import Run, accuracy, main, parse_options
+from runs_train.image_classifier import main
 from runs_train.image_data import Batches, Images, every_fifth, prepare, shift_each
+from runs_train.image_labels import Run, accuracy
 from tests.model_proof import assert_close
+from tests.tiny_readmes import row
+from tests.training_runs import CONFIGS, small_run, state_of
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "checkpoints" / "tiny-vit-digits"
 SHEET = ROOT / "tests" / "data" / "held_out_digits.png"
 DIGIT = ROOT / "tests" / "data" / "digit.png"
-# Dropout draws random numbers in every step; a run that goes on must draw the same ones.
-CONFIG = {
-    "model": "vision_transformer", "image_size": 8, "patch_size": 4, "num_channels": 1, "d_model": 16,
-    "num_layers": 2, "num_heads": 2, "d_ff": 24, "norm_eps": 1e-6, "qkv_bias": True, "dropout": 0.2,
-    "pooler": False, "num_labels": 1000,
-}  # fmt: skip
+CONFIG, FP32 = CONFIGS["image_classifier"], ("--dtype", "float32")
 
 
 @pytest.fixture
 def command(tmp_path):
-    """command(folder, *options, steps, data) -> the arguments of a small run."""
-    (tmp_path / "vit.json").write_text(json.dumps(CONFIG))
-
-    def command(folder, *options, steps=8, data="digits"):
-        arguments = ["--config", tmp_path / "vit.json", "--data", data, "--out", tmp_path / folder]
-        arguments += ["--batch-size", 16, "--steps", steps, "--warmup", 2, "--eval-every", 3]
-        arguments += ["--save-every", 4, "--lr", 0.01, "--device", "cpu", *options]
-        return [str(argument) for argument in arguments]
-
-    return command
-
-
-def state_of(folder):
-    return torch.load(folder / "training" / "state.pt", weights_only=True)
+    return small_run("image_classifier", tmp_path)
 
 
 def save_images(folder, groups):
@@ -68,31 +48,6 @@ def save_images(folder, groups):
 
 
 # Runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [[], ["--float32", "--gradient-checkpointing", "--accumulate", "2"]])
-def test_an_interrupted_run_goes_on_to_the_bit(command, tmp_path, options, monkeypatch):
-    main(command("whole", *options))
-    train_step = Run.train_step
-
-    def ctrl_c_in_step_5(run):
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        train_step(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "train_step", ctrl_c_in_step_5)
-        main(command("parts", *options))
-    assert state_of(tmp_path / "parts")["step"] == 5
-    assert not (tmp_path / "parts" / "config.json").exists()
-    main(command("parts", *options))
-
-    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
-    assert len(whole["losses"]) == 8 and whole["losses"] == parts["losses"]
-    assert [step for step, _ in whole["evaluations"]] == [3, 6, 8]
-    assert whole["evaluations"] == parts["evaluations"]
-    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")]
-    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("option", ["--seed", "--shift", "--label-smoothing"])
@@ -115,8 +70,8 @@ def test_the_loss_is_the_smoothed_cross_entropy(command, tmp_path, monkeypatch):
 
     loss = Run.loss
     monkeypatch.setattr(Run, "loss", keep)
-    (tmp_path / "vit.json").write_text(json.dumps(CONFIG | {"dropout": 0.0}))
-    main(command("run", "--label-smoothing", 0.3, "--float32", "--warmup", 0, steps=1))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"dropout": 0.0}))
+    main(command("run", "--label-smoothing", 0.3, *FP32, "--warmup", 0, steps=1))
     surprise = -seen["logits"].log_softmax(dim=-1)
     right = surprise[range(16), seen["labels"]]
     expected = (0.7 * right + 0.3 * surprise.mean(dim=-1)).mean().item()
@@ -127,8 +82,8 @@ def test_it_learns_and_transformers_reads_what_it_learned(command, tmp_path, cap
     """Two colours are soon told apart, from a folder of files; the names of the folders are the labels."""
     groups = {"red things": (25, (200, 10, 10)), "blue": (15, (10, 10, 200)), "not a label": (0, None)}
     data = save_images(tmp_path / "colours", groups)
-    (tmp_path / "vit.json").write_text(json.dumps(CONFIG | {"num_channels": 3}))
-    main(command("run", "--float32", steps=40, data=data))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_channels": 3}))
+    main(command("run", *FP32, "--data", data, steps=40))
     losses = state_of(tmp_path / "run")["losses"]
     assert losses[0] > 0.5 and sum(losses[-5:]) / 5 < 0.3
     assert "100.00% of the held-out images named" in capsys.readouterr().out
@@ -170,6 +125,8 @@ def test_digits_are_scikit_learn_s():
         assert images.labels.tolist() == data.target[of].tolist()
     normal = image_processor(album.preprocessing, 1).normalize(album.train.pixels)
     assert normal.mean().abs() < 1e-3 and abs(normal.std() - 1) < 1e-3
+    # Nothing is learned from the held-out images, not their spread either.
+    assert album.preprocessing["image_std"] == [round((album.train.pixels / 255).std(), 4)]
 
 
 def test_a_batch_follows_from_its_number():
@@ -201,12 +158,14 @@ def test_images_are_shifted_in_all_directions():
             raise AssertionError("more than a shift by one pixel")
     assert len(found) == 9
     assert (shift_each(images, 0, torch.Generator()) == images).all()
+    white = np.full((20, 1, 4, 4), 255, dtype=np.uint8)
+    assert (shift_each(white, 2, torch.Generator()) == white).all(), "what comes in repeats the edge"
 
 
 def test_accuracy_counts_every_image_once():
     """A model that always says 2, on more images than fit into a batch."""
     model = torch.nn.Linear(1, 1)
-    model.forward = lambda images: torch.eye(3)[torch.full((len(images),), 2)]
+    model.forward = lambda images: torch.eye(3)[torch.full((len(images),), 2)] * (not model.training)
     images = Images(np.zeros((7, 1, 2, 2), dtype=np.uint8), torch.tensor([2, 0, 2, 1, 2, 0, 2]))
     processor = image_processor({"image_mean": 0.5, "image_std": 0.5}, 1)
     assert accuracy(model, images, processor, batch_size=3) == pytest.approx(4 / 7)
@@ -218,13 +177,12 @@ def test_accuracy_counts_every_image_once():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--config", "gpt2"], 'a config of model "vision_transformer"'),
         (["--config", "vit-b-16"], "images of 1 x 8 x 8 numbers, where --config asks for 3 x 224 x 224"),
         (["--data", "no folder"], "no folder: no such folder; give one that has a subfolder"),
         (["--batch-size", 5000], "--batch-size 5000: there are 1442 images"),
         (["--label-smoothing", 1], "leaves nothing of the label"),
         (["--shift", -1], "--shift"),
-        (["--lr", "nan"], "--lr"),
+        (["--shift", 9], "--shift 9 moves images of 8 pixels out of sight"),
     ],
 )
 def test_what_makes_no_sense(command, options, message):
@@ -241,24 +199,19 @@ def test_what_makes_no_sense(command, options, message):
     ],
 )
 def test_folders_that_are_too_few_or_too_small(command, tmp_path, groups, message):
-    (tmp_path / "data").mkdir()
+    (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match=message):
-        main(command("run", data=save_images(tmp_path / "data", groups)))
+        main(command("run", "--data", save_images(tmp_path / "images", groups)))
 
 
 def test_a_file_among_the_images_that_is_none(command, tmp_path):
-    data = save_images(tmp_path / "data", {"a": (6, (0, 0, 0)), "b": (6, (9, 9, 9))})
+    data = save_images(tmp_path / "images", {"a": (6, (0, 0, 0)), "b": (6, (9, 9, 9))})
     (data / "b" / "05.png").write_text("no image")
     with pytest.raises(UserError, match="05.png: is no image"):
-        main(command("run", data=data))
+        main(command("run", "--data", data))
 
 
 # The checkpoint that comes with the project -----------------------------------------------------------------
-
-
-def row(key):
-    """A value in its README's table."""
-    return re.search(rf"^\| {re.escape(key)} \| (.+) \|$", (TINY / "README.md").read_text(), re.M).group(1)
 
 
 def sheet():
@@ -279,33 +232,17 @@ def tiny(tmp_path_factory):
 
 def test_its_accuracy_on_the_held_out_digits(tiny):
     measured = accuracy(*(tiny[0], sheet(), tiny[1]))
-    assert row("accuracy, held-out images") == f"{measured:.2%} ({round(355 * measured)} of 355)"
+    assert row(TINY.name, "accuracy, held-out images") == f"{measured:.2%} ({round(355 * measured)} of 355)"
     assert measured >= 0.97
 
 
 def test_the_sheet_is_the_held_out_fifth():
     album, shown = prepare("digits", 8, 1), sheet()
-    if album.facts["sha256"] != row("sha256 of pixels and labels"):
+    if album.facts["sha256"] != row(TINY.name, "sha256 of pixels and labels"):
         pytest.skip("this scikit-learn has other digits")
     in_order = album.held_out.labels.argsort(stable=True)
     assert (album.held_out.pixels[in_order] == shown.pixels).all()
     assert album.held_out.labels[in_order].tolist() == shown.labels.tolist()
-
-
-def test_its_readme_is_about_it(tiny):
-    model, _ = tiny
-    assert row("parameters") == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-    line = re.search(
-        r"^    python -m runs_train.image_classifier (.+)$", (TINY / "README.md").read_text(), re.M
-    )
-    options = parse_options(shlex.split(line.group(1)))
-    assert (options.config, options.data) == ("tiny-vit-digits", "digits")
-    assert load_config(options.config)[1] == model.config
-    assert row("images seen").startswith(f"{options.steps * options.batch_size:,}, ")
-    path = TINY / "model.safetensors"
-    with safe_open(path, framework="pt") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
-    assert path.stat().st_size < 1_000_000
 
 
 def test_it_names_the_digit_of_the_readme(capsys):

@@ -1,10 +1,7 @@
-"""The training pages: runs go on exactly, transformers reads the result, the data are what they say."""
+"""The training of decoders: they learn, transformers reads the result, the data are what they say."""
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,16 +12,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion.convert import convert
-from models import load_model
+from models import create_model, load_model
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
 from runs_ar.score import negative_log_likelihood
-from runs_train import language_model, text_data, training_run
+from runs_train import next_token, text_data, training_run
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
-from runs_train.language_model import Run, learning_rate, main, make_optimizer, parse_options
-from tests.training_runs import goes_on_to_the_bit, state_of
+from runs_train.language_model import main, parse_options
+from runs_train.training_run import learning_rate, make_optimizer
+from tests.training_runs import TEXT, small_run, state_of, tokens_of
 
-ROOT = Path(__file__).parent.parent
+FP32 = ("--dtype", "float32")
 CONFIGS = {
     "llama": {
         "model": "llama", "vocab_size": 300, "max_seq_len": 32, "d_model": 24, "num_layers": 2,
@@ -42,81 +40,35 @@ CONFIGS = {
         "d_ff": 48, "norm_eps": 1e-5, "dropout": 0.2,
     },
 }  # fmt: skip
-TEXT = Path(text_data.__file__).read_text(encoding="utf-8")
-
-
-def small_run(root):
-    """(name of the model, name of the folder, options) to the arguments of a small run inside `root`."""
-    (root / "text.py").write_text(TEXT, encoding="utf-8")
-    for name, config in CONFIGS.items():
-        (root / f"{name}.json").write_text(json.dumps(config))
-
-    def arguments(name, folder, *options, steps=8):
-        arguments = ["--config", root / f"{name}.json", "--data", root / "text.py"]
-        arguments += ["--out", root / folder, "--vocab-size", 400, "--batch-size", 2, "--steps", steps]
-        arguments += ["--warmup", 2, "--eval-every", 3, "--save-every", 4, "--lr", 0.01, "--device", "cpu"]
-        return [str(argument) for argument in [*arguments, *options]]
-
-    return arguments
 
 
 @pytest.fixture
 def command(tmp_path):
-    return small_run(tmp_path)
+    """(name of the model, name of the folder, options) to the arguments of a small run."""
+    return commands(tmp_path)
+
+
+def commands(root):
+    def arguments(name, folder, *options, steps=8):
+        return small_run("language_model", root, CONFIGS[name])(folder, *options, steps=steps)
+
+    return arguments
 
 
 # Runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, options",
-    [
-        ("llama", []),
-        ("gpt2", []),
-        ("gpt2", ["--float32"]),
-        ("gpt2", ["--gradient-checkpointing", "--accumulate", "2"]),
-    ],
-)
-def test_an_interrupted_run_goes_on_to_the_bit(command, tmp_path, name, options, monkeypatch):
-    goes_on_to_the_bit(lambda folder: main(command(name, folder, *options)), tmp_path, monkeypatch)
-
-
-def test_a_run_that_is_killed_goes_on_from_its_last_state(command, tmp_path, monkeypatch):
-    main(command("gpt2", "whole"))
-    train_step = Run.train_step
-
-    def die_in_step_7(run):
-        if run.step == 6:
-            raise MemoryError
-        train_step(run)
-
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(Run, "train_step", die_in_step_7)
-        main(command("gpt2", "killed"))
-    assert state_of(tmp_path / "killed")["step"] == 4
-    main(command("gpt2", "killed"))
-    assert state_of(tmp_path / "killed")["losses"] == state_of(tmp_path / "whole")["losses"]
-
-
-def test_a_finished_run_is_only_measured_again(command, tmp_path, monkeypatch):
-    main(command("llama", "run"))
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(Run, "train_step", None)
-    main(command("llama", "run"))
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-
-
 def test_accumulated_batches_are_one_large_batch(command, tmp_path):
     """Batches of 2 twice, or of 4 once: the same windows, the same mean."""
-    main(command("llama", "twice", "--float32", "--accumulate", "2"))
-    main(command("llama", "once", "--float32", "--batch-size", "4"))
+    main(command("llama", "twice", *FP32, "--accumulate", "2"))
+    main(command("llama", "once", *FP32, "--batch-size", "4"))
     twice, once = state_of(tmp_path / "twice")["losses"], state_of(tmp_path / "once")["losses"]
     assert twice == pytest.approx(once, rel=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(command, tmp_path):
-    main(command("gpt2", "plain", "--float32"))
-    main(command("gpt2", "checkpointed", "--float32", "--gradient-checkpointing"))
+    main(command("gpt2", "plain", *FP32))
+    main(command("gpt2", "checkpointed", *FP32, "--gradient-checkpointing"))
     plain, checkpointed = state_of(tmp_path / "plain"), state_of(tmp_path / "checkpointed")
     assert plain["losses"] == pytest.approx(checkpointed["losses"], rel=1e-5)
 
@@ -125,8 +77,8 @@ def test_compiling_leaves_the_names_alone(command, tmp_path, monkeypatch):
     torch_compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: torch_compile(model, backend="eager"))
     monkeypatch.setattr(training_run.shutil, "which", lambda name: name)
-    main(command("llama", "compiled", "--compile", "--float32", steps=3))
-    main(command("llama", "plain", "--float32", steps=3))
+    main(command("llama", "compiled", "--compile", *FP32, steps=3))
+    main(command("llama", "plain", *FP32, steps=3))
     compiled, plain = state_of(tmp_path / "compiled"), state_of(tmp_path / "plain")
     assert list(compiled["model"]) == list(plain["model"])
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-4)
@@ -138,15 +90,34 @@ def test_without_a_compiler_it_goes_on_without(command, tmp_path, monkeypatch, c
     assert "needs a C++ compiler" in capsys.readouterr().err
 
 
-def test_it_learns(command, tmp_path):
+SONG = "for bottle in range(99, 0, -1):\n    print(bottle, 'of beer')\n"
+
+
+def test_it_learns_and_shows_it(command, tmp_path, capsys):
     """A text that repeats itself is soon known by heart; fresh weights know nothing of it."""
-    (tmp_path / "song.txt").write_text(
-        "for bottle in range(99, 0, -1):\n    print(bottle, 'of beer')\n" * 200
-    )
-    main(command("llama", "run", "--data", tmp_path / "song.txt", "--vocab-size", 300, steps=60))
+    (tmp_path / "song.txt").write_text(SONG * 200)
+    options = ["--data", tmp_path / "song.txt", "--vocab-size", 300, "--prompt", "for bottle in"]
+    main(command("llama", "run", *options, "--eval-every", 75, steps=150))
     losses = state_of(tmp_path / "run")["losses"]
     assert losses[0] == pytest.approx(math.log(300), rel=0.05)
     assert sum(losses[-5:]) / 5 < 1
+    # A sample at each measurement: the first one babbles, the last one sings.
+    first, last = capsys.readouterr().err.split("held-out bits per byte")[1:]
+    assert "for bottle in range(99" in last and "for bottle in range(99" not in first
+    assert all("    | for bottle in" in shown for shown in (first, last))
+
+
+def test_what_it_writes_is_nothing_for_a_terminal(command, tmp_path, monkeypatch, capsys):
+    """A text may hold escape sequences, and a model learns them."""
+    escape = []
+    monkeypatch.setattr(next_token, "generate", lambda *_, **__: ([token] for token in escape))
+    tokenizer = text_data.sentencepiece.SentencePieceProcessor
+    main(command("llama", "run", steps=3))
+    (path,) = (tmp_path / "run" / "training").glob("tokens-*/tokenizer.model")
+    escape += tokenizer(model_file=str(path)).encode("\x1b[2J\a")
+    main(command("llama", "again", "--tokenizer", path, steps=3))
+    shown = capsys.readouterr().err
+    assert "?[2J?" in shown and "\x1b" not in shown
 
 
 def test_the_learning_rate():
@@ -160,7 +131,7 @@ def test_the_learning_rate():
 
 def test_decay_is_for_matrices():
     options = parse_options(["--config", "x", "--data", "x", "--weight-decay", "0.3"])
-    model = language_model.create_model("gpt2", vocab_size=11, d_model=8, num_layers=1, num_heads=2, d_ff=16)
+    model = create_model("gpt2", vocab_size=11, d_model=8, num_layers=1, num_heads=2, d_ff=16)
     groups = make_optimizer(model, options, betas=(0.9, 0.95)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
@@ -197,12 +168,12 @@ def test_the_readme_says_what_is_stored(command, tmp_path):
     folder = tmp_path / "run"
     convert(folder)
     readme = (folder / "README.md").read_text()
-    facts = json.loads((folder / "training" / "tokens" / "data.json").read_text())
+    facts = json.loads((tokens_of(folder) / "data.json").read_text())
     assert facts["file_list_sha256"] in readme and f"--config {arguments[1]}" in readme
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     tokenizer = load_tokenizer(folder)
-    held_out = np.fromfile(folder / "training" / "tokens" / "held_out.bin", dtype=np.uint16)
+    held_out = np.fromfile(tokens_of(folder) / "held_out.bin", dtype=np.uint16)
     model = load_model(folder, dtype=torch.float32)
     measured = bits_per_byte(model, held_out, bytes_of_tokens(tokenizer), context=32, stride=16)
     assert f"{measured:.4f} |" in readme
@@ -225,9 +196,9 @@ def test_a_new_model_takes_the_place_of_the_old(command, tmp_path):
 def trained(tmp_path_factory):
     """(model in fp32, its tokenizer, the tokens of both parts) of a run."""
     root = tmp_path_factory.mktemp("trained")
-    main(small_run(root)("llama", "run"))
+    main(commands(root)("llama", "run"))
     convert(root / "run")
-    tokens = root / "run" / "training" / "tokens"
+    tokens = tokens_of(root / "run")
     train, held_out = (np.fromfile(tokens / f"{part}.bin", dtype=np.uint16) for part in ("train", "held_out"))
     return load_model(root / "run", dtype=torch.float32), load_tokenizer(root / "run"), train, held_out
 
@@ -341,21 +312,23 @@ def test_indentation_is_one_token(code_tokenizer):
     assert pieces[-4:] == list("1111")
 
 
-def test_tokens_are_made_once(command, tmp_path):
-    """The same data serve again; other data, or another vocabulary, are made anew."""
+def test_tokens_are_made_once(tmp_path):
+    """The same data serve again; other data, or another vocabulary, are beside them."""
     text = tmp_path / "text.py"
     text.write_text(TEXT)
-    corpus = text_data.prepare(text, tmp_path / "tokens", 400)
+    corpus = text_data.prepare(text, tmp_path, 400)
     assert isinstance(corpus.train, np.memmap)
-    made = (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns
-    text_data.prepare(text, tmp_path / "tokens", 400)
-    assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == made
+    made = (corpus.folder / "train.bin").stat().st_mtime_ns
+    again = text_data.prepare(text, tmp_path, 400)
+    assert again.folder == corpus.folder and (again.folder / "train.bin").stat().st_mtime_ns == made
 
-    smaller = text_data.prepare(text, tmp_path / "tokens", 350)
+    smaller = text_data.prepare(text, tmp_path, 350)
     assert smaller.train.max() < 350 and len(smaller.train) > len(corpus.train)
     text.write_text(TEXT + "x = 1\n")
-    longer = text_data.prepare(text, tmp_path / "tokens", 350)
+    longer = text_data.prepare(text, tmp_path, 350)
     assert longer.facts["file_list_sha256"] != smaller.facts["file_list_sha256"]
+    assert len({corpus.folder, smaller.folder, longer.folder}) == 3
+    assert (corpus.folder / "train.bin").stat().st_mtime_ns == made
 
 
 def test_a_tokenizer_of_another_run(command, tmp_path):
@@ -395,20 +368,10 @@ MISTAKES = {
     "a single line": (["--data", "line"], "--data line: no line ends"),
     "too short": (["--data", "short", "--vocab-size", "261"], "too few for a context of 32"),
     "too large a vocabulary": (["--vocab-size", "60000"], "--vocab-size 60000 does not suit"),
-    "more than 16 bits": (["--vocab-size", "70000"], "70000 does not fit into 16 bits"),
+    "more than 16 bits": (["--vocab-size", "70000"], "not a whole number from 260 to 65536"),
     "no tokenizer": (["--tokenizer", "nowhere"], "nowhere: "),
     "a broken tokenizer": (["--tokenizer", "binary"], "binary: no sentencepiece model"),
-    "unknown config": (["--config", "tiny-lama"], "no config named 'tiny-lama'"),
-    "negative steps": (["--steps", "-5"], "--steps: '-5' is not a whole number from 1 up"),
-    "no steps": (["--steps", "0"], "--steps: '0' is not a whole number"),
-    "half a step": (["--steps", "1.5"], "--steps: '1.5' is not a whole number"),
-    "NaN": (["--lr", "nan"], "--lr: 'nan' is not a number above 0"),
-    "infinite": (["--clip", "inf"], "--clip: 'inf' is not a number above 0"),
-    "negative": (["--weight-decay", "-1"], "--weight-decay: '-1' is not a number from 0 up"),
-    "all warm-up": (["--warmup", "8"], "--warmup 8 leaves nothing of --steps 8"),
     "longer than the model": (["--context", "64"], "--context 64 is longer than the model's max_seq_len, 32"),
-    "no such device": (["--device", "quantum"], "device 'quantum' is not on this machine"),
-    "misspelt": (["--stesp", "5"], "unrecognized arguments: --stesp 5"),
 }
 
 
@@ -426,47 +389,9 @@ def test_mistakes_are_one_line(command, tmp_path, mistake, monkeypatch):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_the_exit_status_is_2():
-    command = [sys.executable, "-m", "runs_train.language_model", "--config", "gpt2", "--data", "nowhere"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: --data nowhere") and result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    "option, value", [("--lr", 0.02), ("--steps", 9), ("--seed", 3), ("--batch-size", 4)]
-)
-def test_a_run_goes_on_only_as_it_began(command, tmp_path, option, value):
-    main(command("llama", "run"))
-    name = option.strip("-").replace("-", "_")
-    with pytest.raises(UserError, match=f"that run was started with {name} .*, not {value}; .*--restart"):
-        main(command("llama", "run", option, value))
-
-
 def test_other_data_do_not_go_on(command, tmp_path):
     main(command("llama", "run"))
     arguments = command("llama", "run")
-    (tmp_path / "text.py").write_text(TEXT + "x = 1\n")
+    (tmp_path / "data").write_text(TEXT + "x = 1\n")
     with pytest.raises(UserError, match="that run was started with file_list_sha256"):
         main(arguments)
-
-
-def test_a_model_is_not_overwritten_unasked(command, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a model already; give another --out, or --restart"):
-        main(command("llama", "run"))
-    assert (tmp_path / "run" / "config.json").read_text() == "{}"
-
-
-def test_a_broken_state(command, tmp_path):
-    main(command("llama", "run", steps=3))
-    state = tmp_path / "run" / "training" / "state.pt"
-    state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(UserError, match="state.pt: cannot be read .*--restart"):
-        main(command("llama", "run", steps=3))
-
-
-def test_a_loss_that_explodes(command):
-    with pytest.raises(UserError, match=r"the loss is \d.*, the gradient's length (nan|inf)"):
-        main(command("llama", "run", "--lr", 1e30))

@@ -4,10 +4,8 @@ import email.message
 import inspect
 import json
 import math
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -23,17 +21,13 @@ from models import create_model, load_model
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
 from runs_train import passage_data, text_data
-from runs_train.masked_language_model import EVALUATION_TOKENS, Run, main, masked_accuracy, start_near
+from runs_train.masked_language_model import main
+from runs_train.masked_tokens import EVALUATION_TOKENS, Run, masked_accuracy, start_near
 from runs_train.passage_data import CLS, MASK, PAD, SEP, SPECIAL_TOKENS, Passages
 from runs_train.text_data import Document
+from tests.training_runs import CONFIGS, TEXT, small_run, state_of, tokens_of
 
-ROOT = Path(__file__).parent.parent
-CONFIG = {
-    "model": "bert", "vocab_size": 300, "max_seq_len": 24, "num_segments": 2, "d_model": 16, "num_layers": 2,
-    "num_heads": 2, "d_ff": 32, "norm_eps": 1e-12, "activation": "gelu", "dropout": 0.2, "pooler": False,
-    "head": "masked_lm", "num_labels": None,
-}  # fmt: skip
-TEXT = Path(passage_data.__file__).read_text(encoding="utf-8")
+CONFIG, FP32 = CONFIGS["masked_language_model"], ("--dtype", "float32")
 # Verses of several lengths, so that batches need padding.
 SONG = (
     "ten green bottles\nhanging on the wall\n\nif one green bottle should fall\n\nthere will be nine\n\n" * 30
@@ -42,75 +36,17 @@ SONG = (
 
 @pytest.fixture
 def command(tmp_path):
-    """command(folder, *options, steps) -> the arguments of a small run."""
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    (tmp_path / "bert.json").write_text(json.dumps(CONFIG))
-
-    def command(folder, *options, steps=8):
-        arguments = ["--config", tmp_path / "bert.json", "--data", tmp_path / "text.txt"]
-        arguments += [
-            "--out",
-            tmp_path / folder,
-            "--vocab-size",
-            300,
-            "--batch-tokens",
-            200,
-            "--steps",
-            steps,
-        ]
-        arguments += ["--warmup", 2, "--eval-every", 3, "--save-every", 4, "--lr", 0.01, "--device", "cpu"]
-        return [str(argument) for argument in [*arguments, *options]]
-
-    return command
-
-
-def state_of(folder):
-    return torch.load(folder / "training" / "state.pt", weights_only=True)
+    return small_run("masked_language_model", tmp_path)
 
 
 # Runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [[], ["--float32"], ["--gradient-checkpointing", "--accumulate", "2"]])
-def test_an_interrupted_run_goes_on_to_the_bit(command, tmp_path, options, monkeypatch):
-    main(command("whole", *options))
-    train_step = Run.train_step
-
-    def ctrl_c_in_step_5(run):
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        train_step(run)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "train_step", ctrl_c_in_step_5)
-        main(command("parts", *options))
-    assert state_of(tmp_path / "parts")["step"] == 5
-    assert not (tmp_path / "parts" / "config.json").exists()
-    main(command("parts", *options))
-
-    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
-    assert len(whole["losses"]) == 8 and whole["losses"] == parts["losses"]
-    assert [step for step, _ in whole["evaluations"]] == [3, 6, 8]
-    assert whole["evaluations"] == parts["evaluations"]
-    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")]
-    assert weights[0] == weights[1]
-
-
-def test_a_run_goes_on_as_it_began(command, tmp_path):
-    main(command("run", steps=3))
-    for option, value, message in [
-        ("masked", "0.3", "masked 0.15, not 0.3"),
-        ("lr", "0.02", "lr 0.01, not 0.02"),
-    ]:
-        with pytest.raises(UserError, match=f"that run was started with {message}"):
-            main(command("run", f"--{option}", value, steps=3))
-
-
 def test_it_learns(command, tmp_path, capsys):
     """A song that repeats itself is soon known by heart, and half of a line is enough to know the rest."""
-    (tmp_path / "text.txt").write_text(SONG)
-    (tmp_path / "bert.json").write_text(json.dumps(CONFIG | {"dropout": 0.0}))
-    main(command("run", "--vocab-size", "50", "--float32", "--masked", "0.3", steps=150))
+    (tmp_path / "data").write_text(SONG)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"dropout": 0.0}))
+    main(command("run", "--vocab-size", "50", *FP32, "--masked", "0.3", steps=150))
     state = state_of(tmp_path / "run")
     assert state["losses"][0] == pytest.approx(np.log(50), rel=0.1)
     share = float(re.search(r"([\d.]+)% of the hidden tokens guessed", capsys.readouterr().out).group(1))
@@ -119,8 +55,8 @@ def test_it_learns(command, tmp_path, capsys):
 
 def test_the_loss_is_the_mean_over_the_hidden_tokens_of_all_batches(command, tmp_path, monkeypatch):
     """By transformers, from the first weights; a token that is not hidden does not count."""
-    (tmp_path / "bert.json").write_text(json.dumps(CONFIG | {"dropout": 0.0}))
-    (tmp_path / "text.txt").write_text(SONG)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"dropout": 0.0}))
+    (tmp_path / "data").write_text(SONG)
     made, initialise = {}, Run.__init__
 
     def keep(run, *arguments):
@@ -132,7 +68,7 @@ def test_the_loss_is_the_mean_over_the_hidden_tokens_of_all_batches(command, tmp
 
     monkeypatch.setattr(Run, "__init__", keep)
     options = ["--accumulate", "3", "--warmup", "0", "--masked", "0.35", "--vocab-size", "50"]
-    main(command("run", *options, "--batch-tokens", "300", "--float32", steps=1))
+    main(command("run", *options, "--batch-tokens", "300", *FP32, steps=1))
     batches = [made["run"].batch(n) for n in range(3)]
     oracle = transformers.BertForMaskedLM.from_pretrained(tmp_path / "run", dtype=torch.float32)
     first = with_weights(oracle, made["state"])
@@ -188,7 +124,7 @@ def test_the_first_weights_look_at_neighbours():
 @pytest.fixture
 def trained(command, tmp_path):
     """(folder, its README) of a run that learned something."""
-    (tmp_path / "text.txt").write_text(SONG)
+    (tmp_path / "data").write_text(SONG)
     main(command("run", "--vocab-size", "50", steps=40))
     return tmp_path / "run", (tmp_path / "run" / "README.md").read_text()
 
@@ -227,14 +163,14 @@ def test_transformers_reads_the_tokenizer(trained, tmp_path, file):
 
 def test_the_readme_says_what_is_stored(trained, command):
     folder, readme = trained
-    facts = json.loads((folder / "training" / "tokens" / "data.json").read_text())
+    facts = json.loads((tokens_of(folder) / "data.json").read_text())
     assert facts["file_list_sha256"] in readme and f"--config {command('run')[1]}" in readme
     assert f"{facts['train_passages']:,} passages" in readme
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     convert(folder)
     model = load_model(folder, dtype=torch.float32)
-    held_out = np.fromfile(folder / "training" / "tokens" / "held_out.bin", dtype=np.uint16)
+    held_out = np.fromfile(tokens_of(folder) / "held_out.bin", dtype=np.uint16)
     measured = masked_accuracy(model, held_out, 24)
     assert f"all held-out text | {measured.accuracy:.2%} |" in readme
     assert f"constant guess | {measured.constant:.2%} |" in readme
@@ -245,7 +181,7 @@ def test_the_readme_says_what_is_stored(trained, command):
 def test_the_accuracy_is_that_of_transformers_on_each_passage_alone(trained):
     """The same gaps, found by comparing what the model reads with what stands there; no padding, no batch."""
     folder, _ = trained
-    held_out = np.fromfile(folder / "training" / "tokens" / "held_out.bin", dtype=np.uint16)
+    held_out = np.fromfile(tokens_of(folder) / "held_out.bin", dtype=np.uint16)
     oracle = transformers.BertForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = sorted(passage_data.cut(held_out, 24), key=len)
     batches = [
@@ -315,18 +251,18 @@ def test_paragraphs_lie_between_empty_lines():
 
 def test_the_tokens_are_the_passages(tmp_path):
     (tmp_path / "text").write_text(TEXT, encoding="utf-8")
-    corpus = passage_data.prepare(tmp_path / "text", tmp_path / "tokens", 300)
+    corpus = passage_data.prepare(tmp_path / "text", tmp_path, 300)
     _, _, train, held_out = passage_data.split_passages(tmp_path / "text")
-    reference = transformers.BertTokenizer(vocab=vocabulary_of(tmp_path / "tokens"))
+    reference = transformers.BertTokenizer(vocab=vocabulary_of(corpus.folder))
     for tokens, passages in ((corpus.train, train), (corpus.held_out, held_out)):
         # A text that names a special token is a text.
         texts = [re.sub(r"\[(PAD|UNK|CLS|SEP|MASK)\]", r"[ \1 ]", passage.text) for passage in passages]
         rows = passage_data.cut(tokens, 10_000)
         assert [row.tolist() for row in rows] == reference(texts)["input_ids"]
 
-    made = (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns
-    passage_data.prepare(tmp_path / "text", tmp_path / "tokens", 300)
-    assert (tmp_path / "tokens" / "train.bin").stat().st_mtime_ns == made
+    made = (corpus.folder / "train.bin").stat().st_mtime_ns
+    passage_data.prepare(tmp_path / "text", tmp_path, 300)
+    assert (corpus.folder / "train.bin").stat().st_mtime_ns == made
 
 
 def vocabulary_of(folder):
@@ -345,7 +281,7 @@ def test_the_same_text_gives_the_same_vocabulary():
 # Batches ----------------------------------------------------------------------------------------------------
 
 
-def tokens_of(*lengths):
+def tokens_with(*lengths):
     """Passages of these many tokens, special ones included, each with numbers of its own."""
     numbers = iter(range(5, 10_000))
     rows = [[CLS, *(next(numbers) for _ in range(length - 2)), SEP] for length in lengths]
@@ -353,7 +289,7 @@ def tokens_of(*lengths):
 
 
 def test_long_passages_are_cut_in_equal_parts():
-    rows = passage_data.cut(tokens_of(3, 10, 11, 28), context=10)
+    rows = passage_data.cut(tokens_with(3, 10, 11, 28), context=10)
     assert [row[1:-1].tolist() for row in rows] == [
         [5], [*range(6, 14)], [*range(14, 19)], [*range(19, 23)],
         [*range(23, 30)], [*range(30, 37)], [*range(37, 43)], [*range(43, 49)],
@@ -364,7 +300,7 @@ def test_long_passages_are_cut_in_equal_parts():
 @pytest.mark.parametrize("batch_tokens", [1, 40, 64, 1000])
 def test_every_passage_is_read_once_in_a_pass(batch_tokens):
     lengths = np.random.default_rng(0).integers(3, 21, size=60)
-    passages = Passages(tokens_of(*lengths), 20, batch_tokens, seed=3)
+    passages = Passages(tokens_with(*lengths), 20, batch_tokens, seed=3)
     orders = []
     for number_of_pass in range(3):
         batches = [passages.batch(number_of_pass * passages.per_pass + n) for n in range(passages.per_pass)]
@@ -381,7 +317,7 @@ def test_every_passage_is_read_once_in_a_pass(batch_tokens):
         assert sum(lengths) / places > 0.9
 
     # A batch is a function of its number: asked for out of turn it is the same.
-    again = Passages(tokens_of(*lengths), 20, batch_tokens, seed=3)
+    again = Passages(tokens_with(*lengths), 20, batch_tokens, seed=3)
     number = 2 * again.per_pass - 1
     again.batch(0)
     assert torch.equal(again.batch(number), passages.batch(number))
@@ -393,7 +329,7 @@ def test_every_passage_is_read_once_in_a_pass(batch_tokens):
 @pytest.fixture(scope="module")
 def tokens():
     """(B, T): 4000 passages of 3 to 42 tokens, padded."""
-    rows = passage_data.cut(tokens_of(*[3 + n % 40 for n in range(400)]), context=42)
+    rows = passage_data.cut(tokens_with(*[3 + n % 40 for n in range(400)]), context=42)
     return passage_data.padded(rows).repeat(10, 1)
 
 
@@ -439,14 +375,11 @@ MISTAKES = {
     "no passages": (["--data", "spaces"], "--data spaces: no passages in one of its two parts"),
     "too large a vocabulary": (["--vocab-size", "60000"], "--vocab-size 60000 does not suit this text"),
     "too small a vocabulary": (["--vocab-size", "10"], "--vocab-size 10 does not suit this text"),
-    "another model": (["--config", "gpt2"], '--config gpt2: give a config of model "bert"'),
-    "another head": (["--config", "sentence.json"], 'with the head "masked_lm"'),
+    "another head": (["--config", "sentence.json"], 'has the head "None"; give one with "masked_lm"'),
     "longer than the model": (["--context", "25"], "--context 25 is longer than the model's max_seq_len, 24"),
     "too short": (["--context", "2"], "--context: '2' is not a whole number from 3 up"),
-    "all warm-up": (["--warmup", "8"], "--warmup 8 leaves nothing of --steps 8"),
     "more than all": (["--masked", "1.5"], "--masked: '1.5' is not a number from 0 to 1"),
     "no batch": (["--batch-tokens", "0"], "--batch-tokens: '0' is not a whole number from 1 up"),
-    "misspelt": (["--batch-size", "5"], "unrecognized arguments: --batch-size 5"),
 }
 
 

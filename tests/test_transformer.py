@@ -4,6 +4,7 @@ Marian has one kind of positions, no window, no shortened memory and one norm_ep
 compared with torch's TransformerEncoderLayer and TransformerDecoderLayer, told by loops what to attend to.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -24,7 +25,8 @@ from models.transformer import alibi_slopes, sinusoids
 from models.utils.errors import UserError
 from models.utils.files import read_json
 from tests.decoder_proof import LargestResults
-from tests.model_proof import ModelProof, assert_close
+from tests.model_proof import ModelProof, assert_close, assert_rounded_alike
+from tests.shape_cases import Case
 
 PAD = 100
 
@@ -227,6 +229,15 @@ def test_cached_equals_full(model):
     assert_close(torch.cat(pieces, dim=1), model(source, target))
 
 
+def test_the_cache_is_as_exact_in_bf16_as_the_whole_pass(model):
+    source, target = texts(PAD, 101, 2, 23)
+    half = copy.deepcopy(model).bfloat16()
+    cache = half.new_cache(half.encode(source), 20)
+    pieces = [half.decode(target[:, :10], None, cache)]
+    pieces += [half.decode(target[:, n : n + 1], positions_of(2, n, n + 1), cache) for n in range(10, 20)]
+    assert_rounded_alike(torch.cat(pieces, dim=1), half(source, target), model(source, target))
+
+
 def test_going_back_is_calling_with_smaller_positions(model):
     (source, target), (_, draft) = texts(PAD, 101, 2, 23), texts(PAD, 101, 2, 9, seed=1)
     cache = model.new_cache(model.encode(source), 26)
@@ -292,6 +303,7 @@ def test_a_cache_that_is_just_long_enough(model):
     cache = model.new_cache(memory, 12)
     model.decode(target[:, :5], None, cache)
     assert_close(model.decode(target[:, 5:], positions_of(2, 5, 12), cache), model(source, target)[:, 5:])
+    assert_close(model.decode(target[:, :12], None, cache), model(source, target)[:, :12])
     with pytest.raises(AssertionError, match="slots"):
         model.decode(texts(PAD, 101, 2, 16)[1], None, model.new_cache(memory, 12))
 
@@ -426,6 +438,55 @@ def torch_logits(model, source, target):
         y = torch_layer(config, layer)(y, memory, tgt_mask=biases, memory_key_padding_mask=memory_pads)
     logits = y @ model.token_embed.weight.T
     return logits + model.lm_head.bias if config.output_bias else logits
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "rope" in name])
+def test_logits_with_rope_equal_plain_loops(name):
+    """RoPE turns the queries and keys of self-attention, by each one's own place, and nothing else."""
+    model = variant(name)
+    source, target = texts(PAD, 101, 2, 14)
+    logits = model(source, target)
+    for row in range(2):
+        own = source[row : row + 1, : (source[row] != PAD).sum()]
+        assert_close(logits[row], looped_logits(model, own, target[row : row + 1]))
+
+
+def looped_logits(model, source, target):
+    """The logits of one text, (T, V)."""
+    window = model.config.window or math.inf
+    (x,), (y,) = embedded(model, source), embedded(model, target)
+    for layer in model.encoder_layers:
+        near = [[n for n in range(len(x)) if abs(m - n) <= window] for m in range(len(x))]
+        x = layer.attn_norm(x + looped_attention(layer.attn, x, x, near, rope=True))
+        x = layer.ffn_norm(x + layer.ffn(x))
+    (memory,), _ = means(x[None], [len(x)], model.config.cross_downsample)
+    for layer in model.decoder_layers:
+        past = [[n for n in range(m + 1) if m - n <= window] for m in range(len(y))]
+        y = layer.attn_norm(y + looped_attention(layer.attn, y, y, past, rope=True))
+        everything = [range(len(memory))] * len(y)
+        y = layer.cross_norm(y + looped_attention(layer.cross_attn, y, memory, everything, rope=False))
+        y = layer.ffn_norm(y + layer.ffn(y))
+    return model.lm_head(y)
+
+
+def looped_attention(attn, x, states, places, rope):
+    """One head and one query after the other; query m attends to the states at places[m]."""
+    maps = (attn.q_proj, x), (attn.k_proj, states), (attn.v_proj, states)
+    q, k, v = (linear(values).unflatten(-1, (attn.num_heads, -1)) for linear, values in maps)
+    d, out = q.shape[-1], torch.zeros_like(q)
+    for h, m in itertools.product(range(attn.num_heads), range(len(x))):
+        turns = [m - n if rope else 0 for n in places[m]]
+        scores = [turned_product(q[m, h], k[n, h], turn) for n, turn in zip(places[m], turns)]
+        probs = (torch.stack(scores) / math.sqrt(d)).softmax(dim=0)
+        out[m, h] = sum(p * v[n, h] for p, n in zip(probs, places[m]))
+    return attn.o_proj(out.flatten(1))
+
+
+def turned_product(q, k, distance):
+    """The real part of q k* e^(i (m - n) theta), pairs as complex numbers: Su et al. 2021, eq. 12."""
+    theta = 10000 ** (-torch.arange(0, len(q), 2) / len(q))
+    q, k = (torch.complex(*pairs.chunk(2)) for pairs in (q, k))
+    return (q * k.conj() * torch.polar(torch.ones_like(theta), distance * theta)).real.sum()
 
 
 def embedded(model, tokens):
@@ -728,3 +789,72 @@ def test_what_marian_lacks_is_not_written(change):
     config = config_to_dict("transformer", create_model("opus-mt", **{**SMALL, **change}).config)
     with pytest.raises(UserError, match=f"Marian.* has {next(iter(change))}"):
         to_hf_config("transformer", config)
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """The paper's, and one with all that is optional for each of the other positions."""
+    for positions in "sinusoidal", "alibi", "rope":
+        on = positions != "sinusoidal"
+        yield module.Config(
+            vocab_size=54,
+            max_seq_len=34,
+            d_model=30,
+            num_encoder_layers=2,
+            num_decoder_layers=2,
+            num_heads=3,
+            d_ff=28,
+            norm_eps=1e-5,
+            dropout=0.1,
+            activation="relu",
+            positions=positions,
+            window=4 if on else None,
+            cross_downsample=2 if on else 1,
+            scale_embedding=not on,
+            output_bias=on,
+            pad_id=53,
+        )
+
+
+def run_shapes(model, recorder, B, T, S, d, n, w):
+    """Encoding, the whole pass in training and in evaluation, and the decoder's ways with a cache."""
+    config, factor = model.config, model.config.cross_downsample
+    length = factor * (n - 1) + 1  # the last of the n states is the mean of one
+    source, target = torch.randint(config.vocab_size, (B, length)), torch.randint(config.vocab_size, (B, T))
+    source[1:3, 5:] = config.pad_id
+    slots = torch.arange(S).expand(B, S)
+    free = {"d": d, "n": n, "w": config.d_model // 2 if config.positions == "sinusoidal" else d // 2}
+
+    recorder.running(config, B=B, T=length, S=length, **free)
+    memory = model.encode(source)
+    recorder.running(config, B=B, T={length, T, n}, S={length, T, n}, **free)
+    model.train()(source, target).sum().backward()
+    model.eval()(source, target)
+
+    recorder.running(config, B=B, T=n, S={S, n}, **free)
+    cache = model.new_cache(memory, S)
+    recorder.running(config, B=B, T=T, S={T, S, n}, **free)
+    model.decode(target, None, cache)
+    recorder.running(config, B=B, T=1, S={S, n}, **free)
+    model.decode(target[:, :1], T - torch.arange(B)[:, None] % 2, cache)
+    recorder.running(config, B=B, T=S - T, S={S, n}, **free)
+    model.hidden(target[:, T - S :], slots[:, T:], cache)
+
+
+SHAPES = Case(
+    shape_configs,
+    run_shapes,
+    {"B": 7, "T": 11, "S": 19, "d": 10, "n": 13, "w": 15},
+    same={("H", "d")},
+    # In the encoder T = S, since all attend to all; the memory's keys and values are n, for T and for S.
+    true_too={
+        ("(B, T, D)", "(B, S, D)"),
+        ("(B, n)", "(B, S)"),
+        ("(B, n)", "(B, T)"),
+        ("(B, 1, T, T)", "(B, 1, S, T)"),
+        ("(B, 1, T, T)", "(B, 1, T, S)"),
+        ("each (B, H, T, d)", "each (B, H, S, d)"),
+    },
+)

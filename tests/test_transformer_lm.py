@@ -24,6 +24,7 @@ from models import llama as llama_page
 from models import transformer_lm as page
 from models.utils.errors import UserError, run_main
 from tests.decoder_proof import DecoderProof, assert_close, random_tokens
+from tests.shape_cases import Case, run_decoder
 
 BASE = {
     "vocab_size": 101,
@@ -463,3 +464,34 @@ def test_inspect_shows_this_page(folder, capsys):
     shown = capsys.readouterr().out
     assert "becomes models/transformer_lm.py" in shown and "num_kv_heads" not in shown
     assert "layers.{n}.attn.q_proj.weight" in shown and "skipped: RoPE's frequencies" in shown
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """With RoPE and without."""
+    for base in 100.0, None:
+        yield module.Config(
+            vocab_size=23,
+            max_seq_len=29,
+            d_model=17,
+            num_layers=2,
+            num_heads=3,
+            head_dim=10,
+            d_ff=19,
+            norm_eps=1e-5,
+            rope_base=base,
+            tied_head=base is None,
+        )
+
+
+def run_shapes(model, recorder, B, T, S):
+    """As any decoder, and its attention on its own."""
+    run_decoder(model, recorder, B, T, S)
+    recorder.running(model.config, B=B, T=T, S=T)
+    mask = torch.ones(T, T, dtype=torch.bool).tril().expand(B, 1, T, T)
+    model.layers[0].attn(torch.rand(B, T, model.config.d_model), mask)
+
+
+SHAPES = Case(shape_configs, run_shapes, {"B": 7, "T": 11, "S": 13})

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
@@ -14,6 +13,7 @@ from models import build_model, create_model, load_config, load_model
 from models.utils.errors import UserError
 from models.utils.files import read_json
 from tests.model_proof import ModelProof, assert_close
+from tests.shape_cases import Case
 
 
 def dropout(p):
@@ -111,19 +111,15 @@ class TestVisionTransformer(ModelProof):
 
     # The parts ----------------------------------------------------------------------------------------------
 
-    def test_patches_by_unfold_equal_those_by_convolution(self, model):
-        """As most programs have it: a convolution whose kernel is a patch and whose step is one too."""
-        images = random_images(model, 2, 36, 48)
-        kernels = model.patch_embed.weight.view(40, 2, 6, 6)
-        convolved = F.conv2d(images, kernels, model.patch_embed.bias, stride=6)
-        unfolded = model.patch_embed(F.unfold(images, 6, stride=6).mT)
-        assert_close(unfolded, convolved.flatten(2).mT)
-
     def test_patches_are_the_paper_s(self, model):
-        """Section 3.1: an image is reshaped into a sequence of flattened patches; here channel by channel."""
-        images = random_images(model, 2, 12, 18)
-        cut = images.view(2, 2, 2, 6, 3, 6).permute(0, 2, 4, 1, 3, 5).reshape(2, 6, 72)
-        assert torch.equal(F.unfold(images, 6, stride=6).mT, cut)
+        """Section 3.1: squares, row by row, each flattened, here channel by channel; the rest is lost."""
+        images, seen = random_images(model, 2, 15, 20), []
+        handle = model.patch_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        model.hidden(images)
+        handle.remove()
+        places = [(y, x) for y in (0, 6) for x in (0, 6, 12)]
+        cut = [images[:, :, y : y + 6, x : x + 6].flatten(1) for y, x in places]
+        assert torch.equal(seen[0], torch.stack(cut, dim=1))
 
     def test_hidden_states_equal_the_oracle(self, pair):
         oracle, model = pair
@@ -292,3 +288,50 @@ def test_a_config_that_is_not_implemented(change, message):
 def test_sizes_that_do_not_fit(change, message):
     with pytest.raises(UserError, match=message):
         create_model("vit-b-16", **change)
+
+
+# Shapes -----------------------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    """With a classifier, with a pooler, and with neither."""
+    for pooler, num_labels in (False, 23), (True, None), (False, None):
+        yield module.Config(
+            image_size=85,
+            patch_size=5,
+            num_channels=37,
+            d_model=38,
+            num_layers=7,
+            num_heads=19,
+            d_ff=29,
+            norm_eps=1e-5,
+            qkv_bias=pooler,
+            dropout=0.1,
+            pooler=pooler,
+            num_labels=num_labels,
+        )
+
+
+def run_shapes(model, recorder, B, h_px, w_px, g, **free):
+    """Images that stretch the position table and leave pixels over; then those of its own size."""
+    config = model.config
+    images = torch.randn(B, config.num_channels, h_px, w_px)
+    recorder.running(config, B=B, h_px=h_px, w_px=w_px, g=g, **free)
+    model.train()(images).sum().backward()
+    model.eval()(images)
+    recorder.running(config, B=1, h_px=h_px, w_px=w_px, g=g, **free)
+    model(images[:1])
+
+    size = config.image_size
+    free |= {"h": g, "w": g, "P": g * g, "T": g * g + 1}
+    recorder.running(config, B=B, h_px=size, w_px=size, g=g, **free)
+    model(torch.randn(B, config.num_channels, size, size))
+
+
+SHAPES = Case(
+    shape_configs,
+    run_shapes,
+    # Y, the labels, is Config's letter, and has no size where there is no classifier.
+    {"B": 11, "h_px": 67, "w_px": 18, "h": 13, "w": 3, "g": 17, "P": 39, "T": 40, "d": 2, "Y": 23},
+    same={("H", "d"), ("h", "w")},
+)

@@ -1,31 +1,42 @@
 """Between Hugging Face's checkpoints and ours: what every file and field of theirs is for us.
 
-A page per model of ours holds a table of tensors (LAYOUT), the lists of config fields of each model_type that
-it implements (HF_TYPES), and the way back (to_hf_config). layout.py and config.py say what these are made of.
+A table per page of models/ holds its tensors (LAYOUT), the lists of config fields of each model_type that
+the page implements (HF_TYPES), and the way back (to_hf_config). tensor_table.py and config_fields.py say what
+these are made of.
 
-To add a model: write its page and name it in PAGES; `convert_hf_checkpoint.py --inspect` shows what a table
-leaves out. The proof is tests/test_convert_hf_checkpoint.py.
+To add a model, write its table into this folder, where it is found; `convert_hf_checkpoint.py --inspect`
+shows what it leaves out. The proof is tests/test_convert_hf_checkpoint.py.
 """
 
+import importlib
+from pathlib import Path
+
 from conversion.config_fields import read_config
-from conversion.tables import bert, gpt2, gpt_neox, llama, transformer, transformer_lm, vision_transformer
 from conversion.tensor_table import plan
 from models.utils.errors import UserError
 
-PAGES = {
-    "bert": bert,
-    "gpt2": gpt2,
-    "gpt_neox": gpt_neox,
-    "llama": llama,
-    "transformer": transformer,
-    "transformer_lm": transformer_lm,
-    "vision_transformer": vision_transformer,
-}
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+PAGES = {name: importlib.import_module(f"conversion.tables.{name}") for name in NAMES}
 LAYOUTS = {name: page.LAYOUT for name, page in PAGES.items()}
-# Where two pages have a model_type, it is the first one's, unless the other is asked for by name.
-HF_TYPES = {}
-for page in PAGES.values():
-    HF_TYPES = {**HF_TYPES, **page.HF_TYPES, **HF_TYPES}
+
+
+def default_types(pages):
+    """{model_type: the HFType that reads it} where no model of ours is asked for by name."""
+    types = {}
+    for page in pages.values():
+        for model_type, hf_type in page.HF_TYPES.items():
+            if hf_type.by_name_only:
+                continue
+            if model_type in types:
+                raise ValueError(
+                    f"the tables of {types[model_type].model} and {hf_type.model} both take {model_type!r}; "
+                    "by_name_only=True says which of them has to be asked for"
+                )
+            types[model_type] = hf_type
+    return types
+
+
+HF_TYPES = default_types(PAGES)
 
 
 def from_hf_config(hf_config, allow=(), model=None):
@@ -43,6 +54,9 @@ def hf_type_of(hf_config, model=None):
     model_type = hf_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in types:
         supported = f"supported{reader}: {', '.join(types)}"
+        by_name = [name for name, page in PAGES.items() if model_type in list(page.HF_TYPES)]
+        if by_name and not model:
+            supported = f"convert it with convert_hf_checkpoint.py and --model {by_name[0]}"
         raise UserError(f"config.json: model_type is {model_type!r}; {supported}")
     return types[model_type]
 
@@ -52,9 +66,9 @@ def from_names(hf_config, names=(), model=None):
     return hf_type_of(hf_config, model).from_names(hf_config, names)
 
 
-def generation_ids(hf_config):
+def generation_ids(hf_config, model=None):
     """What config.json says of generation; of special tokens what transformers takes where it is silent."""
-    hf_type = HF_TYPES[hf_config["model_type"]]
+    hf_type = hf_type_of(hf_config, model)
     given = hf_type.token_ids | hf_config
     return {name: given[name] for name in hf_type.generation if given.get(name) is not None}
 

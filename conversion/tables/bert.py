@@ -12,8 +12,10 @@ holds, together with what config.json names (tensors of it that lack are reporte
     none of these                              None: the hidden states, for a sentence encoder
 """
 
-from conversion.config_fields import DECODER, HFType, num_labels, renamed, words
-from conversion.tensor_table import Layout, table
+import torch
+
+from conversion.config_fields import DECODER, HFType, activation_named, highest, num_labels, renamed, words
+from conversion.tensor_table import Computed, Layout, table
 from models.utils.errors import UserError
 
 LAYOUT = Layout(
@@ -21,7 +23,11 @@ LAYOUT = Layout(
     # BertModel, which is the model without a head, is saved without the prefix.
     without_prefix=lambda config: config["head"] is None,
     old_endings={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
-    skipped={"bert.embeddings.position_ids": "the numbers 0, 1, 2, ..."},
+    computed={
+        "bert.embeddings.position_ids": Computed(
+            "the numbers 0, 1, 2, ...", lambda config: torch.arange(config["max_seq_len"])[None]
+        )
+    },
     tied=lambda config: (
         {"lm_head.vocab_proj.weight": "token_embed.weight"}
         if config["head"] in ("masked_lm", "pretraining")
@@ -68,23 +74,10 @@ PARTS = {
     "sequence": {"classifier"},
     "tokens": {"classifier"},
 }
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "relu": "relu"}
 
 
 def activation(theirs):
-    name = theirs["hidden_act"]
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"config.json: hidden_act is {name!r}; models/bert.py implements {known}")
-    return ACTIVATIONS[name]
-
-
-def dropout(theirs):
-    """Two rates in theirs, one in ours: the published BERTs have 0.1 for both."""
-    rates = {name: theirs[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    if len(set(rates.values())) > 1:
-        raise UserError(f"config.json: models/bert.py has one dropout rate for both of {rates}")
-    return rates["hidden_dropout_prob"]
+    return activation_named(theirs, "hidden_act", "models/bert.py", ("gelu", "gelu_new", "relu"))
 
 
 def from_names(hf_config, names):
@@ -128,7 +121,7 @@ BERT_TYPE = HFType(
         "d_ff": "intermediate_size",
         "norm_eps": "layer_norm_eps",
         "activation": activation,
-        "dropout": dropout,
+        "dropout": highest("hidden_dropout_prob", "attention_probs_dropout_prob"),
     },
     defaults={
         "vocab_size": 30522,

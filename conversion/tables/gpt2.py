@@ -1,8 +1,7 @@
 """GPT-2 at Hugging Face: its tensors, and the fields of its config.json."""
 
-from conversion.config_fields import DECODER, HFType, renamed, words
+from conversion.config_fields import DECODER, HFType, highest, renamed, spellings, words
 from conversion.tensor_table import Layout, table
-from models.utils.errors import UserError
 
 # wte, wpe: token and position embeddings; h: layers; ln: norms; c_attn: q, k, v in one; c_fc: the map up.
 LAYOUT = Layout(
@@ -36,14 +35,6 @@ def gpt2_d_ff(theirs):
     return theirs["n_inner"] or 4 * theirs["n_embd"]
 
 
-def gpt2_dropout(theirs):
-    """Three rates in theirs, one in ours: every published GPT-2 has three times 0.1."""
-    rates = {name: theirs[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    if len(set(rates.values())) > 1:
-        raise UserError(f"config.json: models/gpt2.py has one dropout rate for all three of {rates}")
-    return rates["resid_pdrop"]
-
-
 GPT2_TYPE = HFType(
     model="gpt2",
     used={
@@ -54,7 +45,7 @@ GPT2_TYPE = HFType(
         "num_heads": "n_head",
         "d_ff": gpt2_d_ff,
         "norm_eps": "layer_norm_epsilon",
-        "dropout": gpt2_dropout,
+        "dropout": highest("resid_pdrop", "embd_pdrop", "attn_pdrop"),
     },
     defaults={
         "vocab_size": 50257,
@@ -70,7 +61,7 @@ GPT2_TYPE = HFType(
     },
     must_equal={
         **DECODER,
-        "activation_function": ("gelu_new",),
+        "activation_function": spellings("gelu_new"),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,),

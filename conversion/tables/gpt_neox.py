@@ -2,8 +2,8 @@
 
 import math
 
-from conversion.config_fields import DECODER, HFType, renamed, words
-from conversion.tensor_table import Layout, table
+from conversion.config_fields import DECODER, HFType, activation_named, checked_value, renamed, words
+from conversion.tensor_table import Computed, Layout, rope_frequencies, table
 from models.utils.errors import UserError
 
 # post_attention_layernorm is the norm before the feed-forward, also where both sublayers run in parallel.
@@ -14,9 +14,14 @@ LAYOUT = Layout(
     skipped={
         "gpt_neox.layers.{n}.attention.bias": "the causal mask, a triangle of ones",
         "gpt_neox.layers.{n}.attention.masked_bias": "what old versions put where the mask is 0",
-        "gpt_neox.layers.{n}.attention.rotary_emb.inv_freq": "RoPE's frequencies, computed from rope_base",
-        "gpt_neox.rotary_emb.inv_freq": "RoPE's frequencies, computed from rope_base",
     },
+    computed=dict.fromkeys(
+        ("gpt_neox.layers.{n}.attention.rotary_emb.inv_freq", "gpt_neox.rotary_emb.inv_freq"),
+        Computed(
+            "RoPE's frequencies, computed from rope_base",
+            lambda config: rope_frequencies(config["rope_base"], config["rotary_dim"]),
+        ),
+    ),
     tied=lambda config: {"lm_head.weight": "token_embed.weight"} if config["tied_head"] else {},
     rows=table("""
         token_embed.weight                   gpt_neox.embed_in.weight
@@ -31,15 +36,12 @@ LAYOUT = Layout(
     """),
 )
 
-# Their names of GELU: gelu_fast, gelu_new and gelu_pytorch_tanh are one function in three spellings.
-GELUS = {"gelu": "none", "gelu_fast": "tanh", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-
 
 def rotary_dim(theirs):
     """How many of a head's features RoPE turns: a fraction of them, rounded down."""
-    fraction = rope_parameters(theirs)["partial_rotary_factor"]
+    fraction = checked_value("rotary_pct", rope_parameters(theirs)["partial_rotary_factor"], 0.25)
     head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
-    features = int(head_dim * fraction)
+    features = int(head_dim * fraction) if 0 < fraction <= 1 else 0
     if not 0 < features <= head_dim or features % 2:
         raise UserError(
             f"config.json: rotary_pct is {fraction}, which is {features} of a head's {head_dim} features; "
@@ -49,7 +51,7 @@ def rotary_dim(theirs):
 
 
 def rope_base(theirs):
-    return float(rope_parameters(theirs)["rope_theta"])
+    return checked_value("rotary_emb_base", rope_parameters(theirs)["rope_theta"], 10000.0)
 
 
 def rope_parameters(theirs):
@@ -73,11 +75,8 @@ def rope_parameters(theirs):
 
 
 def gelu_approximation(theirs):
-    name = theirs["hidden_act"]
-    if name not in GELUS:
-        known = ", ".join(GELUS)
-        raise UserError(f"config.json: hidden_act is {name!r}; models/gpt_neox.py implements {known}")
-    return GELUS[name]
+    name = activation_named(theirs, "hidden_act", "models/gpt_neox.py", ("gelu", "gelu_new"))
+    return {"gelu": "none", "gelu_new": "tanh"}[name]
 
 
 GPT_NEOX_TYPE = HFType(

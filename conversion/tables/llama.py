@@ -1,16 +1,45 @@
-"""Llama at Hugging Face, and its relatives of the same architecture: Mistral and Qwen2."""
+"""Llama at Hugging Face, and its relatives of the same architecture: Mistral and Qwen2.
 
-from conversion.config_fields import DECODER, HFType, renamed, words
-from conversion.tensor_table import Layout, table
+The page to read before writing another: everything that a checkpoint says has its place here.
+
+LAYOUT is the table of the tensors: a line for each kind of ours, where it stands in their file, and a
+    transform where it does not come over as it is (conversion/tensor_table.py). `computed` are tensors that
+    files hold though they follow from the config; they are compared, not kept. `tied` are those of ours that
+    share another's numbers.
+An HFType sorts the fields of config.json for one model_type:
+    used          our field <- their field, or a function of their fields
+    defaults      every field that `used` reads, with what transformers takes where a file is silent
+    must_equal    their field: the values that our page implements, silence being the first of them; another
+                  value stops the conversion
+    silence       where silence means a value that our page does not implement
+    fixed         our field: the value, where their code leaves no choice
+    inert         fields on which the logits of a trained model do not depend
+    token_ids     special tokens where config.json is silent
+Any other field stops the conversion, since it may mean anything. to_hf_config is the way back.
+"""
+
+import models.llama as model_page
+from conversion.config_fields import DECODER, HFType, renamed, spellings, words
+from conversion.tensor_table import Computed, Layout, rope_frequencies, table
+from models import config_from_dict
 from models.utils.errors import UserError
+
+
+def frequencies(config):
+    """(d // 2,), scaled as the page scales them; None for a transformer_lm without RoPE, which reads none."""
+    if config.get("rope_scaling") is None:
+        return rope_frequencies(config["rope_base"], config["head_dim"]) if config["rope_base"] else None
+    _, built = config_from_dict(config, "config.json")
+    return model_page.rope_frequencies(built, "cpu")
+
 
 # post_attention_layernorm is the norm before the feed-forward: its name says what comes before it.
 LAYOUT = Layout(
     prefix="model.",
-    skipped={
-        "model.layers.{n}.self_attn.rotary_emb.inv_freq": "RoPE's frequencies, computed from rope_base",
-        "model.rotary_emb.inv_freq": "RoPE's frequencies, computed from rope_base",
-    },
+    computed=dict.fromkeys(
+        ("model.layers.{n}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
+        Computed("RoPE's frequencies, computed from rope_base", frequencies),
+    ),
     tied=lambda config: {"lm_head.weight": "token_embed.weight"} if config["tied_head"] else {},
     rows=table("""
         token_embed.weight                   model.embed_tokens.weight
@@ -119,7 +148,12 @@ LLAMA_TYPE = HFType(
         "mlp_bias": False,
         "tie_word_embeddings": False,
     },
-    must_equal={**DECODER, "hidden_act": ("silu",), "pretraining_tp": (1,), "rope_interleaved": (False,)},
+    must_equal={
+        **DECODER,
+        "hidden_act": spellings("silu"),
+        "pretraining_tp": (1,),
+        "rope_interleaved": (False,),
+    },
     # attention_dropout acts in training alone, and models/llama.py has no dropout.
     inert=words("attention_dropout is_llama_config"),
     token_ids={"bos_token_id": 1, "eos_token_id": 2},
@@ -135,7 +169,7 @@ MISTRAL_TYPE = HFType(
         "num_key_value_heads": 8,
         "intermediate_size": 14336,
     },
-    must_equal={**DECODER, "hidden_act": ("silu",), "sliding_window": (None,)},
+    must_equal={**DECODER, "hidden_act": spellings("silu"), "sliding_window": (None,)},
     # Without the field, the window is 4096 positions wide; Mistral 7B says null from version 0.2 on.
     silence={"sliding_window": 4096},
     inert={"attention_dropout"},
@@ -155,7 +189,7 @@ QWEN2_TYPE = HFType(
     },
     must_equal={
         **DECODER,
-        "hidden_act": ("silu",),
+        "hidden_act": spellings("silu"),
         "use_sliding_window": (False,),
         "layer_types": ("full_attention", None),
         "use_mrope": (False,),

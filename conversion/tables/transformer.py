@@ -4,19 +4,27 @@ A file of Marian's may hold the one embedding matrix four times and the sinusoid
 twice. The bias of the head hangs on no module there: final_logits_bias, a row of shape (1, V).
 """
 
-from conversion.config_fields import HFType, renamed, words
-from conversion.tensor_table import Layout, table
+import torch
+
+from conversion.config_fields import HFType, activation_named, renamed, words
+from conversion.tensor_table import Computed, Layout, rope_frequencies, table
 from models.utils.errors import UserError
 
-SINUSOIDS = "sines and cosines of the positions, computed"
+
+def position_table(config):
+    """(M, D): of each position all sines, then all cosines."""
+    angles = torch.arange(config["max_seq_len"])[:, None] * rope_frequencies(10_000, config["d_model"])
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
 
 # final_layer_norm: the last norm of a layer, after its feed-forward; encoder_attn: to the encoder's output.
 LAYOUT = Layout(
     prefix="model.",
-    skipped={
-        "model.encoder.embed_positions.weight": SINUSOIDS,
-        "model.decoder.embed_positions.weight": SINUSOIDS,
-    },
+    computed=dict.fromkeys(
+        ("model.encoder.embed_positions.weight", "model.decoder.embed_positions.weight"),
+        # In fp32 the angle of a late position is a little off, theirs as ours.
+        Computed("sines and cosines of the positions, computed", position_table, atol=1e-3),
+    ),
     tied=lambda config: {"lm_head.weight": "token_embed.weight"},
     copies={
         "model.encoder.embed_tokens.weight": "model.shared.weight",
@@ -50,15 +58,10 @@ LAYOUT = Layout(
     """),
 )
 
-ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu"}
-
 
 def activation(theirs):
-    name = theirs["activation_function"]
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"config.json: activation_function is {name!r}; models/transformer.py has {known}")
-    return ACTIVATIONS[name]
+    known = ("silu", "relu", "gelu")
+    return activation_named(theirs, "activation_function", "models/transformer.py", known)
 
 
 def same_in_both(encoder, decoder):

@@ -45,6 +45,7 @@ LLAMA = HFType(
     must_equal={**LLAMA_TYPE.must_equal, "attention_bias": (False,), "mlp_bias": (False,)},
     inert=LLAMA_TYPE.inert,
     token_ids=LLAMA_TYPE.token_ids,
+    by_name_only=True,
 )
 
 SMOLLM3 = HFType(

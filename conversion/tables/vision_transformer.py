@@ -5,7 +5,7 @@ ViTModel without one (vit-*-in21k), whose pooler is what is left of the classifi
 tensors say whether there is a pooler, which config.json does not.
 """
 
-from conversion.config_fields import HFType, num_labels, renamed
+from conversion.config_fields import HFType, highest, num_labels, renamed, spellings
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
@@ -34,14 +34,6 @@ LAYOUT = Layout(
 )
 
 
-def dropout(theirs):
-    """Two rates in theirs, one in ours: the published ViTs have 0 for both."""
-    rates = {name: theirs[name] for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
-    if len(set(rates.values())) > 1:
-        raise UserError(f"config.json: models/vision_transformer.py has one dropout rate for both of {rates}")
-    return rates["hidden_dropout_prob"]
-
-
 def from_names(hf_config, names):
     """Pooler and labels. names: of the file's tensors; without them the architecture alone decides."""
     (architecture,) = hf_config.get("architectures") or ["ViTForImageClassification"]
@@ -68,7 +60,7 @@ VIT_TYPE = HFType(
         "d_ff": "intermediate_size",
         "norm_eps": "layer_norm_eps",
         "qkv_bias": "qkv_bias",
-        "dropout": dropout,
+        "dropout": highest("hidden_dropout_prob", "attention_probs_dropout_prob"),
     },
     defaults={
         "image_size": 224,
@@ -86,7 +78,7 @@ VIT_TYPE = HFType(
     must_equal={
         "is_encoder_decoder": (False,),
         "pruned_heads": ({},),
-        "hidden_act": ("gelu",),
+        "hidden_act": spellings("gelu"),
         "pooler_act": ("tanh",),
     },
     # The pooler's shape is checked where there is one. encoder_stride belongs to a head that fills in pixels.

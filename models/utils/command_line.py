@@ -1,6 +1,7 @@
 """What all commands share; it imports nothing slow, so that --help and a typo answer at once."""
 
 import argparse
+import os
 from pathlib import Path
 
 from models.utils.errors import UserError
@@ -31,6 +32,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def shows_colours(stream):
+    """Whether a stream is a terminal whose owner wants colours (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def positive(kind):

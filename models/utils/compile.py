@@ -1,7 +1,9 @@
 """Decoding at the speed of memory: one step of a model compiled, with products for a few rows.
 
-    model = compile_decoding(load_model(folder, dtype=torch.bfloat16))
-    for tokens in generate(model, prompts, ...):      as before, 1.6 to 4 times as fast
+    model = compile_decoding(load_model(folder, dtype=torch.bfloat16, arranged=False))
+    for tokens in generate(model, prompts, ...):      as before, and faster
+
+(1.6 to 4 times as fast for a Llama of 124 M, 5 to 9 times for tiny-llama-python, which fits into the caches.)
 
 A decoded token multiplies one row by every matrix of the model. Each weight is read from memory, used for one
 multiplication, and not needed again until the next token: memory is all that counts. Two things are in the
@@ -12,12 +14,15 @@ one reads again.
 
 Both are mended, and the model files stay as they are. torch.export traces the step to a graph of tensor
 operations, in which FewRows puts other formulas for products and attention: those of row_linear.py for fp32
-and bf16, of tiled_linear.py for quantized layers, of row_attention.py. Inductor, the compiler behind
-torch.compile, makes loops of what is between them, several operations in each, and translates them with the
-C++ compiler. Shapes are fixed (tokens, and slots of the cache), so nothing is decided at run time. What comes
-out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
+and bf16, of row_attention.py. Quantized layers were replaced before, by those of tiled_linear.py. Inductor,
+the compiler behind torch.compile, makes loops of what is between them, several operations in each, and
+translates them with the C++ compiler. Shapes are fixed (tokens, and slots of the cache), so nothing is
+decided at run time. What comes out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
 
-Everything but a step (prefill, batches of a size not seen before, training) runs as it is written.
+Everything but a step (prefill, batches of a size not seen before, training) runs as it is written, but for
+the quantized layers, which are the same ones.
+Shapes: B batch, T tokens in this call, S slots, V vocabulary; of attention H heads, K of keys and values,
+    d features of each; of a product N outputs, n inputs.
 Proof: tests/test_compile.py, against the model itself.
 """
 
@@ -35,12 +40,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from models.utils import head
 from models.utils.files import one_line
+from models.utils.head import Head
+from models.utils.kernels.onednn import choose_products
 from models.utils.kernels.row_attention import MAX_QUERIES, attention_fits, load_row_attention, row_attention
 from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
-from models.utils.kernels.tiled_linear import into_huge_pages, tile_layers
-from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
+from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, tile_layers
+from models.utils.machine import instructions
+from models.utils.quantize import Int4Linear, Int8Linear, prepare, quantize_layer
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256
@@ -50,9 +60,9 @@ MIN_SLOTS = 256
 
 
 def row_times_matrix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear for a single row: multiply and sum, in fp32. weight is (N, K), x holds K numbers.
+    """F.linear for a single row: multiply and sum, in fp32. weight is (N, n), x holds n numbers.
 
-    For what row_linear does not take: a GPU, or a K that is no multiple of 32. Inductor makes of each block
+    For what row_linear does not take: a GPU, or an n that is no multiple of 32. Inductor makes of each block
     one loop over its rows, with no matrix of products in between. A loop waits for each of its additions
     before it begins the next; four blocks are four sums that grow side by side.
     """
@@ -111,16 +121,39 @@ class FewRows(TorchFunctionMode):
 
 
 class Step(nn.Module):
-    """A call of the model for a few tokens per row, as torch.export wants it: tensors in, tensors out."""
+    """A call of the model for a few tokens per row, as torch.export wants it: tensors in, tensors out.
 
-    def __init__(self, model, layer_cache):
+    A cache is whatever a page makes of it: tuples, named or not, of tensors, as deep as they are nested.
+    """
+
+    def __init__(self, model, cache):
         super().__init__()
-        self.model, self.layer_cache = model, layer_cache
+        self.model = model
+        self.form = pytree.tree_map(lambda leaf: isinstance(leaf, Tensor) or leaf, cache)
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: list[Tensor]) -> Tensor:
-        pairs = zip(cache[0::2], cache[1::2])
+        tensors = iter(cache)
+        cache = pytree.tree_map(lambda leaf: next(tensors) if leaf is True else leaf, self.form)
         with FewRows():
-            return self.model(tokens, positions, tuple(self.layer_cache(k, v) for k, v in pairs))
+            return logits(self.model.lm_head, self.model.hidden(tokens, positions, cache))
+
+
+def logits(lm_head, hidden):
+    """(B, T, V) in fp32, whatever the weights' dtype, as of a loaded model (head.py)."""
+    if isinstance(lm_head, TiledLinear):
+        return lm_head(hidden.float())
+    if isinstance(lm_head, Head) and linear_fits(hidden, lm_head.weight):
+        return row_linear(hidden, lm_head.weight, lm_head.bias, to_fp32=True)
+    return lm_head(hidden)
+
+
+def tensors_of(cache):
+    """The tensors of a cache, in their order; TypeError for one that holds anything else, as a number."""
+    leaves = [leaf for leaf in pytree.tree_leaves(cache) if leaf is not None]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"a step takes tensors alone, and this cache holds {type(leaf).__name__} too")
+    return leaves
 
 
 def compile_decoding(model, widths=(1,), report=print):
@@ -141,10 +174,12 @@ def arrange(model, report):
         reason = tile_layers(model)
         if reason:
             report(f"quantized layers with torch's own kernels: {reason}")
+            prepare(model)
     reason = load_row_linear() or load_row_attention()
     if reason:
         report(f"products and attention of a few rows as the compiler makes them: {reason}")
-    # Small matrices lie in columns (onednn.py); a step reads rows.
+    # A step reads rows; a prompt, which runs as it is written, has its library chosen as everywhere.
+    choose_products(model, by_columns=False)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     into_huge_pages(model)
@@ -158,8 +193,7 @@ def untie_head(model):
     small reads in int8, more in int4; the copy adds half of the matrix to what the model holds.
     """
     if model.lm_head.weight is model.token_embed.weight:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach())
-        quantize_layers(model, Quantization("int8"))  # the head is all that is left
+        model.lm_head = quantize_layer(model.lm_head, Int8Linear)
 
 
 class CompiledDecoder:
@@ -171,38 +205,42 @@ class CompiledDecoder:
     def __init__(self, model, widths, report):
         self.model, self.widths, self.report = model, sorted(widths), report
         self.steps = {}
+        self.takes_pads = None if self.widths[-1] > 1 else False
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def new_cache(self, batch_size, num_slots):
+    def new_cache(self, batch_size, num_slots, **options):
         """The model's cache, with more slots than asked for, and the steps that go with it.
 
         Slots are a power of two, so that few sizes ever need compiling; a step looks at all of them, written
         or not. The widest step fits behind the last slot that the caller knows of.
         """
         num_slots = max(MIN_SLOTS, 1 << (num_slots + self.widths[-1] - 2).bit_length())
-        cache = self.model.new_cache(batch_size, num_slots)
+        cache = self.model.new_cache(batch_size, num_slots, **options)
         for width in self.widths:
-            if (batch_size, num_slots, width) not in self.steps:
-                self.steps[batch_size, num_slots, width] = self.compiled(cache, width)
+            if (form := (width, *shapes_of(cache))) not in self.steps:
+                self.steps[form] = self.compiled(cache, width)
+        if self.takes_pads is None:
+            self.takes_pads = has_a_slot_for_each_position(self.model, num_slots)
         return cache
 
     def __call__(self, tokens, positions=None, cache=None):
         step, pads = None, 0
         if positions is not None and tokens.shape[1] <= self.widths[-1]:
             width = next(wider for wider in self.widths if wider >= tokens.shape[1])
-            step, pads = self.steps.get((len(tokens), cache[0].k.shape[2], width)), width - tokens.shape[1]
+            step, pads = self.steps.get((width, *shapes_of(cache))), width - tokens.shape[1]
         # Behind the model's context there are no positions, and so no place for pads.
-        if step is None or pads and positions.max() + pads >= self.model.config.max_seq_len:
+        if pads and not (self.takes_pads and positions.max() + pads < self.model.config.max_seq_len):
+            step = None
+        if step is None:
             return self.model(tokens, positions, cache)
-        slots = [tensor for layer in cache for tensor in layer]
         if not pads:
-            return step(tokens, positions, slots)
+            return step(tokens, positions, tensors_of(cache))
         # Pads stand behind the last token, which does not see them, in slots that are written again.
         last = positions[:, -1:] + torch.arange(1, pads + 1, device=positions.device)
         padded, places = F.pad(tokens, (0, pads)), torch.cat([positions, last], dim=1)
-        return step(padded, places, slots)[:, : tokens.shape[1]]
+        return step(padded, places, tensors_of(cache))[:, : tokens.shape[1]]
 
     def compiled(self, cache, width):
         """The step, from the disk or compiled now; None, and a line that says why, where that fails."""
@@ -210,7 +248,7 @@ class CompiledDecoder:
             self.report("going on without compilation: torch's own int4 kernel cannot be part of a step")
             return None
         try:
-            if cache[0].k.device.type == "cuda":
+            if tensors_of(cache)[0].is_cuda:
                 return graph_step(self.model, cache)
             path = cache_folder(self.report) / f"{fingerprint(self.model, cache, width)}.pt2"
             if not path.is_file():
@@ -222,13 +260,24 @@ class CompiledDecoder:
             return None
 
 
+def shapes_of(cache):
+    return [leaf.shape for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)]
+
+
+def has_a_slot_for_each_position(model, num_slots):
+    """Whether all of a cache grows with its slots; a window or a state does not, and is spoilt by pads."""
+    shapes = [shapes_of(model.new_cache(1, num_slots + more)) for more in (0, 1)]
+    return all(one != other for one, other in zip(*shapes))
+
+
 def compile_step(model, cache, width, path):
     """Trace a step of the model, and translate it into a library at `path`; the weights stay outside."""
-    tokens = torch.zeros(cache[0].k.shape[0], width, dtype=torch.long)
-    inputs = (tokens, tokens.clone(), [tensor for layer in cache for tensor in layer])
+    tensors = tensors_of(cache)
+    tokens = torch.zeros(tensors[0].shape[0], width, dtype=torch.long)
+    inputs = (tokens, tokens.clone(), tensors)
     # Made in a folder of its own and then moved: who is interrupted leaves nothing half done.
     with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        graph = torch.export.export(Step(model, type(cache[0])), inputs)
+        graph = torch.export.export(Step(model, cache), inputs)
         library = torch._inductor.aoti_compile_and_package(
             graph,
             package_path=f"{folder}/step.pt2",
@@ -256,9 +305,9 @@ def load_step(model, path):
 
 def graph_step(model, cache):
     """On a GPU: torch.compile, which records the step as a CUDA graph and then replays it."""
-    for tensor in (tensor for layer in cache for tensor in layer):
+    for tensor in tensors_of(cache):
         torch._dynamo.mark_static_address(tensor)
-    step = Step(model, type(cache[0]))
+    step = Step(model, cache)
     step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
     return lambda *inputs: step(*inputs).clone()  # the next replay writes over what this one returned
 
@@ -281,7 +330,7 @@ def temporary_folder():
 
 @contextlib.contextmanager
 def quiet():
-    """The compiler talks to its developers; none of it is for who waits for a text."""
+    """Hide the compiler's warnings, which are for its developers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -296,12 +345,13 @@ def fingerprint(model, cache, width):
         torch.get_num_threads(),
         load_row_linear(),
         load_row_attention(),
-        tuple(cache[0].k.shape),
+        instructions(),
+        shapes_of(cache),
         width,
         model.config,
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
-        Path(__file__).read_text(encoding="utf-8"),
+        *(Path(page).read_text(encoding="utf-8") for page in (__file__, head.__file__)),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from models.utils.errors import UserError
-from models.utils.files import converted_folder, one_line, read_json
+from models.utils.errors import UserError, one_line
+from models.utils.files import converted_folder, read_json
 
 FILE = "preprocessor_config.json"
-LARGEST_SIDE = 10_000  # pixels, in each direction
+LARGEST_SIDE = 4096  # pixels, in each direction, of what a model is given
+# Pillow reads dozens of formats; for some it starts other programs (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # what Pillow calls images of 8 bits with so many channels
 
 
@@ -43,6 +45,8 @@ class ImageProcessor:
         """The pixels of a Pillow image as they are kept: (C, height, width), uint8."""
         if self.size:
             image = image.resize(self.size[::-1], self.resample)
+        elif max(image.size) > LARGEST_SIDE:
+            raise UserError(f"an image of {image.size} pixels is too large for a model that resizes none")
         pixels = np.asarray(image)
         return pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
 
@@ -67,13 +71,14 @@ def open_image(path, num_channels):
         with warnings.catch_warnings():
             # Only of sizes that no camera makes; Pillow itself stops at twice as many pixels.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return to_channels(ImageOps.exif_transpose(image), num_channels)
     except UnidentifiedImageError:
-        raise UserError(f"{path}: is no image that Pillow can read; give a PNG or JPEG file") from None
+        known = ", ".join(FORMATS)
+        raise UserError(f"{path}: is no image of a kind that is read here ({known})") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: is too large ({one_line(error)}); make the image smaller") from None
-    except (OSError, SyntaxError, ValueError, MemoryError) as error:
+    except Exception as error:  # a damaged file leads Pillow's many readers to errors of many kinds
         raise UserError(f"{path}: cannot be read ({one_line(error)}); is the file whole?") from None
 
 
@@ -144,7 +149,7 @@ def image_processor(fields, num_channels, where=FILE):
             per_channel(fields["image_mean"] if normalizes else 0.0, num_channels),
             per_channel(fields["image_std"] if normalizes else 1.0, num_channels, positive),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{where}: {one_line(error)}") from None
 
 
@@ -158,14 +163,20 @@ def size_of(size):
     return sides["height"], sides["width"]
 
 
-def per_channel(value, num_channels, check=float):
+def per_channel(value, num_channels, check=None):
     """One number for all channels or one for each, as an array (C,)."""
     values = value if isinstance(value, list) else [value] * num_channels
     if len(values) != num_channels:
         raise ValueError(
             f"image_mean and image_std have {len(values)} numbers, the model {num_channels} channels"
         )
-    return np.array([check(each) for each in values], dtype=np.float32)
+    return np.array([(check or finite)(each) for each in values], dtype=np.float32)
+
+
+def finite(value):
+    if type(value) not in (int, float) or not -math.inf < value < math.inf:
+        raise ValueError(f"{value!r} stands where a number is expected")
+    return value
 
 
 def positive(value):

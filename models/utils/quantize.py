@@ -6,6 +6,10 @@ the weights that the codes stand for (dequantized). A weight becomes a small int
     int8, one scale for a row (an output):       w = scale * q                     q in -127 .. 127
     int4, scale and zero for a group of a row:   w = scale * (q - 8) + zero        q in 0 .. 15
 
+A group of four in int4, from its smallest weight to its largest in 15 steps:
+
+    weights -.6 .13 .3 .9  ->  scale .1, zero .2, codes 0 7 9 15  ->  -.6 .1 .3 .9
+
 A row of 4096 takes 8192 bytes in bf16, 4096 + 2 in int8, 2048 + 128 * 4 in int4 with groups of 32. A group
 has a zero of its own because 16 levels are few: its smallest and largest weight are seldom opposites.
 
@@ -16,19 +20,23 @@ Which layers: every module called Linear, torch's and transformer_lm's, unless i
 (torch's int8 kernel reads past the end of such rows). Where no group size fits a width, int4 becomes int8.
 Embeddings stay as they are, and so does a head that is tied to them. A copy of it in int8 would be less to
 read per token, but more to hold: tiny-llama-python-draft would be larger in int8 than it is in bf16.
-(compile.py, which is after speed, makes one.)
+(compile.py, which is after speed, makes one.) Experts that share one tensor of three dimensions stay too.
 
-Rounding to the nearest of 16 even levels between a group's ends (RTN) lets its two rarest weights choose the
-levels of all. search_int4 chooses them by the weights' squared error, which falls by 8% in tiny-llama-python;
-in groups of 32 the logits come 3 to 10% closer, and two of three tiny models need fewer bits per byte.
+Rounding to the nearest of 16 even levels between a group's ends (RTN) lets its two most extreme weights
+choose the levels of all. search_int4 chooses them by the weights' squared error, which falls by 8% in
+tiny-llama-python; in groups of 32 the logits come 3 to 10% closer, and two of three tiny models need fewer
+bits per byte.
 What counts is the error of the outputs, though, and it depends on the inputs. With a text (--calibrate FILE)
 calibrated_int4 measures them and lets each weight make good what those before it spoiled: the logits come 25
 to 45% closer than by RTN, and all three need fewer bits per byte. The whole model reads that text once first.
 The kernels are torch's, in bf16 on the CPU; elsewhere a layer dequantizes its weights at every call.
+Shapes: N outputs and K inputs of a layer, g weights in a group, b columns in a block of a text's products.
 Proof: tests/test_quantize.py, against plain formulas and F.linear.
 """
 
 import re
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,7 +47,8 @@ from tqdm import tqdm
 
 from models.utils.calibration import input_products
 from models.utils.command_line import QUANTIZED
-from models.utils.errors import UserError
+from models.utils.errors import UserError, report
+from models.utils.machine import is_slow, spoken_bytes
 
 GROUP_SIZES = (128, 64, 32)  # that torch's int4 kernel knows
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -112,7 +121,7 @@ def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
 
 def round_int4(groups: Tensor, low: Tensor, high: Tensor, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, zero) with 16 levels from low to high; of shapes (..., g), (..., 1) and (..., 1)."""
-    # Levels 0 to 15 make 15 steps. Zero is level 8, of which the code's (q - 8) makes nothing.
+    # Levels 0 to 15 make 15 steps. `zero` is the weight of code 8, where q - 8 = 0.
     scale = ((high - low) / 15).clamp_min(1e-12).to(dtype)
     zero = (low + 8 * scale.float()).to(dtype)
     return nearest_codes(groups, scale, zero), scale, zero
@@ -260,7 +269,7 @@ class Int8Linear(nn.Module):
     def forward(self, x):
         rows = x.reshape(-1, x.shape[-1])
         if not has_kernel(self.scale) or len(rows) > MAX_KERNEL_ROWS:
-            return F.linear(x, self.dequantized(), self.bias)
+            return multiply(x, self.dequantized(), self.bias)
         out = torch._weight_int8pack_mm(rows, self.weight, self.scale)
         return add_bias(out.view(*x.shape[:-1], -1), self.bias)
 
@@ -304,7 +313,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x):
         if not self.tiled:
-            return F.linear(x, self.dequantized(), self.bias)
+            return multiply(x, self.dequantized(), self.bias)
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group_size, self.scale_zero)
         return add_bias(out[:, : self.num_outputs].view(*x.shape[:-1], -1), self.bias)
@@ -313,6 +322,13 @@ class Int4Linear(nn.Module):
 def has_kernel(scale):
     """torch has kernels for other dtypes too, slower than dequantizing: in fp32 one row took 17 ms, not 3."""
     return scale.device.type == "cpu" and scale.dtype == torch.bfloat16
+
+
+def multiply(x, weight, bias):
+    """F.linear, in fp32 where this CPU is slow at the dtype."""
+    if not is_slow(x.dtype, x.device):
+        return F.linear(x, weight, bias)
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def fixed(tensor):
@@ -330,7 +346,7 @@ def add_bias(out, bias):
 def plan_layers(model, quantization):
     """{name of a linear layer: (class, group size)} of all that are quantized, and a phrase for each other.
 
-    It depends on names and shapes alone, so that who writes a checkpoint and who reads it come to the same.
+    It depends on names and shapes alone: the writer and the reader of a checkpoint compute the same plan.
     """
     embeddings = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
     plan, notes = {}, []
@@ -352,6 +368,10 @@ def plan_layers(model, quantization):
             plan[name] = (Int4Linear, sizes[0])
             if sizes[0] != quantization.group_size:
                 notes.append(f"{name} has groups of {sizes[0]} (its width is {width})")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            size = spoken_bytes(parameter.nbytes)
+            notes.append(f"{name} keeps its precision (its {size} are no matrix of a linear layer)")
     return plan, notes
 
 
@@ -359,7 +379,7 @@ def swap(model, quantization):
     """Put empty quantized layers in the place of a model's linear ones, on their device (meta)."""
     plan, notes = plan_layers(model, quantization)
     for name, (layer_class, group_size) in plan.items():
-        set_module(model, name, layer_class(model.get_submodule(name), group_size))
+        model.set_submodule(name, layer_class(model.get_submodule(name), group_size))
     return notes
 
 
@@ -372,17 +392,24 @@ def quantize_layers(model, quantization, device="cpu", dtype=None, windows=()):
     """
     plan, notes = plan_layers(model, quantization)
     products = calibrate(model, plan, windows)
-    for name, (layer_class, group_size) in tqdm(plan.items(), "quantizing", leave=False, disable=None):
-        linear = model.get_submodule(name)
-        weight = linear.weight.detach().to(device=device, dtype=dtype)
-        with torch.device("meta"):
-            layer = layer_class(linear, group_size)
-        for part, tensor in layer_class.quantized(weight, group_size, products.pop(name, None)).items():
-            setattr(layer, part, fixed(tensor))
-        layer.to(device=device, dtype=dtype)
-        layer.prepare()
-        set_module(model, name, layer)
+    started, told = time.monotonic(), sys.stderr.isatty()  # where a bar is shown
+    for done, name in enumerate(tqdm(plan, "quantizing", leave=False, disable=None)):
+        if done and not told and (seconds := time.monotonic() - started) > 1:
+            report(f"quantizing {len(plan)} layers, which takes about {seconds / done * len(plan):.0f} s")
+            told = True
+        layer = model.get_submodule(name)
+        model.set_submodule(name, quantize_layer(layer, *plan[name], device, dtype, products.pop(name, None)))
     return notes
+
+
+def quantize_layer(linear, layer_class, group_size=None, device="cpu", dtype=None, products=None):
+    """The layer of this class that takes the place of a linear one."""
+    weight = linear.weight.detach().to(device=device, dtype=dtype)
+    with torch.device("meta"):
+        layer = layer_class(linear, group_size)
+    for part, tensor in layer_class.quantized(weight, group_size, products).items():
+        setattr(layer, part, fixed(tensor))
+    return layer.to(device=device, dtype=dtype)
 
 
 def calibrate(model, plan, windows):
@@ -419,11 +446,6 @@ def prepare(model):
     for module in model.modules():
         if isinstance(module, (Int8Linear, Int4Linear)):
             module.prepare()
-
-
-def set_module(model, name, module):
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
 
 
 def spoken(quantization, notes):

@@ -8,6 +8,7 @@ probable token always.
 
 Papers: top-k, Fan et al. 2018 (arXiv:1805.04833); top-p, Holtzman et al. 2019
 (arXiv:1904.09751); min-p, Nguyen et al. 2024 (arXiv:2407.01082).
+Shapes: B rows of a batch, V tokens of the vocabulary.
 Proof: tests/test_sampling.py.
 """
 
@@ -102,7 +103,7 @@ def keep_min_p(logits, min_p):
 
 
 def draw(probs, generators):
-    """One token per row, (B, V) -> (B,), each from its own generator, so that its company does not matter."""
+    """One token per row, (B, V) -> (B,); a row has its own generator, and its draw depends on no other."""
     return token_at(probs, uniform(generators)[:, 0])
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import tokenizers
 
 from models.utils.errors import UserError
+from models.utils.files import plain_file, read_bytes, reading
 from models.utils.tokenizers.pipeline import GPT2_NAMES, TokenizersTokenizer, gpt2_pipeline, read_pipeline
 from models.utils.tokenizers.sentencepiece_model import SentencePieceTokenizer
 from models.utils.tokenizers.settings import Settings
@@ -39,7 +40,11 @@ from models.utils.tokenizers.tiktoken_ranks import RANK_LINE, TiktokenTokenizer
 def load_tokenizer(folder):
     """The tokenizer of a checkpoint: `checkpoints/NAME`, its `converted/`, or any folder that has one."""
     folder = tokenizer_folder(Path(folder))
-    settings = Settings(folder)
+    with reading(folder, "fetch the tokenizer's files again"):
+        return choose_tokenizer(folder, Settings(folder))
+
+
+def choose_tokenizer(folder, settings):
     if (folder / "source.spm").is_file():
         # Imported here, since that page builds on this one.
         from models.utils.tokenizers.marian import MarianTokenizer
@@ -56,7 +61,7 @@ def load_tokenizer(folder):
         return wordpiece_tokenizer(settings)
     if not (folder / "tokenizer.model").is_file():
         return TokenizersTokenizer(gpt2_pipeline(folder, settings), settings, GPT2_NAMES)
-    content = (folder / "tokenizer.model").read_bytes()
+    content = read_bytes(folder / "tokenizer.model")
     if RANK_LINE.match(content):
         return TiktokenTokenizer(content, settings)
     return SentencePieceTokenizer(content, settings)
@@ -75,6 +80,9 @@ def tokenizer_folder(folder):
     for candidate in (folder / "converted", folder):
         has = [(candidate / name).is_file() for name in VOCABULARY_FILES]
         if has[0] or has[1] or (has[2] and (has[3] or has[4])) or has[5]:
+            for name, there in zip(VOCABULARY_FILES, has):
+                if there:
+                    plain_file(candidate / name, folder)
             return candidate
     raise UserError(
         f"{folder}: no tokenizer here (looked for tokenizer.json, tokenizer.model, vocab.txt, and vocab.json "

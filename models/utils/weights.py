@@ -1,29 +1,34 @@
 """A model gets its weights: the tensors of a converted folder, mapped, and quantized or moved where asked."""
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from models.utils.errors import UserError
-from models.utils.files import one_line, read_json
+from models.utils.head import keep_logits_in_fp32
 from models.utils.kernels.onednn import choose_products
 from models.utils.quantize import prepare, quantize_layers
+from models.utils.safetensors_files import CODE_NAMES, DTYPE_NAMES, open_safetensors
 
 
-def load_weights(model, folder, device="cpu", dtype=None, quantization=None, windows=()):
+def load_weights(model, folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True):
     """Give a model on the meta device the weights of a converted folder; the arguments are load_model's."""
     # The model on the meta device has shapes and no memory; the tensors of the files are mapped, not copied.
-    tensors = dict(read_tensors(folder))
-    problems = mismatches(names_of_parameters(model), tensors)
+    files = open_safetensors(folder)
+    problems = mismatches(names_of_parameters(model), files.entries)
     if problems:
         raise UserError(f"{folder}: {'; '.join(problems[:5])}; convert the checkpoint again")
-    fill(model, tensors)
+    fill(model, {name: files.read(name) for name in files.entries})
+    dtypes = {entry.dtype for entry in files.entries.values()}
+    if dtype is None and len(dtypes) > 1 and all(isinstance(each, torch.dtype) for each in dtypes):
+        dtype = main_dtype(files.entries.values())
 
     # Quantized from what is mapped, a layer at a time; the rest is copied where device or dtype is another.
     if quantization:
         quantize_layers(model, quantization, device, dtype, windows)
     model.to(device=device, dtype=dtype)
-    prepare(model)
-    choose_products(model)
+    if arranged:
+        prepare(model)
+        choose_products(model)
+    keep_logits_in_fp32(model)
     return model.eval()
 
 
@@ -44,35 +49,31 @@ def fill(model, tensors):
             setattr(model.get_submodule(module), attribute, parameter)
 
 
-def weight_files(folder):
-    """The safetensors files of a converted folder."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+def main_dtype(entries):
+    """The dtype of most of the numbers, fp32 without any; a model computes in one, its norms too."""
+    shares = {}
+    for entry in entries:
+        shares[entry.dtype] = shares.get(entry.dtype, 0) + torch.Size(entry.shape).numel()
+    return max(shares, key=shares.get, default=torch.float32)
 
 
-def read_tensors(folder):
-    """(name, tensor) for every tensor of a converted folder, mapped from its file."""
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{path}: cannot be read ({one_line(error)}); convert the checkpoint again"
-            ) from None
-
-
-def mismatches(names_of, tensors):
-    """What keeps `tensors` from filling the parameters, one phrase each."""
-    missing = [f"{names[0]} is missing" for names in names_of.values() if names[0] not in tensors]
-    expected = {names[0]: parameter.shape for parameter, names in names_of.items()}
-    surplus = [f"{name} has no place in the model" for name in tensors if name not in expected]
-    wrong = [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
+def mismatches(names_of, entries):
+    """What keeps the tensors of `entries` from filling the parameters, one phrase each."""
+    missing = [f"{names[0]} is missing" for names in names_of.values() if names[0] not in entries]
+    expected = {names[0]: parameter for parameter, names in names_of.items()}
+    surplus = [f"{name} has no place in the model" for name in entries if name not in expected]
+    wrong = []
+    for name, parameter in expected.items():
+        shape, dtype = entries[name][:2] if name in entries else (parameter.shape, None)
+        if shape != parameter.shape:
+            wrong.append(f"{name} has shape {shape} instead of {tuple(parameter.shape)}")
+        elif dtype is not None and not fits(dtype, parameter):
+            wrong.append(f"{name} is stored as {dtype}, which is not what it needs")
     return missing + surplus + wrong
+
+
+def fits(dtype, parameter):
+    """Whether a dtype in a file, or a header's word for one, can be that of a parameter."""
+    if parameter.is_floating_point():
+        return dtype in DTYPE_NAMES.values()
+    return CODE_NAMES.get(dtype) == parameter.dtype

@@ -4,7 +4,9 @@
     torch.ops.zoo.row_linear                                                   is there, if reason is None
 
 torch.utils.cpp_extension does the same and asks for ninja, and for Python's headers; a page that sees only
-ATen's tensors is one call of the compiler. Proof: tests/test_tiled_linear.py.
+ATen's tensors is one call of the compiler. The compiler is told what this processor has, and a page asks what
+that is (#ifdef __AVX512VNNI__). ZOO_CPU=avx2 in the environment takes what is newer away (machine.py), to try
+how the pages do elsewhere. Proof: tests/test_tiled_linear.py.
 """
 
 import hashlib
@@ -18,8 +20,17 @@ from pathlib import Path
 
 import torch
 
+from models.utils.machine import instructions
+
 TORCH = Path(torch.__file__).parent
 # Vectors wider than a CPU's registers are passed in a way of which GCC warns (psabi); here they never are.
+# What the compiler calls the instructions of machine.py; it needs to know nothing of the others.
+OPTIONS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw"],
+    "avx512_vnni": ["-mavx512vnni"],
+    "avx512_bf16": ["-mavx512bf16"],
+}
 FLAGS = ["-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"]
 
 
@@ -41,12 +52,24 @@ def load_library(source: Path, shape_of):
     return None
 
 
-def build(source):
-    """The path of the library, compiled unless it is there for this source, torch and compiler."""
+@lru_cache
+def is_built(source: Path):
+    """Whether the library is there, so that nobody would have to wait for it."""
+    return plan(source)[1].exists()
+
+
+def plan(source):
+    """(command, path of what it writes): a library for each source, torch, compiler and processor."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    command = [*compiler, *FLAGS, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
+    flags = FLAGS + [option for name in instructions() for option in OPTIONS.get(name, [])]
+    command = [*compiler, *flags, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
     recipe = "\n".join([source.read_text(), torch.__version__, *command])
-    library = cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    return command, cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+
+
+def build(source):
+    """The path of the library, compiled unless it is there."""
+    command, library = plan(source)
     if library.exists():
         return library
     print(f"compiling {source.name} (once, about ten seconds)", file=sys.stderr)
@@ -57,10 +80,10 @@ def build(source):
             part = Path(folder) / library.name
             done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
             if done.returncode or not part.exists():
-                raise BuildError(f"{compiler[0]} could not compile {source.name}{first_error(done.stderr)}")
+                raise BuildError(f"{command[0]} could not compile {source.name}{first_error(done.stderr)}")
             part.replace(library)
     except FileNotFoundError:
-        raise BuildError(f"no C++ compiler ({compiler[0]} is not there; CXX names another)") from None
+        raise BuildError(f"no C++ compiler ({command[0]} is not there; CXX names another)") from None
     except OSError as error:
         raise BuildError(f"{library.parent}: {error.strerror}; TORCH_EXTENSIONS_DIR names another") from None
     return library

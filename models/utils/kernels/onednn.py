@@ -9,9 +9,11 @@ many. Milliseconds per product, with 24 weights of 3072 x 768 in turn, so that e
     F.linear, by columns     .51    .83   1.03   1.05   1.62   4.80  13.31
     oneDNN                   .38    .46    .55    .62   1.11   3.22  11.46
 
-(MKL does need longer for two rows than for five.) A call of oneDNN takes about 10 us before it multiplies. In
-a small model, whose matrices stay in the processor's caches, that is more than it gains; so matrices of less
-than a megabyte stay with F.linear, and are stored column by column, which is faster for one row.
+(MKL does need longer for two rows than for five.) On one with AVX2 alone oneDNN was slower, a tenth for a
+prompt and a sixth for a step; so where there is no AVX-512 everything stays as torch has it. A call of oneDNN
+takes about 10 us before it multiplies. In a small model, whose matrices stay in the processor's caches, that
+is more than it gains; so matrices of less than a megabyte stay with F.linear, and are stored column by
+column, which is faster for one row.
 
 The operator is torch's own, but an internal one: Inductor calls it in what it compiles. It has no gradient,
 and while a compiler traces a layer, compile.py wants to see F.linear; in both cases the layer is F.linear.
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.utils.quantize import set_module
+from models.utils.machine import instructions
 
 SMALLEST = 2**18  # numbers in a matrix for oneDNN: a megabyte
 
@@ -41,9 +43,13 @@ class Linear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def choose_products(model):
-    """Give each fp32 matrix on the CPU, of a model that is loaded, its library and its order in memory."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+def choose_products(model, by_columns=True):
+    """Give each fp32 matrix on the CPU, of a model that is loaded, its library and its order in memory.
+
+    by_columns: whether those that stay with F.linear may be stored column by column.
+    """
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not both or "avx512" not in instructions():
         return
     for name, module in list(model.named_modules()):
         if type(module).__name__ != "Linear":  # torch's, or transformer_lm's own
@@ -52,6 +58,6 @@ def choose_products(model):
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             continue
         if weight.numel() >= SMALLEST:
-            set_module(model, name, Linear(module))
-        else:
+            model.set_submodule(name, Linear(module))
+        elif by_columns:
             weight.data = weight.data.T.contiguous().T

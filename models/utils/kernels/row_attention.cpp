@@ -11,23 +11,26 @@
 #include <limits>
 #include <vector>
 
-// Where the linker knows how to choose on loading, a function is compiled once for each generation of CPUs.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERY_CPU
-#endif
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int LANES = 16;       // numbers that are handled side by side
+// How many numbers in fp32 a register of this CPU holds, which are handled side by side.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int FEATURES = 16;    // a head has a multiple of these, whatever the CPU
 constexpr int MAX_QUERIES = 8;  // of a head
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef float Eight __attribute__((vector_size(32)));
 typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Sixteen __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t BFloats __attribute__((vector_size(2 * LANES)));
 
@@ -38,15 +41,17 @@ INLINE void load(Floats& vector, const at::BFloat16* at) {
   vector = reinterpret_cast<Floats>(__builtin_convertvector(bits, Ints) << 16);
 }
 
-// 16 numbers become 8, 4, 2 and 1: the upper half is added to the lower.
-INLINE float sum(const Floats& vector) {
-  struct { Eight low, high; } eights;
-  struct { Four low, high; } fours;
-  std::memcpy(&eights, &vector, sizeof eights);
-  const Eight eight = eights.low + eights.high;
-  std::memcpy(&fours, &eight, sizeof fours);
-  const Four four = fours.low + fours.high;
-  return (four[0] + four[2]) + (four[1] + four[3]);
+// 16 numbers become 8, 4, 2 and 1: the upper half is added to the lower. Floats is one of the three.
+INLINE float sum(const Four& four) { return (four[0] + four[2]) + (four[1] + four[3]); }
+INLINE float sum(const Eight& eight) {
+  Four halves[2];
+  std::memcpy(halves, &eight, sizeof halves);
+  return sum(halves[0] + halves[1]);
+}
+INLINE float sum(const Sixteen& sixteen) {
+  Eight halves[2];
+  std::memcpy(halves, &sixteen, sizeof halves);
+  return sum(halves[0] + halves[1]);
 }
 
 // e^x for x <= 0, in place: 2^n e^r, with n whole and r at most ln(2) / 2 in size, where the terms up to
@@ -63,7 +68,7 @@ INLINE void exponential(Floats& x) {
 
 // One head of some queries: out[m] = sum over s of p[m][s] v[s], with p[m] = softmax of q[m] . k[s] over s.
 template <typename T, int ROWS>
-EVERY_CPU void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, int64_t num_slots,
+void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, int64_t num_slots,
                     int64_t d, float* p, T* out) {
   const int64_t width = (num_slots + LANES - 1) / LANES * LANES;  // of a row of p
   float totals[ROWS];
@@ -147,7 +152,7 @@ at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Ten
                          const at::Tensor& mask, double scale) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(2) && k.size(1), "q, k and v do not fit");
   TORCH_CHECK(q.size(2) <= MAX_QUERIES, q.size(2), " queries of a head are more than ", MAX_QUERIES);
-  TORCH_CHECK(q.size(3) % LANES == 0, "heads of ", q.size(3), " are no multiple of ", LANES);
+  TORCH_CHECK(q.size(3) % FEATURES == 0, "heads of ", q.size(3), " are no multiple of ", FEATURES);
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == q.size(3) &&
                   q.size(1) % k.size(1) == 0 && q.scalar_type() == k.scalar_type() &&
                   q.scalar_type() == v.scalar_type(),

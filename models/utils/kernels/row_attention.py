@@ -6,7 +6,8 @@ With one query there is no matrix product in attention: each key is read from th
 each value for one sum. A cache also has more slots than are written, so that its shape, for which a step is
 compiled, does not grow with the text; the mask hides the rest from the result and not from a kernel that
 computes first and masks afterwards. row_attention.cpp looks for the last slot that the mask allows, then
-for each head, with 16 numbers side by side (every query sees one slot at least, itself):
+for each head, with as many numbers side by side as a register holds, 16 say (every query sees one slot at
+least, itself):
 
     scores = q . k              for the slots up to there; 16 sums a slot, which become 8, 4, 2 and 1
     probs  = e^(scores - max)   e^x = 2^n e^r with a whole n: a series for e^r, and n goes into the exponent
@@ -24,6 +25,7 @@ which for several bf16 queries come out badly:
        32     4        5   2048     1800    710, 840    1780, 64000   1210, 1510
 
 bf16 is widened to fp32 when it is loaded, and everything is summed in fp32. It runs models, and trains none.
+Shapes: B batch, H query heads, K heads of keys and values, T queries, S slots, d features of a head.
 Proof: tests/test_row_attention.py.
 """
 
@@ -36,14 +38,14 @@ from torch import Tensor
 from models.utils.kernels.cpp_library import load_library
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-LANES = 16  # a head has a multiple of these
+FEATURES = 16  # a head has a multiple of these
 MAX_QUERIES = 8  # of a head
 
 
 def attention_fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     """Whether scaled_dot_product_attention of these is for the kernel, and the kernel is there."""
     T, d = q.shape[2:]
-    few = 1 <= T <= MAX_QUERIES and d % LANES == 0
+    few = 1 <= T <= MAX_QUERIES and d % FEATURES == 0
     known = q.dtype == k.dtype and q.dtype in (torch.float32, torch.bfloat16)
     masked = mask is not None and mask.shape == (len(q), 1, T, k.shape[2])
     return few and known and masked and q.device.type == "cpu" and load_row_attention() is None

@@ -11,31 +11,24 @@
 #include <optional>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __AVX512BF16__
 #include <immintrin.h>
-#define HAS_DOT_LOOP true
-// One function may use these instructions; the rest of the library runs on every CPU of its kind.
-#define DOT __attribute__((target("avx512f,avx512bf16")))
-#else
-#define HAS_DOT_LOOP false
-#endif
-
-// Where the linker knows how to choose on loading, a plain loop is compiled once for each generation of CPUs.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERY_CPU
 #endif
 
 namespace {
 
-constexpr int LANES = 16;     // sums in fp32 that grow side by side
+// Sums in fp32 that grow side by side. A register of AVX-512 has 16 lanes, but with so many GCC's code for
+// several rows took half as long again.
+#ifdef __AVX2__
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 constexpr int INPUTS = 32;    // a row of the weight has a multiple of these
 constexpr int OUTPUTS = 16;   // rows of the weight that stay in the core's cache for all rows of x
 constexpr int SHARED = 8;     // rows of x that share each weight that is loaded
 constexpr int AHEAD = 16384;  // bytes: how far in front of the sums a weight is asked for
 
-// LANES numbers, in as many registers as the CPU takes for them.
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
@@ -52,12 +45,12 @@ inline __attribute__((always_inline)) void ask_ahead(const void* at) {
   if constexpr (ROWS > 2) __builtin_prefetch(static_cast<const char*>(at) + AHEAD, 0, 2);
 }
 
-// For some outputs and rows of x, on every CPU: out[m][n] = sum over k of w[n][k] x[m][k].
+// For some outputs and rows of x, with what every CPU has: out[m][n] = sum over k of w[n][k] x[m][k].
 template <typename T, int ROWS>
-EVERY_CPU void plain_loop(const T* w, const float* x, int64_t K, int num_outputs, float (*out)[OUTPUTS]) {
+void plain_loop(const T* w, const float* x, int64_t K, int num_outputs, float (*out)[OUTPUTS]) {
   for (int n = 0; n < num_outputs; n++, w += K) {
     Floats sums[ROWS] = {}, first, second;
-    for (int64_t k = 0; k < K; k += 64 / sizeof(T)) {
+    for (int64_t k = 0; k < K; k += 4 * LANES / sizeof(T)) {
       ask_ahead<ROWS>(w + k);
       if constexpr (sizeof(T) == 4) {
         Floats weights;
@@ -90,7 +83,7 @@ EVERY_CPU void plain_loop(const T* w, const float* x, int64_t K, int num_outputs
   }
 }
 
-// bf16 inputs as the plain loop reads them: in fp32, of each 32 first the even ones, then the odd ones.
+// bf16 inputs as the plain loop reads them, in fp32: of 2 * LANES first the even ones, then the odd ones.
 void spread(const at::BFloat16* x, float* to, int64_t count) {
   for (int64_t k = 0; k < count; k += 2 * LANES)
     for (int i = 0; i < LANES; i++) {
@@ -99,15 +92,15 @@ void spread(const at::BFloat16* x, float* to, int64_t count) {
     }
 }
 
-#if HAS_DOT_LOOP
+#ifdef __AVX512BF16__
 // The same with an instruction that takes pairs of bf16 as they are: each lane gains two products at once
 // (and takes numbers below 1e-38 for 0).
 template <int ROWS>
-DOT void dot_loop(const at::BFloat16* w, const at::BFloat16* x, int64_t K, int num_outputs,
+void dot_loop(const at::BFloat16* w, const at::BFloat16* x, int64_t K, int num_outputs,
                   float (*out)[OUTPUTS]) {
   for (int n = 0; n < num_outputs; n++, w += K) {
     __m512 sums[ROWS] = {};
-    for (int64_t k = 0; k < K; k += 2 * LANES) {
+    for (int64_t k = 0; k < K; k += INPUTS) {
       ask_ahead<ROWS>(w + k);
       const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + k);
       for (int m = 0; m < ROWS; m++)
@@ -116,7 +109,7 @@ DOT void dot_loop(const at::BFloat16* w, const at::BFloat16* x, int64_t K, int n
     for (int m = 0; m < ROWS; m++) out[m][n] = _mm512_reduce_add_ps(sums[m]);
   }
 }
-bool has_dot_loop() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_dot_loop() { return true; }
 #else
 template <int ROWS>
 void dot_loop(const at::BFloat16*, const at::BFloat16*, int64_t, int, float (*)[OUTPUTS]) {}
@@ -133,14 +126,14 @@ void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K
   if constexpr (sizeof(T) == 2) dot_loop<ROWS>(w, x, K, num_outputs, out);
 }
 
-template <typename T>
+template <typename T, typename Out>
 void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out,
               bool plain) {
   const int64_t num_rows = x.size(0), K = x.size(1), num_outputs = weight.size(0);
   const T* inputs = x.const_data_ptr<T>();
   const T* weights = weight.const_data_ptr<T>();
   const float* biases = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
-  T* outputs = out.mutable_data_ptr<T>();
+  Out* outputs = out.mutable_data_ptr<Out>();
   const float* plain_inputs = nullptr;
   std::vector<float> spread_inputs;
   if constexpr (sizeof(T) == 4) {
@@ -168,21 +161,24 @@ void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& b
   });
 }
 
-// x (..., K), weight (N, K), bias (N), all fp32 or all bf16 -> (..., N)
+// x (..., K), weight (N, K), bias (N), all fp32 or all bf16 -> (..., N), in the dtype of x or in fp32
 at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      bool plain) {
+                      bool plain, bool to_fp32) {
   const int64_t K = weight.size(1);
   TORCH_CHECK(x.size(-1) == K, "x has ", x.size(-1), " inputs, not ", K);
   TORCH_CHECK(K % INPUTS == 0, K, " inputs are no multiple of ", INPUTS);
   TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.is_contiguous(), "x and weight do not fit");
   const at::Tensor rows = x.reshape({-1, K}).contiguous();
-  at::Tensor out = at::empty({rows.size(0), weight.size(0)}, x.options());
+  const at::TensorOptions options = to_fp32 ? x.options().dtype(at::kFloat) : x.options();
+  at::Tensor out = at::empty({rows.size(0), weight.size(0)}, options);
   const at::Tensor biases = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "the bias does not fit");
   if (x.scalar_type() == at::kFloat)
-    multiply<float>(rows, weight, biases, out, true);
+    multiply<float, float>(rows, weight, biases, out, true);
+  else if (to_fp32)
+    multiply<at::BFloat16, float>(rows, weight, biases, out, plain || !has_dot_loop());
   else
-    multiply<at::BFloat16>(rows, weight, biases, out, plain || !has_dot_loop());
+    multiply<at::BFloat16, at::BFloat16>(rows, weight, biases, out, plain || !has_dot_loop());
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   return out.view(shape);
@@ -191,7 +187,8 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(zoo, library) {
-  library.def("row_linear(Tensor x, Tensor weight, Tensor? bias=None, bool plain=False) -> Tensor");
+  library.def(
+      "row_linear(Tensor x, Tensor weight, Tensor? bias=None, bool plain=False, bool to_fp32=False) -> Tensor");
   library.def("has_dot_loop() -> bool", has_dot_loop);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_linear", row_linear); }

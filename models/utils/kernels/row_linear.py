@@ -8,21 +8,21 @@ to gain from that, since each weight is used once per row and that is all; the c
 reads the weight where it lies, and does no more than must be done:
 
     for each output n:                         a row of the weight
-        sums = 0                               for each row of x, 16 sums side by side
-        for k in steps of 16 or 32:
+        sums = 0                               for each row of x, 8 sums side by side
+        for k in steps of 8 or 16:
             ask for the weights 16 KB ahead
             load weights w[n, k ...]           once, for all rows of x
             for each row m: sums[m] += weights * x[m, k ...]
-        out[m, n] = the sum of the 16
+        out[m, n] = the sum of the 8
 
 Up to 8 rows share a weight that is loaded; for the next 8 the weights of 16 outputs are still in the core's
 cache.
 
 Three things make it fast, and each was found by measuring. The weight is read from its start to its end: two
 or four outputs at a time would load each x for all of them once, but read a third slower, because memory
-likes one long read best. Rows of x share what is loaded, so that five are as fast as one: speculative
-sampling lives on that. And where there is much to compute between two loads, a core no longer sees far enough
-ahead to keep the memory busy; so weights are asked for 16 KB in advance.
+likes one long read best. Rows of x share what is loaded, so that five take little longer than one:
+speculative sampling lives on that. And where there is much to compute between two loads, a core no longer
+sees far enough ahead to keep the memory busy; so weights are asked for 16 KB in advance.
 
 The table is for one matrix of 2048 x 768, hundreds of them in turn, in huge pages (tiled_linear.py), 2 cores
 with AVX-512 and its bf16 products (which F.linear uses too), all in one run, in which torch's sum over fp32
@@ -36,6 +36,7 @@ reads 28 GB/s:
           without bf16 products   .10    .10    .17    .27    .55   1.08
 
 Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that takes pairs of bf16 as they are.
+Shapes: N outputs and K inputs of a matrix; n, k and m number outputs, inputs and rows of x.
 Proof: tests/test_row_linear.py.
 """
 
@@ -60,9 +61,9 @@ def linear_fits(x: Tensor, weight: Tensor) -> bool:
     return few and known and lies_well and load_row_linear() is None
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; x (..., K), weight (N, K), which linear_fits() has seen."""
-    return torch.ops.zoo.row_linear(x, weight, bias)
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, to_fp32: bool = False) -> Tensor:
+    """F.linear; x (..., K), weight (N, K), which linear_fits() has seen; to_fp32: the sums as they are."""
+    return torch.ops.zoo.row_linear(x, weight, bias, False, to_fp32)
 
 
 def load_row_linear():
@@ -70,5 +71,5 @@ def load_row_linear():
     return load_library(SOURCE, shape_of)
 
 
-def shape_of(x, weight, bias=None, plain=False):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def shape_of(x, weight, bias=None, plain=False, to_fp32=False):
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32 if to_fp32 else x.dtype)

@@ -12,20 +12,8 @@
 #include <limits>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef __AVX512VNNI__
 #include <immintrin.h>
-#define HAS_VECTOR_LOOP true
-// One function may use these instructions; the rest of the library runs on every CPU of its kind.
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512vnni")))
-#else
-#define HAS_VECTOR_LOOP false
-#endif
-
-// Where the linker knows how to choose on loading, a plain loop is compiled once for each generation of CPUs.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define EVERY_CPU
 #endif
 
 namespace {
@@ -49,7 +37,7 @@ struct Block {
 };
 
 template <int BITS, typename T>
-EVERY_CPU void quantize(const T* x, Block* blocks, int64_t num_blocks) {
+void quantize(const T* x, Block* blocks, int64_t num_blocks) {
   for (int64_t b = 0; b < num_blocks; b++, x += INPUTS) {
     float values[INPUTS];
     uint32_t largest_bits = 0;
@@ -75,7 +63,7 @@ EVERY_CPU void quantize(const T* x, Block* blocks, int64_t num_blocks) {
 
 // What a tile gives for some rows of x, without a word about vectors: out[m][n] is row m times output n.
 template <int BITS>
-EVERY_CPU void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups,
+void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups,
                           int64_t per_group, float* out) {
   const int64_t num_blocks = num_groups * per_group;
   float scale[LANES], zero[LANES];
@@ -114,9 +102,9 @@ EVERY_CPU void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t
   }
 }
 
-#if HAS_VECTOR_LOOP
+#ifdef __AVX512VNNI__
 template <int BITS, int ROWS>
-VNNI inline __m512i load(const uint8_t* at) {
+inline __m512i load(const uint8_t* at) {
   // Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With
   // a row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs
   // time. In 4 bits a core takes longer for a byte: from nearby, and into the first cache, was fastest.
@@ -127,7 +115,7 @@ VNNI inline __m512i load(const uint8_t* at) {
 
 // The same with vectors of 512 bits, in which a lane is an output: 16 sums grow side by side.
 template <int BITS, int ROWS>
-VNNI void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
+void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
                       float* out) {
   const __m512i low_half = _mm512_set1_epi8(15), high_bits = _mm512_set1_epi32(0xffff0000);
   const int64_t num_blocks = num_groups * per_group;
@@ -194,12 +182,10 @@ void vector_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_grou
   if (rows == ROWS) return vector_loop<BITS, ROWS>(tile, x, num_groups, per_group, out);
   if constexpr (ROWS > 1) vector_rows<BITS, ROWS - 1>(rows, tile, x, num_groups, per_group, out);
 }
-bool has_vector_loop() {
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-}
+bool has_vector_loop() { return true; }
 template <int BITS>
 auto* choose(bool plain) {
-  return plain || !has_vector_loop() ? plain_rows<BITS> : vector_rows<BITS>;
+  return plain ? plain_rows<BITS> : vector_rows<BITS>;
 }
 
 #else

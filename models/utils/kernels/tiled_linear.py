@@ -1,4 +1,4 @@
-"""Why llama.cpp is fast, on one page: a few rows times a matrix in 8 or 4 bits, at the speed of memory.
+"""A few rows times a matrix in 8 or 4 bits, at the speed of memory: what makes llama.cpp fast, on one page.
 
 To make a token, every weight is read once and used once, and memory is slower than the core. So the fewest
 bytes win, provided that making numbers of them costs next to nothing. tiled_linear.cpp takes 64 weights in 8
@@ -51,13 +51,12 @@ one run, in which torch's sum over fp32 reads 33 GB/s (and this kernel up to 54)
 Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives
 on. And 512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second
 copy of the weights.
+Shapes: N outputs and K inputs of a layer, g weights in a group.
 Proof: tests/test_tiled_linear.py.
 """
 
 import ctypes
-import math
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -71,8 +70,6 @@ from models.utils.quantize import (
     add_bias,
     fixed,
     has_kernel,
-    pack,
-    set_module,
     unpack,
 )
 
@@ -136,13 +133,17 @@ def tile_layers(model):
     devices = {layer.weight.device.type for layer in layers.values()} - {"cpu"}
     if devices:
         return f"the kernel of quantized layers needs a model on the CPU, this one is on {devices.pop()}"
-    reason = load_kernel() if layers else None
+    if not layers:
+        return None
+    torch_has_one = any(has_kernel(scales_of(layer)) for layer in layers.values())
+    reason = why_not_faster() if torch_has_one else load_kernel()
+    if reason is None and any(getattr(layer, "tiled", False) for layer in layers.values()):
+        reason = "their codes are in the order of torch's kernel; load the model with arranged=False"
     if reason is not None:
         return reason
-    if any(has_kernel(scales_of(layer)) for layer in layers.values()) and not torch.ops.zoo.has_vector_loop():
-        return "this CPU has no AVX-512 VNNI instructions, and without them torch's own kernels are faster"
     for name in list(layers):
-        set_module(model, name, tiled(layers.pop(name)))  # whose codes are let go before the next one's turn
+        # Its codes are let go before the next one's turn.
+        model.set_submodule(name, tiled(layers.pop(name)))
     return None
 
 
@@ -159,36 +160,7 @@ def tiled(layer):
     """The TiledLinear of an Int8Linear or Int4Linear."""
     if isinstance(layer, Int8Linear):
         return TiledLinear(tiles_of_int8(layer.weight, layer.scale), len(layer.weight), 8, layer.bias)
-    scale_zero = layer.scale_zero[:, : layer.num_outputs]
-    return TiledLinear(tiles_of_int4(plain_codes(layer), scale_zero), layer.num_outputs, 4, layer.bias)
-
-
-def plain_codes(layer):
-    """The codes of an Int4Linear as they are stored, (N, K / 2), also from the order of torch's kernel.
-
-    That order is torch's secret and differs from CPU to CPU, but 64 rows are always packed alike. So pack the
-    number of each place in them, 4 bits at a time, and read where it went.
-    """
-    if not layer.tiled:
-        return layer.weight
-    K = 2 * layer.weight.shape[1]
-    codes = []
-    for rows in layer.weight.split(64 * max(1, len(layer.weight) // 64)):  # all whole 64s, then the rest
-        height = min(64, len(rows))
-        there = unpack(rows).view(-1, height * K)
-        codes.append(there[:, places(height, K)].view(-1, K))
-    return pack(torch.cat(codes)[: layer.num_outputs])
-
-
-@lru_cache
-def places(height, K):
-    """(height * K,) where torch puts the code of each place when it packs so many rows."""
-    number = torch.arange(height * K).view(height, K)
-    came_from = torch.zeros_like(number)
-    for bits in range(0, math.ceil(math.log2(number.numel())), 4):
-        digit = torch.ops.aten._convert_weight_to_int4pack_for_cpu((number >> bits & 15).int(), 2)
-        came_from += unpack(digit).long() << bits
-    return came_from.flatten().argsort()
+    return TiledLinear(tiles_of_int4(layer.weight, layer.scale_zero), layer.num_outputs, 4, layer.bias)
 
 
 @torch.no_grad()
@@ -214,6 +186,14 @@ def into_huge_pages(model):
 
 
 # The library ------------------------------------------------------------------------------------------------
+
+
+def why_not_faster():
+    """None, or a line that says why this kernel cannot be used or is slower than torch's own."""
+    reason = load_kernel()
+    if reason is None and not torch.ops.zoo.has_vector_loop():
+        return "this CPU has no AVX-512 VNNI instructions, and without them torch's own kernels are faster"
+    return reason
 
 
 def load_kernel():

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from models.utils.errors import UserError
 from models.utils.tokenizers.chat_template import render, render_guarded
+from models.utils.tokenizers.settings import MAX_ID
 
 
 class Tokenizer:
@@ -23,6 +24,10 @@ class Tokenizer:
         # "bos_token" -> "<s>": the names under which a chat template may use the special tokens.
         self.names = {**default_names, **settings.names}
         self.special_ids = set(self.special_tokens.values())
+        if not 0 < self.vocab_size <= MAX_ID:
+            raise UserError(
+                f"{self.folder}: the vocabulary ends at id {self.vocab_size - 1}; no model has that"
+            )
         self.bos_id = self.named_id("bos_token", settings)
         self.eos_id = self.named_id("eos_token", settings)
 
@@ -104,9 +109,9 @@ class Tokenizer:
 
     @cached_property
     def anchor(self):
-        """Any token that is a letter or a word by itself; PieceStream decodes behind it."""
+        """Any token that is a letter or a word by itself; PieceStream decodes behind it. Else 0."""
         ids = range(self.vocab_size)
-        return next(id for id in ids if self.decode([id]).isalnum() and not self.is_unfinished([id]))
+        return next((id for id in ids if self.decode([id]).isalnum() and not self.is_unfinished([id])), 0)
 
     @cached_property
     def special_pattern(self):

@@ -3,24 +3,28 @@
 A chat model has seen conversations only in one fixed layout, with special tokens that mark whose turn it is.
 The layout comes with the checkpoint as a Jinja template, a little program that turns
 [{"role": "user", "content": "Hi"}, ...] into text. Whoever published the checkpoint wrote it, so it runs in a
-sandbox: it cannot reach files or Python's internals, nor change what it is given.
+sandbox, and that in a process of its own, whose time and memory are limited (template_process.py).
 
 The other danger sits in the messages. If a user types the name of a special token, say "<|eot_id|>", the
 rendered text holds it twice, once from the template and once from the user, and only the first may become the
 token. `render_guarded` tells them apart. Its proof is tests/test_tokenizer.py.
 """
 
+import atexit
 import json
+import os
 import re
-from datetime import datetime
-from functools import lru_cache
-
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
 
 from models.utils.errors import UserError
-from models.utils.files import one_line
+
+PROCESS = Path(__file__).with_name("template_process.py")
+SECONDS = 5  # of computing, for one rendering; a long conversation takes a hundredth of one
+PATIENCE = 60  # seconds on the clock, where the system cannot count the others
 
 
 def render(template, names, given):
@@ -35,14 +39,73 @@ def render(template, names, given):
     ]
     variables = {"tools": None, "documents": None, **names, **given, "messages": messages}
     try:
-        return compiled(template).render(variables)
-    except jinja2.exceptions.SecurityError as error:
-        raise UserError(f"the chat template tries something unsafe: {one_line(error)}") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the chat template is broken at line {error.lineno}: {one_line(error)}") from None
-    except Exception as error:
-        # Most often the template's own raise_exception("roles must alternate ..."), else a mistake in it.
-        raise UserError(f"the chat template refuses these messages: {one_line(error)}") from None
+        question = json.dumps({"template": template, "variables": variables})
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(
+            "a chat is made of texts, numbers, lists and objects, as in JSON; here is more"
+        ) from None
+    answer = TEMPLATES.ask(question)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["text"]
+
+
+class TemplateProcess:
+    """template_process.py, started when the first question comes, and anew when one has broken it."""
+
+    def __init__(self):
+        self.lock, self.process, self.parent = threading.Lock(), None, None
+        atexit.register(self.stop)
+
+    def ask(self, question):
+        """The answer to a line of JSON, as a dict."""
+        with self.lock:
+            # It may have been ended by somebody; and a fork may not speak through its parent's pipes.
+            if self.process is None or self.parent != os.getpid() or self.process.poll() is not None:
+                self.start()
+            timer = threading.Timer(PATIENCE, self.process.kill)
+            timer.start()
+            try:
+                self.process.stdin.write(question + "\n")
+                self.process.stdin.flush()
+                answer = self.process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+            except BaseException:
+                self.stop()  # or the next question would get the answer to this one
+                raise
+            finally:
+                timer.cancel()
+            if not answer.endswith("\n"):
+                self.stop()
+                raise UserError(
+                    "the chat template takes too much time or memory; its author made a mistake, or worse"
+                )
+            return json.loads(answer)
+
+    def start(self):
+        # In a session of its own, since Ctrl-C in a terminal is not meant for it.
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROCESS), str(SECONDS)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        self.parent = os.getpid()
+
+    def stop(self):
+        if self.process is not None and self.parent == os.getpid():
+            self.process.kill()
+            self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout):
+                with suppress(OSError):
+                    stream.close()
+        self.process = None
+
+
+TEMPLATES = TemplateProcess()
 
 
 def check_messages(messages):
@@ -89,43 +152,3 @@ def map_strings(value, function):
     if isinstance(value, list | tuple):
         return [map_strings(item, function) for item in value]
     return value
-
-
-@lru_cache
-def compiled(template):
-    """The template as a program, with the options and functions that published templates count on."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return environment.from_string(template)
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Jinja's own tojson writes for HTML pages (< becomes \\u003c); models were trained on plain JSON."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def raise_exception(message):
-    raise jinja2.TemplateError(message)
-
-
-class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, with which templates mark the assistant's words for training.
-
-    For rendering it changes nothing: the body stands as it is, in a scope of its own.
-    """
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller):
-        return caller()

@@ -22,12 +22,11 @@ Proof: tests/test_marian_tokenizer.py, against `transformers`.
 
 import re
 
-import sentencepiece
-
 from models.utils.errors import UserError
-from models.utils.files import read_json
+from models.utils.files import read_bytes, read_json
 from models.utils.tokenizers.base import Tokenizer, check_text, ends_in_half_a_character
 from models.utils.tokenizers.pipeline import BYTE_TOKEN
+from models.utils.tokenizers.sentencepiece_model import read_sentencepiece
 from models.utils.tokenizers.settings import read_json_if_there
 
 NAMES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -47,8 +46,8 @@ class MarianTokenizer(Tokenizer):
         self.pieces = list(self.ids)
         self.vocab_size = len(self.pieces)
         self.language_codes = [piece for piece in self.pieces if LANGUAGE_CODE.fullmatch(piece)]
-        self.source = read_sentencepiece(settings.folder / "source.spm")
-        self.target = read_sentencepiece(settings.folder / "target.spm")
+        self.source = read_half(settings.folder / "source.spm")
+        self.target = read_half(settings.folder / "target.spm")
 
         names = {name: settings.names.get(name) or token for name, token in NAMES.items()}
         for name, token in names.items():
@@ -120,12 +119,8 @@ def read_vocabulary(settings):
     return dict(sorted(ids.items(), key=lambda entry: entry[1]))
 
 
-def read_sentencepiece(path):
+def read_half(path):
+    """source.spm or target.spm."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a Marian tokenizer is source.spm, target.spm and vocab.json")
-    try:
-        if content := path.read_bytes():
-            return sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError:
-        pass
-    raise UserError(f"{path}: no sentencepiece model; fetch it again")
+    return read_sentencepiece(read_bytes(path), path)

@@ -1,25 +1,32 @@
 """tokenizer.json, a whole pipeline as data, read by the `tokenizers` library; GPT-2's two files as well."""
 
+import base64
 import json
+import math
+import os
 import re
+import tempfile
+import threading
+from contextlib import contextmanager
+from functools import lru_cache
 from itertools import takewhile
 
 import tokenizers
 
-from models.utils.errors import UserError
-from models.utils.files import one_line, read_json
+from models.utils.errors import UserError, one_line
+from models.utils.files import plain_file, read_bytes, read_json, reading
 from models.utils.tokenizers.base import ByteStream, PieceStream, Tokenizer
+from models.utils.tokenizers.sentencepiece_model import longest_replacement, refuse_growth
 
 
 class TokenizersTokenizer(Tokenizer):
     """tokenizer.json: normaliser, split into words, merges, and what is added around a text, all as data.
 
-    The file is taken at its word, whatever class tokenizer_config.json names. The library's object carries a
-    switch that encoding sets each time, so one tokenizer serves one thread.
+    The file is taken at its word, whatever class tokenizer_config.json names.
     """
 
     def __init__(self, core, settings, default_names=None):
-        self.core = core
+        self.core, self.folder = core, settings.folder
         # The file may tell training to cut or pad; a prompt is never cut.
         core.no_truncation()
         core.no_padding()
@@ -30,7 +37,8 @@ class TokenizersTokenizer(Tokenizer):
         self.decoder_steps = decoder_steps(core)
         super().__init__(settings, default_names or {})
         # Which ids the file puts around a text: encode one and see what does not come from it.
-        probe = core.encode("a")
+        with self.guarded():
+            probe = core.encode("a")
         outside = [sequence is None for sequence in probe.sequence_ids]
         self.ids_before = probe.ids[: len(list(takewhile(bool, outside)))]
         self.ids_after = probe.ids[len(self.ids_before) + outside.count(False) :]
@@ -50,24 +58,46 @@ class TokenizersTokenizer(Tokenizer):
     def id_of(self, token):
         return self.core.token_to_id(token)
 
+    @contextmanager
+    def guarded(self):
+        """For a call of the library: one thread at a time, and its panics as errors of ours.
+
+        The library's object carries a switch, and lets itself be changed, which encoding does. A regular
+        expression that takes too many steps makes the library panic, with a report of its own on standard
+        error and an exception that is no Exception.
+        """
+        with ONE_AT_A_TIME, rust_reports_held() as held:
+            try:
+                yield
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":
+                    raise
+                held.truncate(0)
+                raise UserError(
+                    f"{self.folder}: its tokenizer fails on this text ({one_line(error)}); a pattern in "
+                    "tokenizer.json takes too many steps"
+                ) from None
+
     def encode_text(self, text):
-        self.core.encode_special_tokens = True  # "encode" them: as any other text
-        return self.core.encode(text, add_special_tokens=False).ids
+        with self.guarded():
+            self.core.encode_special_tokens = True  # "encode" them: as any other text
+            return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_rendered(self, text, mark):
         """The whole text in one call, since a word may be split differently at the start of a text."""
-        self.core.encode_special_tokens = False
-        if not mark:
-            return self.core.encode(text, add_special_tokens=False).ids
-        # Special tokens are looked for first, then the normaliser runs: the right moment to drop the marks.
-        normalizer = self.core.normalizer
-        drop_marks = [tokenizers.normalizers.Replace(mark, "")]
-        try:
-            steps = drop_marks + ([normalizer] if normalizer else [])
-            self.core.normalizer = tokenizers.normalizers.Sequence(steps)
-            encoding = self.core.encode(text, add_special_tokens=False)
-        finally:
-            self.core.normalizer = normalizer
+        with self.guarded():
+            self.core.encode_special_tokens = False
+            if not mark:
+                return self.core.encode(text, add_special_tokens=False).ids
+            # Special tokens are looked for first, then the normaliser runs: the moment to drop the marks.
+            normalizer = self.core.normalizer
+            drop_marks = [tokenizers.normalizers.Replace(mark, "")]
+            try:
+                steps = drop_marks + ([normalizer] if normalizer else [])
+                self.core.normalizer = tokenizers.normalizers.Sequence(steps)
+                encoding = self.core.encode(text, add_special_tokens=False)
+            finally:
+                self.core.normalizer = normalizer
         for id, (start, end) in zip(encoding.ids, encoding.offsets):
             if id in self.special_ids and mark in text[start:end]:
                 name = self.core.id_to_token(id)
@@ -121,13 +151,59 @@ def not_normalized(token):
 
 def read_pipeline(path):
     """The `tokenizers` object of a tokenizer.json."""
-    read_json(path)
+    spec = read_json(path)
+    with reading(path):
+        parts = [spec.get(name) for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
+        for part in parts:
+            refuse_growth(growth(part), path)
+        return tokenizers.Tokenizer.from_buffer(read_bytes(path))
+
+
+def growth(part):
+    """How many times as long a part of a tokenizer.json can make a text; steps follow each other."""
+    if isinstance(part, list):
+        return math.prod(map(growth, part))
+    if not isinstance(part, dict):
+        return 1
+    steps = [growth(value) for name, value in part.items() if name.endswith(("normalizers", "tokenizers"))]
+    steps += [growth(part.get(name)) for name in ("processors", "decoders")]
+    if part.get("type") in ("Replace", "Prepend"):
+        steps.append(1 + len(part.get("content", part.get("prepend"))))
+    if part.get("type") == "TemplateProcessing":
+        steps.append(max(1, len(part["single"]), len(part["pair"])))
+    if part.get("type") == "Precompiled":
+        steps.append(longest_replacement(base64.b64decode(part["precompiled_charsmap"])))
+    return math.prod(steps)
+
+
+ONE_AT_A_TIME = threading.Lock()  # there is but one standard error
+
+
+@lru_cache(None)
+def held_reports():
+    return tempfile.TemporaryFile(buffering=0)
+
+
+@contextmanager
+def rust_reports_held():
+    """Yield the file that takes what is meanwhile written to standard error, which it is passed to after."""
+    held = held_reports()
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise UserError(
-            f"{path}: no tokenizer that can be read ({one_line(error)}); fetch it again"
-        ) from None
+        real = os.dup(2)
+    except OSError:  # there is none
+        yield held
+        return
+    os.dup2(held.fileno(), 2)
+    try:
+        yield held
+    finally:
+        os.dup2(real, 2)
+        if held.seek(0, os.SEEK_END):
+            held.seek(0)
+            os.write(real, held.read())
+            held.truncate(0)
+            held.seek(0)
+        os.close(real)
 
 
 GPT2_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -141,13 +217,10 @@ def gpt2_pipeline(folder, settings):
             f"{folder}: vocab.json and merges.txt do not say how a {settings.tokenizer_class} splits text; "
             "copy its tokenizer.json beside them"
         )
-    read_json(folder / "vocab.json")
-    try:
-        merges = tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:
-        raise UserError(
-            f"{folder}: vocab.json and merges.txt cannot be read ({one_line(error)}); fetch them again"
-        ) from None
+    vocabulary, merges = plain_file(folder / "vocab.json"), plain_file(folder / "merges.txt")
+    read_json(vocabulary)
+    with reading(f"{folder}: vocab.json and merges.txt", "fetch them again"):
+        merges = tokenizers.models.BPE.from_file(str(vocabulary), str(merges))
     core = tokenizers.Tokenizer(merges)
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=settings.add_prefix_space)
     core.decoder = tokenizers.decoders.ByteLevel()

@@ -16,7 +16,10 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, content, settings):
-        self.core = read_sentencepiece(content, settings.folder / "tokenizer.model")
+        path = settings.folder / "tokenizer.model"
+        self.core = read_sentencepiece(
+            content, path, "neither a sentencepiece model nor a tiktoken rank file"
+        )
         self.num_pieces = self.core.vocab_size()
         self.added = {id: token.content for id, token in settings.added.items() if id >= self.num_pieces}
         self.vocab_size = max([self.num_pieces - 1, *self.added]) + 1
@@ -83,10 +86,64 @@ class SentencePieceTokenizer(Tokenizer):
         return ends_in_half_a_character(b"".join(map(self.token_bytes, reversed(byte_tokens))))
 
 
-def read_sentencepiece(content, path):
+def read_sentencepiece(content, path, otherwise="no sentencepiece model"):
+    """The library's object for the content of a file; `otherwise` is what an error says that it is."""
     try:
+        # What turns text into what is cut, and pieces into text; ModelProto has them in its fields 3 and 5.
+        for normalizer in (*fields(content, 3), *fields(content, 5)):
+            for charsmap in fields(normalizer, 2):
+                refuse_growth(longest_replacement(charsmap), path)
         if content:
             return sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         pass
-    raise UserError(f"{path}: neither a sentencepiece model nor a tiktoken rank file; fetch it again")
+    raise UserError(f"{path}: {otherwise}; fetch it again")
+
+
+def fields(message, wanted):
+    """The byte strings that a protobuf message has in its field of that number."""
+    at, found = 0, []
+    while at < len(message):
+        tag, at = varint(message, at)
+        kind, size = tag & 7, 0
+        if kind == 0:
+            _, at = varint(message, at)
+        elif kind == 2:
+            size, at = varint(message, at)
+        else:
+            size = {1: 8, 5: 4}.get(kind, len(message))
+        if tag == wanted << 3 | 2:
+            found.append(message[at : at + size])
+        at += size
+    return found
+
+
+def varint(message, at):
+    """(a whole number, where it ends): seven bits a byte, the last byte below 128."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            break
+    return value, at
+
+
+MOST_GROWTH = 1000  # of a text by a normaliser: that of NFKC makes 18 letters of one
+
+
+def refuse_growth(growth, path):
+    if growth > MOST_GROWTH:
+        raise UserError(
+            f"{path}: makes a text {growth:,.0f} times as long before it is cut; do not trust this file"
+        )
+
+
+def longest_replacement(charsmap):
+    """Of a normaliser as sentencepiece stores it: a table that is looked up, and what it leads to.
+
+    The table's size stands in the first four bytes; behind it come the replacements, each ended by a 0.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    return max(map(len, charsmap[4 + size :].split(b"\0")))

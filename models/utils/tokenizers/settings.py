@@ -6,8 +6,9 @@ decides which one counts; tokenizer.py sees only the outcome.
 
 import tokenizers
 
-from models.utils.errors import UserError
-from models.utils.files import one_line, read_json
+from models.utils.files import decode_utf8, read_bytes, read_json, reading
+
+MAX_ID = 2**20  # the largest vocabulary in use has a quarter of that
 
 
 class Settings:
@@ -24,13 +25,9 @@ class Settings:
         config = read_json_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
             config |= read_json_if_there(folder / "special_tokens_map.json")
-        try:
+        with reading(folder / "tokenizer_config.json"):
             self.read(config, read_json_if_there(folder / "added_tokens.json"))
             self.chat_template = read_chat_template(folder, config.get("chat_template"))
-        except (AttributeError, TypeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{folder / 'tokenizer_config.json'}: not as expected ({one_line(error)})"
-            ) from None
         self.model_ids = read_model_ids(folder)
 
     def read(self, config, added_tokens):
@@ -41,13 +38,14 @@ class Settings:
         prepare = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
         self.wordpiece = {name: config[name] for name in prepare if config.get(name) is not None}
         self.names = {
-            name: content_of(value)
+            name: content_of(value, name)
             for name, value in config.items()
             if name.endswith("_token") and not isinstance(value, bool)
         }
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = extra.values() if isinstance(extra, dict) else extra
-        self.special_names = [name for name in [*self.names.values(), *map(content_of, extra)] if name]
+        more = [content_of(token, "additional_special_tokens") for token in extra]
+        self.special_names = [name for name in [*self.names.values(), *more] if name]
         self.added = {
             int(id): tokenizers.AddedToken(**token)
             for id, token in config.get("added_tokens_decoder", {}).items()
@@ -55,11 +53,17 @@ class Settings:
         for name, id in added_tokens.items():
             special = name in self.special_names
             self.added.setdefault(id, tokenizers.AddedToken(name, special=special, normalized=not special))
+        for id in self.added:
+            if type(id) is not int or not 0 <= id < MAX_ID:
+                raise ValueError(f"adds a token with the id {id!r}, which no vocabulary has")
 
 
-def content_of(token):
-    """A token is written as its text or as an object with its text and flags."""
-    return token["content"] if isinstance(token, dict) else token
+def content_of(token, name):
+    """A token is written as its text or as an object with its text and flags; null where there is none."""
+    content = token["content"] if isinstance(token, dict) else token
+    if content is not None and not isinstance(content, str):
+        raise ValueError(f"{name} is {content!r}, where the text of a token was expected")
+    return content
 
 
 def read_json_if_there(path):
@@ -75,17 +79,16 @@ def read_model_ids(folder):
     for name in ("bos_token", "eos_token"):
         value = config.get(f"{name}_id")
         ids[name] = value[0] if isinstance(value, list) and value else value
-    return {name: id for name, id in ids.items() if isinstance(id, int)}
+    return {name: id for name, id in ids.items() if type(id) is int and 0 <= id < MAX_ID}
 
 
 def read_chat_template(folder, entry):
     """chat_template.jinja, else what tokenizer_config.json has: a text, or several, one named "default"."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again") from None
+        return decode_utf8(read_bytes(path), path)
     if isinstance(entry, list):
         entry = {item["name"]: item["template"] for item in entry}.get("default")
+    if entry is not None and not isinstance(entry, str):
+        raise ValueError(f"chat_template is a {type(entry).__name__}, where a text was expected")
     return entry

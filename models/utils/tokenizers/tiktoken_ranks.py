@@ -58,6 +58,7 @@ class TiktokenTokenizer(Tokenizer):
         return ByteStream(self)
 
 
+NUM_RANKS = 128_000
 RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?(\n|$)")
 LONG_RUN = re.compile(r"\s{200000}|\S{200000}")
 
@@ -76,6 +77,11 @@ def read_ranks(content, path):
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: ranks or single bytes are missing or stand twice; fetch it again")
+    if len(ranks) != NUM_RANKS:
+        raise UserError(
+            f"{path}: has {len(ranks):,} ranks, where Llama 3 has {NUM_RANKS:,}; a later model (Llama 4) "
+            "splits text differently, which this file does not say; put its tokenizer.json beside it"
+        )
     return ranks
 
 

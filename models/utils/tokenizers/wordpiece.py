@@ -27,7 +27,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from models.utils.errors import UserError
-from models.utils.files import one_line
+from models.utils.files import plain_file, reading
 from models.utils.tokenizers.base import check_text
 from models.utils.tokenizers.pipeline import TokenizersTokenizer
 
@@ -59,7 +59,8 @@ class WordPieceTokenizer(TokenizersTokenizer):
             setattr(self, name.replace("_token", "_id"), self.id_of(names[name]))
 
         # What stands around two texts: encode a pair and see which ids do not come from it.
-        probe = core.encode("a", "a")
+        with self.guarded():
+            probe = core.encode("a", "a")
         self.around_pair = list(zip(probe.ids, probe.sequence_ids, probe.type_ids))
 
     def encode(self, text, bos=None, masks=False):
@@ -129,7 +130,5 @@ def pipeline(settings, names):
 
 
 def read_vocabulary(path):
-    try:
+    with reading(plain_file(path)):
         return models.WordPiece.read_file(str(path))
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch it again") from None
