@@ -123,8 +123,6 @@ def check_arguments(args):
 
 
 def check_folder(folder):
-    if folder == Path():
-        raise UserError("--out is empty, or the project's own folder; give another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -457,7 +457,7 @@ def wait_until(condition, seconds=300):
         (["--out", ""], "--out is empty"),
         (["--out", f"{__file__}/results"], "--out .* cannot be written .*; give another"),
         ([""], "no config named ''"),
-        (["--device", ""], "device '' is not on this machine"),
+        (["--device", ""], "--device is empty"),
         (["--threads", "-1"], "--threads is -1"),
         (["--new-tokens", "1"], "--new-tokens is 1; give a number from 2"),
         (["--batches", "8", "1"], "--batches is 1; give a number from 2"),
