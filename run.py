@@ -170,6 +170,4 @@ def checked(args):
 
 
 if __name__ == "__main__":
-    # A terminal that cannot show a character shows a question mark, and the run goes on.
-    sys.stdout.reconfigure(errors="replace")
     run_main(main)

@@ -109,7 +109,7 @@ def draw_all():
 def images(folder=IMAGES):
     """(names of the configs, whether it is dark, whether a page) of each picture and page of a folder."""
     known, found = config_names(), []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.glob("*")):
         stem = path.stem.removesuffix("-dark")
         names = (
             (stem,) if stem in known else next((pair for pair in pairs(stem) if set(pair) <= set(known)), ())

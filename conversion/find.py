@@ -31,6 +31,8 @@ def find_folder(name):
     for folder in (Path(name), CHECKPOINTS / name):
         if folder.is_dir():
             return folder
+    if str(name).endswith(".gguf"):
+        raise UserError(f"{name}: GGUF files are not read yet; give a folder with safetensors")
     raise UserError(f"{name}: no such checkpoint; {what_was_meant(str(name))}")
 
 

@@ -140,7 +140,7 @@ def read_by_a_step(box):
     total = dict.fromkeys(DTYPES, 0)
     for each, repeat in walk(box):
         table = each.role in ("embedding", "position") and not each.flops and each.id not in tied
-        if not table and not each.once:
+        if not table and (not each.once or each.id in tied):
             total = {dtype: total[dtype] + repeat * each.bytes.get(dtype, 0) for dtype in DTYPES}
     return total
 

@@ -179,7 +179,9 @@ def test_a_text_that_is_piped_in_is_the_prompt(gpt2, start, tmp_path, monkeypatc
 def test_other_dtypes(llama, start, monkeypatch):
     loaded = []
     monkeypatch.setattr(
-        checkpoint, "load_weights", lambda *args: loaded.append(load_weights(*args)) or loaded[-1]
+        checkpoint,
+        "load_weights",
+        lambda *args, **how: loaded.append(load_weights(*args, **how)) or loaded[-1],
     )
     for dtype in ("bfloat16", "float16"):
         output = start(llama[1], "--dtype", dtype, "--max-new-tokens", 5)

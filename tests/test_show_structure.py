@@ -226,6 +226,21 @@ def test_a_config_that_the_model_refuses(tmp_path):
         show_structure.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("where", ["torch.export.export", "matplotlib.figure.Figure.savefig"])
+def test_ctrl_c_while_drawing(where, tmp_path):
+    """One line, status 130, and neither half a picture nor a file beside it."""
+    program = (
+        "import sys, torch, matplotlib.figure, show_structure\n"
+        "def interrupted(*args, **kwargs): raise KeyboardInterrupt\n"
+        f"{where} = interrupted\n"
+        "show_structure.run_main(show_structure.main)"
+    )
+    command = [sys.executable, "-c", program, "tiny-gpt2-python", "--out", str(tmp_path / "x.png")]
+    run = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr.strip(), run.stdout) == (130, "interrupted", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_closed_pipe_is_no_error():
     """python show_structure.py NAME --json | head -c 100"""
     command = [sys.executable, "show_structure.py", "tiny-gpt2-python", "--json"]

@@ -405,7 +405,7 @@ def test_experts_that_are_asked_for_by_number_are_drawn_one_by_one(captured):
 
 
 def test_a_loop_over_time_is_one_round(captured, written):
-    root = captured("loop")[0]
+    root, info, *_ = captured("loop")
     loop = box_called(root, "layers.0.mixer:loop")
     assert (loop.label, loop.times, loop.title) == ("loop over time", "T", "for t in range(x.shape[1])")
     assert sorted(child.label for child in loop.children) == ["add", "matmul", "multiply"]
@@ -414,6 +414,8 @@ def test_a_loop_over_time_is_one_round(captured, written):
     assert not any(edge.residual for edge in loop.edges), "a state is no residual stream"
     matmul = next(child for child in loop.children if child.label == "matmul")
     assert (matmul.role, matmul.flops) == ("recurrence", ((2 * 9 * 24, "B*T"),))
+    assert matmul.output.numbers == ("B", 1, 24), "of one round"
+    assert info["facts"][matmul.id]["activation"] == [[24, "B*T"]], "of all"
     assert box_called(root, "layers.0.mixer:concat").output.letters == "(B, T, D)"
 
 

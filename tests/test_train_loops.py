@@ -173,6 +173,8 @@ def test_each_prediction_counts_the_same_whatever_batch_it_is_in(tmp_path):
     rows = torch.cat([run.batch(0), run.batch(1)])
     first = torch.tensor([[-0.9, -1.15]])
     assert run.losses == [0, pytest.approx((rows @ first.T).mean().item())]
+    # The gradient is the same in each step, and counts once.
+    assert run.model.weight[0].tolist() == pytest.approx((2 * first[0]).tolist())
 
 
 def test_gradients_are_clipped_to_a_length(tmp_path):

@@ -370,9 +370,11 @@ def test_parameter_count(name):
 @pytest.fixture
 def folder(tmp_path):
     """A small Llama as published by old versions: RoPE's frequencies are stored with the layers."""
-    LlamaForCausalLM(LlamaConfig(**TestWithRope.base)).save_pretrained(tmp_path)
+    model = LlamaForCausalLM(LlamaConfig(**TestWithRope.base))
+    model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
-    state |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.rand(5) for n in range(3)}
+    frequencies = model.model.rotary_emb.inv_freq
+    state |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": frequencies.clone() for n in range(3)}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     return tmp_path
 

@@ -265,7 +265,6 @@ def test_a_published_config():
     [
         ({"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         ({"pooler_act": "relu"}, "pooler_act is 'relu'"),
-        ({"hidden_dropout_prob": 0.1}, "one dropout rate"),
         ({"architectures": ["ViTForMaskedImageModeling"]}, "no head for ViTForMaskedImageModeling"),
         ({"image_size": [224, 224]}, "a positive integer was expected"),
         ({"use_mean_pooling": True}, "does not know use_mean_pooling"),

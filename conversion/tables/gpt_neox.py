@@ -41,7 +41,7 @@ def rotary_dim(theirs):
     """How many of a head's features RoPE turns: a fraction of them, rounded down."""
     fraction = checked_value("rotary_pct", rope_parameters(theirs)["partial_rotary_factor"], 0.25)
     head_dim = theirs["hidden_size"] // theirs["num_attention_heads"]
-    features = int(head_dim * fraction) if 0 < fraction <= 1 else 0
+    features = int(head_dim * fraction) if 0 < fraction < 1000 else 0
     if not 0 < features <= head_dim or features % 2:
         raise UserError(
             f"config.json: rotary_pct is {fraction}, which is {features} of a head's {head_dim} features; "

@@ -27,7 +27,6 @@ ENDINGS = {  # of a module's name or class, the first that fits
     "attention": "attention",
     "mixer": "recurrence",
     "ssm": "recurrence",
-    "mamba": "recurrence",
     "recurrence": "recurrence",
     "recurrent": "recurrence",
     "delta": "recurrence",
