@@ -89,13 +89,13 @@ def parse_arguments(argv):
     add("--threads", type=int, metavar="N", help="default: as many as torch takes by itself")
     add("--device", default="cpu", help="cpu (default) or cuda, where llama.cpp is left out")
     add("--quick", action="store_true", help="fewer weights, tokens and rounds")
-    add("--out", type=Path, default=Path("benchmark_results"), metavar="FOLDER", help="default: %(default)s")
+    add("--out", default="benchmark_results", metavar="FOLDER", help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
     args.command = " ".join(["python benchmark.py", *(sys.argv[1:] if argv is None else argv)])
-    args.configs = list(dict.fromkeys(args.configs))
+    args.configs, args.out = list(dict.fromkeys(args.configs)), Path(args.out)
     check_arguments(args)
     args.device = str(choose_device(args.device))
     return args
