@@ -11,6 +11,7 @@ from models.utils import compile as compile_page
 from models.utils import head as page
 from models.utils.compile import compile_decoding
 from models.utils.head import Head, keep_logits_in_fp32
+from tests.compiler import needs_compiler
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -84,6 +85,7 @@ def ties(logits):
     return (first == second).sum().item()
 
 
+@needs_compiler
 def test_a_compiled_step_answers_with_the_sums_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_page, "CACHE_FOLDER", tmp_path)
     model = load_model(find_checkpoint("tiny-llama-python-draft"), dtype=torch.bfloat16, arranged=False)
