@@ -457,7 +457,7 @@ def wait_until(condition, seconds=300):
         (["--prefill-tokens", str(10**30)], "--prefill-tokens is 10*; give a number from 1"),
         (["--out", ""], "--out is empty"),
         (["--out", f"{__file__}/results"], "--out .* cannot be written .*; give another"),
-        ([""], "configs is empty"),
+        ([""], "an argument is empty"),
         (["--device", ""], "--device is empty"),
         (["--threads", "-1"], "--threads is -1"),
         (["--new-tokens", "1"], "--new-tokens is 1; give a number from 2"),

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from models.utils.errors import UserError
@@ -21,14 +22,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, argv=None, namespace=None):
-        args = super().parse_args(argv, namespace)
-        for action in self._actions:
-            values = getattr(args, action.dest, None)
-            # What is piped into a shell's "$variable" may be empty, and then means a mistake.
-            if "" in (values if isinstance(values, list) else [values]):
-                name = "/".join(action.option_strings) or action.metavar or action.dest
-                self.error(f"{name} is empty; give {action.metavar or 'a value'}, or leave it out")
-        return args
+        words = sys.argv[1:] if argv is None else [str(word) for word in argv]
+        for before, word in zip(["", *words], words):
+            # What a shell's "$variable" gives may be empty, and then means a mistake.
+            if word == "" or (word.startswith("--") and word.endswith("=")):
+                option = word or before
+                name = option.rstrip("=") if option.startswith("-") else "an argument"
+                self.error(f"{name} is empty; give a value, or leave it out")
+        return super().parse_args(argv, namespace)
 
     def error(self, message):
         raise UserError(f"{message}; see: {self.prog} --help")
