@@ -386,6 +386,7 @@ def test_a_cpu_without_the_instructions(monkeypatch, said):
     tokens = [[token for (token,) in generate(each, [PROMPT], 5)] for each in (model, compiled)]
     assert tokens[0] == tokens[1]
     assert "this CPU" in said[0] and "without compilation" in said[-1]
+    assert compiled.layers[0].attn.q_proj.tiled, "not in the order of torch's kernel"
 
 
 @pytest.mark.parametrize(
