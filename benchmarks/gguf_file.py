@@ -9,8 +9,8 @@ are written in F32, F16, Q8_0 or Q4_0; norms and biases, as llama.cpp has it, al
 The gguf package knows the names here of tensors that Hugging Face names, and the tables of conversion/ know
 Hugging Face's names of ours. Three things are not as in our files. llama.cpp keeps q, k and v of GPT-2 and
 GPT-NeoX in one matrix, one block above the other, and the experts of a layer in one tensor. And it rotates
-neighbours (2i, 2i + 1) of a Llama's heads where we rotate (i, i + d/2), so that the rows of q_proj and k_proj,
-and their biases, change places; those of other models it rotates as we do.
+neighbours (2i, 2i + 1) of a Llama's heads where we rotate (i, i + d/2), so that the rows of q_proj and
+k_proj, and their biases, change places; those of other models it rotates as we do.
 
 Only speed is of interest here: the vocabulary has the right size, and texts that mean nothing.
 Proof: tests/test_gguf_file.py, by the reader of the gguf package and by llama.cpp.

@@ -6,8 +6,8 @@ however long it is. Of wide layers only squares along its diagonal are kept, the
 in the same BLOCK: K * BLOCK numbers, in Llama 3.2 1B 0.7 GB for all layers.
 
 An expert is given the tokens that chose it: of 16,384 tokens, with 8 of 128 experts active, 1,024 if all are
-chosen alike. Where they say nothing of an input, the damping in quantize.py keeps it as it was. An expert that
-no token chose is quantized by the search alone, and a line says so.
+chosen alike. Where they say nothing of an input, the damping in quantize.py keeps it as it was. An expert
+that no token chose is quantized by the search alone, and a line says so.
 Shapes: K inputs of a layer, b of them in a block; X (tokens, K).
 Proof: tests/test_quantize.py.
 """
