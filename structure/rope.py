@@ -55,9 +55,7 @@ def turns_of(model_name, config):
         with patch.object(page, "rope", note):
             model(torch.zeros(1, 1, dtype=torch.long, device="meta"))
     if not calls:
-        raise UserError(
-            f"models/{model_name}.py turns nothing: --rope is for models with RoPE in their config"
-        )
+        raise UserError(f"models/{model_name}.py has no RoPE here; --rope draws models that turn q and k")
     position = torch.ones(1, 1, dtype=torch.long)
     return list(dict.fromkeys(turns(*rope(position, *args, **kwargs)) for args, kwargs in calls))
 

@@ -84,7 +84,7 @@ def test_what_all_draws_is_what_lies_there(tmp_path, monkeypatch):
     (tmp_path / "pythia-70m-rope-dark.png").write_text("")
     ropes = show_structure.rope_images(tmp_path)
     assert ropes == [("gpt2", False), ("pythia-70m", True)]
-    monkeypatch.setattr(show_structure, "rope_images", lambda: [])
+    monkeypatch.setattr(show_structure, "rope_images", list)
     monkeypatch.setattr(show_structure, "images", lambda: found)
     monkeypatch.setattr(show_structure, "load", lambda name: (name, {"name": name}))
     monkeypatch.setattr(show_structure, "draw", lambda subject, dark: drawn.append((subject[0], dark)))
@@ -202,7 +202,7 @@ def test_two_models(capsys, tmp_path, options):
         (["--dark"], "say which model"),
         (["--rope"], "say which model"),
         (["--all", "--rope"], "--all draws pictures"),
-        (["gpt2", "--rope"], "models/gpt2.py turns nothing"),
+        (["gpt2", "--rope"], "models/gpt2.py has no RoPE"),
         (["llama-3-8b", "--rope", "--table"], "not allowed with"),
         (["gpt2", "--out", "tests"], "--out tests: is a folder"),
         (["gpt2", "--tabel"], "unrecognized arguments: --tabel; see: python show_structure.py --help"),

@@ -79,7 +79,7 @@ def test_a_part_of_the_head_and_no_scaling():
 
 
 def test_a_model_without_rope_is_told():
-    with pytest.raises(UserError, match="models/gpt2.py turns nothing"):
+    with pytest.raises(UserError, match="models/gpt2.py has no RoPE"):
         turns_of("gpt2")
 
 
