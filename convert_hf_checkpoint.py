@@ -67,7 +67,7 @@ def parse_arguments():
     add = parser.add_argument
     add(
         "checkpoint",
-        help="a folder in Hugging Face's or Meta's layout, a GGUF file, or OWNER/NAME on the Hugging Face hub",
+        help="a folder in Hugging Face's or Meta's layout, a GGUF file, or OWNER/NAME on Hugging Face",
     )
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--inspect", action="store_true", help="print both sides' names and shapes; write nothing")

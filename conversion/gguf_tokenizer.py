@@ -153,8 +153,8 @@ def cutting(pattern):
 
 def around(core, config):
     """BOS and EOS around a text, where the file asks for them."""
-    before = [config["bos_token"]] * config["add_bos_token"]
-    after = [config["eos_token"]] * config["add_eos_token"]
+    before = [config.get("bos_token")] * config["add_bos_token"]
+    after = [config.get("eos_token")] * config["add_eos_token"]
     return processors.TemplateProcessing(
         single=[*before, "$A", *after],
         special_tokens=[(name, core.token_to_id(name)) for name in {*before, *after}],

@@ -42,6 +42,8 @@ def fetch(name):
         folder = CHECKPOINTS / Path(file).stem
         download(f"{owner}/{repository}", folder, file)
         return folder / file
+    if str(name).endswith(".gguf"):
+        raise UserError(f"{name}: no such file; one of the hub is called OWNER/NAME/FILE.gguf")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", str(name)) or str(name).startswith("checkpoints/"):
         raise UserError(f"{name}: no such folder, and no repository of the hub, which is called OWNER/NAME")
     folder = CHECKPOINTS / str(name).split("/")[-1]
