@@ -4,8 +4,8 @@ A table has a line per kind of tensor,
 
     ours                        theirs                        transform
 
-where {n} is the layer's number, {e} an expert's, {p} is `weight` or `bias`, and {q,k,v} stands for three
-tensors of ours that theirs holds as one. A transform, defined below and named in the third column, says what
+where {n} is the layer's number, {end} the one after the last, {e} an expert's, {p} is `weight` or `bias`, and
+{q,k,v} stands for three tensors of ours that theirs holds as one. A transform, defined below and named in the third column, says what
 changes on the way; without one the tensor stays as it is. Rows for biases that a config switches off fall
 away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
 
@@ -55,6 +55,19 @@ def blocks_to_heads(blocks, config):
     return torch.stack(heads, dim=1).flatten(0, 2)
 
 
+def rotary_to_halves(weight, config, before):
+    """pairs_to_halves for the last rotary_dim rows of each head, which `before` others stand above."""
+    heads = weight.unflatten(0, (-1, before + config["rotary_dim"]))
+    pairs = heads[:, before:].unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([heads[:, :before], pairs], dim=1).flatten(0, 1)
+
+
+def rotary_to_pairs(weight, config, before):
+    heads = weight.unflatten(0, (-1, before + config["rotary_dim"]))
+    halves = heads[:, before:].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([heads[:, :before], halves], dim=1).flatten(0, 1)
+
+
 TRANSFORMS = {
     "copy": Transform(lambda theirs, config: [theirs], lambda ours, config: ours[0]),
     # GPT-2's Conv1D computes x @ weight where a Linear computes x @ weight.T.
@@ -74,6 +87,19 @@ TRANSFORMS = {
     "pairs_to_halves": Transform(
         lambda theirs, config: [pairs_to_halves(theirs, config)],
         lambda ours, config: halves_to_pairs(ours[0], config),
+    ),
+    # Latent attention: RoPE turns the last rows of each head's query, and of the one key beside the latent.
+    "rotary_of_heads": Transform(
+        lambda theirs, config: [rotary_to_halves(theirs, config, config["head_dim"])],
+        lambda ours, config: rotary_to_pairs(ours[0], config, config["head_dim"]),
+    ),
+    "rotary_at_end": Transform(
+        lambda theirs, config: [rotary_to_halves(theirs, config, config["d_latent"])],
+        lambda ours, config: rotary_to_pairs(ours[0], config, config["d_latent"]),
+    ),
+    "rows_to_heads": Transform(
+        lambda theirs, config: [theirs.unflatten(0, (config["num_heads"], -1))],
+        lambda ours, config: ours[0].flatten(0, 1),
     ),
 }
 
@@ -144,7 +170,8 @@ class Layout:
     def repeats(self, config):
         """{their tensor: theirs that it repeats}: a file may hold both, and they must then be equal."""
         tied = {self.their_name(ours): self.their_name(same) for ours, same in self.tied(config).items()}
-        return {**tied, **self.copies}
+        copies = {fill(name, after_the_last(config)): same for name, same in self.copies.items()}
+        return {**tied, **copies}
 
     def skipped_names(self, num_layers):
         computed = {name: computed.what for name, computed in self.computed.items()}
@@ -190,7 +217,16 @@ def marks(template, config):
     layers = range(layer_count(config)) if "{n}" in template else [0]
     experts = range(config["num_experts"]) if "{e}" in template else [0]
     parts = ["weight", "bias"] if "{p}" in template else [""]
-    return [{"{n}": str(n), "{e}": str(e), "{p}": part} for n in layers for e in experts for part in parts]
+    return [
+        {"{n}": str(n), "{e}": str(e), "{p}": part, **after_the_last(config)}
+        for n in layers
+        for e in experts
+        for part in parts
+    ]
+
+
+def after_the_last(config):
+    return {"{end}": str(layer_count(config))}
 
 
 def fill(template, values):
