@@ -41,6 +41,7 @@ class HFType:
 MAY_BE_NULL = {
     "decoder_vocab_size",
     "head_dim",
+    "mlp_only_layers",
     "n_inner",
     "num_key_value_heads",
     "rope_parameters",
@@ -144,7 +145,7 @@ def checked_value(name, value, default):
     smallest = 0 if name.endswith("_id") else 1
     if type(value) is not kind or (kind is int and not smallest <= value < 2**31):
         spoken = {int: "a positive integer", float: "a number", bool: "true or false", dict: "an object"}
-        spoken[str] = "a word"
+        spoken |= {str: "a word", list: "a list"}
         raise UserError(f"config.json: {name} is {value!r}, where {spoken[kind]} was expected")
     return value
 
