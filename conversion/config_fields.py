@@ -44,9 +44,11 @@ MAY_BE_NULL = {
     "mlp_only_layers",
     "n_inner",
     "num_key_value_heads",
+    "q_lora_rank",
     "rope_parameters",
     "rope_scaling",
 }
+MAY_BE_ZERO = {"first_k_dense_replace"}
 
 
 def words(text):
@@ -142,7 +144,7 @@ def checked_value(name, value, default):
     kind = int if default is None else type(default)
     if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
-    smallest = 0 if name.endswith("_id") else 1
+    smallest = 0 if name.endswith("_id") or name in MAY_BE_ZERO else 1
     if type(value) is not kind or (kind is int and not smallest <= value < 2**31):
         spoken = {int: "a positive integer", float: "a number", bool: "true or false", dict: "an object"}
         spoken |= {str: "a word", list: "a list"}

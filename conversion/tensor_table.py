@@ -5,9 +5,10 @@ A table has a line per kind of tensor,
     ours                        theirs                        transform
 
 where {n} is the layer's number, {end} the one after the last, {e} an expert's, {p} is `weight` or `bias`, and
-{q,k,v} stands for three tensors of ours that theirs holds as one. A transform, defined below and named in the third column, says what
-changes on the way; without one the tensor stays as it is. Rows for biases that a config switches off fall
-away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
+{q,k,v} stands for three tensors of ours that theirs holds as one. A transform, defined below and named in the
+third column, says what changes on the way; without one the tensor stays as it is. Rows for biases that a
+config switches off fall away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse
+backward.
 
 Each model has a page of its own here (gpt2.py, llama.py, ...) with its table and its lists of config fields.
 The proof is tests/test_convert_hf_checkpoint.py.
@@ -89,15 +90,15 @@ TRANSFORMS = {
         lambda ours, config: halves_to_pairs(ours[0], config),
     ),
     # Latent attention: RoPE turns the last rows of each head's query, and of the one key beside the latent.
-    "rotary_of_heads": Transform(
+    "rope_head": Transform(
         lambda theirs, config: [rotary_to_halves(theirs, config, config["head_dim"])],
         lambda ours, config: rotary_to_pairs(ours[0], config, config["head_dim"]),
     ),
-    "rotary_at_end": Transform(
+    "rope_end": Transform(
         lambda theirs, config: [rotary_to_halves(theirs, config, config["d_latent"])],
         lambda ours, config: rotary_to_pairs(ours[0], config, config["d_latent"]),
     ),
-    "rows_to_heads": Transform(
+    "to_heads": Transform(
         lambda theirs, config: [theirs.unflatten(0, (config["num_heads"], -1))],
         lambda ours, config: ours[0].flatten(0, 1),
     ),

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 at Hugging Face, and its relatives: DeepSeek-V2 without groups (V2-Lite), and Youtu without experts."""
+"""DeepSeek-V3 at Hugging Face, and its relatives: V2-Lite, without groups, and Youtu, without experts."""
 
 import math
 
@@ -10,27 +10,27 @@ from conversion.tensor_table import Layout, Row, table
 from models.utils.errors import UserError
 
 LAYER = table("""
-    layers.{n}.attn_norm.weight                  model.layers.{n}.input_layernorm.weight
-    layers.{n}.attn.q_proj.weight                model.layers.{n}.self_attn.q_proj.weight              rotary_of_heads
-    layers.{n}.attn.q_down_proj.weight           model.layers.{n}.self_attn.q_a_proj.weight
-    layers.{n}.attn.q_norm.weight                model.layers.{n}.self_attn.q_a_layernorm.weight
-    layers.{n}.attn.q_up_proj.weight             model.layers.{n}.self_attn.q_b_proj.weight            rotary_of_heads
-    layers.{n}.attn.kv_down_proj.weight          model.layers.{n}.self_attn.kv_a_proj_with_mqa.weight  rotary_at_end
-    layers.{n}.attn.kv_norm.weight               model.layers.{n}.self_attn.kv_a_layernorm.weight
-    layers.{n}.attn.kv_up                        model.layers.{n}.self_attn.kv_b_proj.weight           rows_to_heads
-    layers.{n}.attn.o_proj.weight                model.layers.{n}.self_attn.o_proj.weight
-    layers.{n}.ffn_norm.weight                   model.layers.{n}.post_attention_layernorm.weight
-    layers.{n}.ffn.gate_proj.weight              model.layers.{n}.mlp.gate_proj.weight
-    layers.{n}.ffn.up_proj.weight                model.layers.{n}.mlp.up_proj.weight
-    layers.{n}.ffn.down_proj.weight              model.layers.{n}.mlp.down_proj.weight
-    layers.{n}.ffn.router                        model.layers.{n}.mlp.gate.weight
-    layers.{n}.ffn.router_bias                   model.layers.{n}.mlp.gate.e_score_correction_bias
-    layers.{n}.ffn.shared.gate_proj.weight       model.layers.{n}.mlp.shared_experts.gate_proj.weight
-    layers.{n}.ffn.shared.up_proj.weight         model.layers.{n}.mlp.shared_experts.up_proj.weight
-    layers.{n}.ffn.shared.down_proj.weight       model.layers.{n}.mlp.shared_experts.down_proj.weight
-    layers.{n}.ffn.experts.{e}.gate_proj.weight  model.layers.{n}.mlp.experts.{e}.gate_proj.weight
-    layers.{n}.ffn.experts.{e}.up_proj.weight    model.layers.{n}.mlp.experts.{e}.up_proj.weight
-    layers.{n}.ffn.experts.{e}.down_proj.weight  model.layers.{n}.mlp.experts.{e}.down_proj.weight
+    layers.{n}.attn_norm.weight                 model.layers.{n}.input_layernorm.weight
+    layers.{n}.attn.q_proj.weight               model.layers.{n}.self_attn.q_proj.weight             rope_head
+    layers.{n}.attn.q_down_proj.weight          model.layers.{n}.self_attn.q_a_proj.weight
+    layers.{n}.attn.q_norm.weight               model.layers.{n}.self_attn.q_a_layernorm.weight
+    layers.{n}.attn.q_up_proj.weight            model.layers.{n}.self_attn.q_b_proj.weight           rope_head
+    layers.{n}.attn.kv_down_proj.weight         model.layers.{n}.self_attn.kv_a_proj_with_mqa.weight rope_end
+    layers.{n}.attn.kv_norm.weight              model.layers.{n}.self_attn.kv_a_layernorm.weight
+    layers.{n}.attn.kv_up                       model.layers.{n}.self_attn.kv_b_proj.weight          to_heads
+    layers.{n}.attn.o_proj.weight               model.layers.{n}.self_attn.o_proj.weight
+    layers.{n}.ffn_norm.weight                  model.layers.{n}.post_attention_layernorm.weight
+    layers.{n}.ffn.gate_proj.weight             model.layers.{n}.mlp.gate_proj.weight
+    layers.{n}.ffn.up_proj.weight               model.layers.{n}.mlp.up_proj.weight
+    layers.{n}.ffn.down_proj.weight             model.layers.{n}.mlp.down_proj.weight
+    layers.{n}.ffn.router                       model.layers.{n}.mlp.gate.weight
+    layers.{n}.ffn.router_bias                  model.layers.{n}.mlp.gate.e_score_correction_bias
+    layers.{n}.ffn.shared.gate_proj.weight      model.layers.{n}.mlp.shared_experts.gate_proj.weight
+    layers.{n}.ffn.shared.up_proj.weight        model.layers.{n}.mlp.shared_experts.up_proj.weight
+    layers.{n}.ffn.shared.down_proj.weight      model.layers.{n}.mlp.shared_experts.down_proj.weight
+    layers.{n}.ffn.experts.{e}.gate_proj.weight model.layers.{n}.mlp.experts.{e}.gate_proj.weight
+    layers.{n}.ffn.experts.{e}.up_proj.weight   model.layers.{n}.mlp.experts.{e}.up_proj.weight
+    layers.{n}.ffn.experts.{e}.down_proj.weight model.layers.{n}.mlp.experts.{e}.down_proj.weight
 """)
 
 # The layer that looks ahead stands in their files as one more layer, with its own names beside a layer's.
@@ -61,7 +61,9 @@ LAYOUT = Layout(
 
 
 def from_names(theirs, names):
-    """Whether a file has the layer that looks ahead: transformers leaves it out, and config.json as it was."""
+    """Whether a file has the layer that looks ahead: what transformers saves lacks it, and config.json may
+    name it all the same.
+    """
     end = theirs.get("num_hidden_layers", DEEPSEEK_V3_TYPE.defaults["num_hidden_layers"])
     return {"multi_token": f"model.layers.{end}.eh_proj.weight" in names}
 
@@ -70,8 +72,8 @@ def num_heads(theirs):
     H, K = theirs["num_attention_heads"], theirs["num_key_value_heads"]
     if K not in (None, H):
         raise UserError(
-            f"config.json: num_key_value_heads is {K}, num_attention_heads {H}; models/deepseek_v3.py has keys "
-            "and values for each head"
+            f"config.json: num_key_value_heads is {K}, num_attention_heads {H}; models/deepseek_v3.py "
+            "implements as many of both"
         )
     return H
 
@@ -109,8 +111,8 @@ def rope_scaling(theirs):
 
 
 def rotation_scale(given):
-    """What attention_factor, our rotation_scale, is where a file does not say it: of the two mscales the first
-    is meant for the features that turn, the second for all, so that those that turn get what is left.
+    """What attention_factor, our rotation_scale, is where a file does not say it: mscale is for the features
+    that turn, mscale_all_dim for all, so that those that turn get the ratio.
     """
     mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
     if not (mscale and all_dim) or given["factor"] <= 1:
