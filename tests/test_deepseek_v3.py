@@ -6,7 +6,14 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    YoutuConfig,
+    YoutuForCausalLM,
+)
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
@@ -31,14 +38,21 @@ YARN = {
 }
 
 
+# The softmax is DeepSeek-V2's, which transformers has as a model of its own.
+V2 = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+
+
 class MlaProof(DecoderProof):
     model_name = "deepseek_v3"
     no_effect = {"max_seq_len": "the length that training reached; RoPE has no table that could end"}
     idle = {**DecoderProof.idle, "router_bias": "training moves it by what it counts, not by a gradient"}
 
     def oracle(self, **changes):
-        config = self.oracle_config(**{**self.base, **changes}, attn_implementation="eager")
-        oracle = self.oracle_model(config)
+        kinds = self.oracle_config, self.oracle_model
+        if changes == V2:
+            kinds = DeepseekV2Config, DeepseekV2ForCausalLM
+        config = kinds[0](**{**self.base, **changes}, attn_implementation="eager")
+        oracle = kinds[1](config)
         for name, buffer in oracle.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
@@ -93,7 +107,7 @@ class TestDeepseekV3(MlaProof):
         "vocab_size": 101,
         "max_position_embeddings": 64,
         "hidden_size": 66,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 6,
         "q_lora_rank": 28,
@@ -103,7 +117,7 @@ class TestDeepseekV3(MlaProof):
         "v_head_dim": 8,
         "intermediate_size": 88,
         "moe_intermediate_size": 32,
-        "n_routed_experts": 12,
+        "n_routed_experts": 8,
         "num_experts_per_tok": 3,
         "n_shared_experts": 2,
         "n_group": 4,
@@ -120,7 +134,7 @@ class TestDeepseekV3(MlaProof):
         "vocab_size": {"vocab_size": 89},
         "max_seq_len": {"max_position_embeddings": 50},
         "d_model": {"hidden_size": 48},
-        "num_layers": {"num_hidden_layers": 2},
+        "num_layers": {"num_hidden_layers": 3},
         "num_heads": {"num_attention_heads": 5, "num_key_value_heads": 5},
         "d_query": {"q_lora_rank": None},
         "d_latent": {"kv_lora_rank": 18},
@@ -129,11 +143,12 @@ class TestDeepseekV3(MlaProof):
         "value_dim": {"v_head_dim": 9},
         "d_ff": {"intermediate_size": 72},
         "d_expert": {"moe_intermediate_size": 40},
-        "num_experts": {"n_routed_experts": 16},
+        "num_experts": {"n_routed_experts": 12},
         "num_active_experts": {"num_experts_per_tok": 2},
         "num_shared_experts": {"n_shared_experts": 1},
         "num_groups": {"n_group": 2},
-        "num_active_groups": {"topk_group": 1},
+        "num_active_groups": {"topk_group": 3},
+        "sigmoid_scores": V2,
         "normalize_weights": {"norm_topk_prob": False},
         "weight_scale": {"routed_scaling_factor": 1.5},
         "dense_layers": {"first_k_dense_replace": 0},
@@ -160,5 +175,39 @@ class TestDeepseekV3(MlaProof):
         positions = torch.arange(1, 30).expand(2, -1)
         cache = MtpCache(config=oracle.config.get_mtp_config())
         expected = ahead.forward_layer(0, hidden, positions, cache, input_ids=tokens[:, 1:])
-        ours = model.hidden(tokens[:, :-1])
-        assert_close(model.lm_head(model.hidden_ahead(ours, tokens[:, 1:])), oracle.lm_head(expected))
+        assert_close(model.lm_head(model.hidden_ahead(hidden, tokens[:, 1:])), oracle.lm_head(expected))
+
+
+class TestDeepseekV2Lite(MlaProof):
+    """Softmax, no groups, queries straight from x, mscale 0.707; the fields are proved above."""
+
+    oracle_config, oracle_model = DeepseekV2Config, DeepseekV2ForCausalLM
+    base = {
+        **TestDeepseekV3.base,
+        **V2,
+        "q_lora_rank": None,
+        "routed_scaling_factor": 1.0,
+        "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    }
+    test_every_field_has_a_change = None
+
+
+class TestYoutu(MlaProof):
+    """No experts, no YaRN, a tied head; the fields are proved above."""
+
+    oracle_config, oracle_model = YoutuConfig, YoutuForCausalLM
+    base = {
+        **{
+            name: TestDeepseekV3.base[name]
+            for name in (
+                *("vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers"),
+                *("num_attention_heads", "num_key_value_heads", "q_lora_rank", "kv_lora_rank"),
+                *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "intermediate_size", "rms_norm_eps"),
+            )
+        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    test_every_field_has_a_change = None
