@@ -1,7 +1,9 @@
 """The proof of models/deepseek_v3.py."""
 
+import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import (
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
+from conversion.convert import convert, reverse
 from models import build_model, load_config, load_model
 from models import deepseek_v3 as page
 from models.utils.errors import UserError
@@ -51,8 +54,11 @@ class MlaProof(DecoderProof):
         kinds = self.oracle_config, self.oracle_model
         if changes == V2:
             kinds = DeepseekV2Config, DeepseekV2ForCausalLM
-        config = kinds[0](**{**self.base, **changes}, attn_implementation="eager")
-        oracle = kinds[1](config)
+        return self.oracle_of(kinds[0](**{**self.base, **changes}), kinds[1])
+
+    def oracle_of(self, config, kind=DeepseekV3ForCausalLM):
+        config._attn_implementation = "eager"
+        oracle = kind(config)
         for name, buffer in oracle.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(1)))
@@ -159,6 +165,73 @@ class TestDeepseekV3(MlaProof):
         "tied_head": {"tie_word_embeddings": True},
     }
 
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("factor", 9.0),
+            ("beta_fast", 12.0),
+            ("beta_slow", 0.2),
+            ("original_max_position_embeddings", 200),
+            ("attention_factor", 1.5),
+            ("mscale", 1.5),
+            ("mscale_all_dim", 0.5),
+            ("mscale_all_dim", 0.0),
+        ],
+    )
+    def test_every_field_of_yarn(self, pair, tmp_path, field, value):
+        oracle = self.oracle(rope_parameters={**YARN, field: value})
+        model = self.zoo(oracle, tmp_path)
+        tokens = random_tokens(model, 2, 40)
+        assert_close(model(tokens), oracle(tokens).logits)
+        moved = (model(tokens) - pair[1](tokens)).abs().max()
+        assert moved > 1e-3
+
+    def test_the_base_config_meets_all_three_kinds_of_pairs(self, model):
+        exponent = torch.arange(0, 20, 2) / 20
+        ratio = 1 / 100**exponent / page.rope_frequencies(model.config, "cpu")
+        assert (ratio == 1).any() and (ratio == 40).any() and ((ratio > 1.01) & (ratio < 39.9)).any()
+
+    def test_the_bias_chooses_and_does_not_weigh(self, model):
+        """Another bias for all experts alike changes nothing, one for a single expert the choice alone."""
+        experts, tokens = copy.deepcopy(model.layers[1].ffn), torch.randn(50, 66)
+        weights, chosen = experts.route(tokens)
+        experts.router_bias += 0.25
+        assert all(map(torch.equal, experts.route(tokens), (weights, chosen)))
+        experts.router_bias[3] += 10
+        assert (experts.route(tokens)[1] == 3).any(dim=1).all() and not (chosen == 3).any(dim=1).all()
+        assert experts.route(tokens)[0].sum(dim=1).allclose(torch.tensor(2.5))
+
+    # Latent attention ---------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("num_queries", [1, 7])
+    def test_the_two_forms_are_equal(self, model, num_queries):
+        """Expanded and absorbed, for the same queries and the same cache, of which a mask hides a part."""
+        attn, config = model.layers[0].attn, model.config
+        torch.manual_seed(0)
+        q = torch.randn(3, config.num_heads, num_queries, config.head_dim)
+        q_rope = torch.randn(3, config.num_heads, num_queries, config.rotary_dim)
+        latent = torch.randn(3, 1, 19, config.d_latent + config.rotary_dim)
+        positions = torch.tensor([[0], [4], [11]]) + torch.arange(num_queries)
+        inputs = q, q_rope, latent, page.causal_mask(positions, 19)
+        assert_close(attn.absorbed(*inputs), attn.expanded(*inputs))
+
+    def test_steps_are_absorbed_and_prompts_expanded(self, model, monkeypatch):
+        """Behind what is cached as well: 24 (10 + 8) / (2 * 24 - 10 - 8) = 14.4 queries break even."""
+        called = []
+        for form in ("absorbed", "expanded"):
+            whole = getattr(page.Attention, form)
+
+            def noted(*inputs, form=form, whole=whole):
+                called.append(form)
+                return whole(*inputs)
+
+            monkeypatch.setattr(page.Attention, form, noted)
+        tokens, cache, forms = random_tokens(model, 1, 50), model.new_cache(1, 50), []
+        for start, end in [(0, 3), (3, 4), (4, 18), (18, 33)]:
+            model(tokens[:, start:end], torch.arange(start, end)[None] if start else None, cache)
+            forms.append(called[-1])
+        assert forms == ["expanded", "absorbed", "absorbed", "expanded"]
+
     # Multi-token prediction ---------------------------------------------------------------------------------
 
     @pytest.fixture(scope="class")
@@ -176,6 +249,106 @@ class TestDeepseekV3(MlaProof):
         cache = MtpCache(config=oracle.config.get_mtp_config())
         expected = ahead.forward_layer(0, hidden, positions, cache, input_ids=tokens[:, 1:])
         assert_close(model.lm_head(model.hidden_ahead(hidden, tokens[:, 1:])), oracle.lm_head(expected))
+
+    def test_the_layer_ahead_equals_the_formula(self, three):
+        """The report's equations 21 to 23, with the norms by their definition."""
+        model, config = three[2], three[2].config
+        tokens = random_tokens(model, 2, 30)
+        hidden, ahead = model.hidden(tokens[:, :-1]), model.ahead
+
+        def norm(x, weight):
+            return weight * x / (x.square().mean(dim=-1, keepdim=True) + config.norm_eps).sqrt()
+
+        follower = model.token_embed.weight[tokens[:, 1:]]
+        joined = norm(follower, ahead.token_norm.weight), norm(hidden, ahead.hidden_norm.weight)
+        x = torch.cat(joined, dim=-1) @ ahead.join_proj.weight.T
+        positions = torch.arange(29).expand(2, -1)
+        x = ahead.layer(x, page.rope(positions, config), None, positions, None)
+        assert_close(model.hidden_ahead(hidden, tokens[:, 1:]), norm(x, ahead.final_norm.weight))
+
+    def test_the_layer_ahead_with_a_cache(self, three):
+        """A prompt, a few tokens at given places, then one: as in a single pass."""
+        model = three[2]
+        tokens = random_tokens(model, 2, 30)
+        hidden, followers = model.hidden(tokens[:, :-1]), tokens[:, 1:]
+        cache, pieces = model.new_layer_cache(2, 40), []
+        for start, end in [(0, 10), (10, 14), (14, 15), (15, 29)]:
+            positions = torch.arange(start, end).expand(2, -1) if start else None
+            pieces.append(model.hidden_ahead(hidden[:, start:end], followers[:, start:end], positions, cache))
+        assert_close(torch.cat(pieces, dim=1), model.hidden_ahead(hidden, followers))
+        with pytest.raises(ValueError, match="give the cache too"):
+            model.hidden_ahead(hidden, followers, torch.arange(29).expand(2, -1))
+
+    def test_the_layer_ahead_goes_back_to_the_same_bits(self, three, tmp_path):
+        """But for the embedding and the head, which published files repeat beside it."""
+        self.zoo(three[0], tmp_path)
+        before = load_file(tmp_path / "model.safetensors")
+        after = load_file(reverse(tmp_path, progress=False) / "model.safetensors")
+        repeated = {"model.layers.2.embed_tokens.weight", "model.layers.2.shared_head.head.weight"}
+        assert before.keys() - after.keys() == repeated and after.keys() <= before.keys()
+        assert all(torch.equal(before[name], after[name]) for name in after)
+        assert (
+            json.loads((tmp_path / "reversed" / "config.json").read_text())["num_nextn_predict_layers"] == 1
+        )
+
+    def test_a_file_without_the_layer_that_its_config_names(self, tmp_path):
+        """As transformers saves it."""
+        oracle = self.oracle(num_nextn_predict_layers=1)
+        oracle.save_pretrained(tmp_path)
+        convert(tmp_path, progress=False)
+        assert not load_model(tmp_path).config.multi_token
+
+    # Bad input ----------------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"rope_parameters": {**YARN, "rope_type": "linear"}}, "rope_type 'linear'"),
+            ({"rope_parameters": {**YARN, "low_freq_factor": 1.0}}, "low_freq_factor"),
+            ({"rope_parameters": {**YARN, "truncate": False}}, "truncate is False"),
+            ({"rope_parameters": {**YARN, "mscale": "1"}}, "mscale is '1', where a number"),
+            ({"rope_parameters": {**YARN, "factor": None}}, "lacks factor"),
+            ({"num_key_value_heads": 3}, "num_key_value_heads is 3, num_attention_heads 6"),
+            ({"topk_method": "greedy"}, "topk_method is 'greedy'.*implements 'noaux_tc'"),
+            ({"scoring_func": "softmax"}, "scoring_func is 'softmax'.*implements 'sigmoid'"),
+            ({"moe_layer_freq": 2}, "moe_layer_freq is 2"),
+            ({"rope_interleave": False}, "rope_interleave is False"),
+            ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
+            ({"attention_bias": True}, "attention_bias is True"),
+            ({"n_group": 3}, "num_groups must divide num_experts"),
+            ({"num_experts_per_tok": 5}, "num_active_experts exceeds what num_active_groups leave"),
+            ({"v_head_dim": 40}, "value_dim exceeds head_dim"),
+            ({"qk_rope_head_dim": 7}, "rotary_dim must be even"),
+            ({"index_topk": 2048}, "does not know index_topk"),
+            ({"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}, "'group_limited_greedy'"),
+            ({"model_type": "deepseek_v2"} | V2 | {"norm_topk_prob": True}, "norm_topk_prob is True"),
+        ],
+        ids=str,
+    )
+    def test_what_the_page_does_not_do_is_refused_by_name(self, pair, tmp_path, change, message):
+        pair[0].save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text()) | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=message) as error:
+            convert(tmp_path, progress=False)
+        assert "\n" not in str(error.value)
+
+    def test_experts_that_do_not_fit(self, pair, tmp_path):
+        """One missing, one too many, one with another shape: each by its name."""
+        pair[0].save_pretrained(tmp_path)
+        path = tmp_path / "model.safetensors"
+        tensors = load_file(path)
+        name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+        tensors[name.format(8)] = tensors.pop(name.format(7))
+        tensors[name.format(2)] = tensors[name.format(2)][:, :-1].clone()
+        save_file(tensors, path)
+        with pytest.raises(UserError, match="3 problems") as error:
+            convert(tmp_path, progress=False)
+        problems = "\n".join(error.value.args[1])
+        for number, what in [(7, "missing"), (8, "has no place"), (2, "has shape")]:
+            assert re.search(
+                rf"experts\.{number}\.down_proj.*{what}|experts\.{{n}}\.down_proj.*{what}", problems
+            )
 
 
 class TestDeepseekV2Lite(MlaProof):
@@ -211,3 +384,155 @@ class TestYoutu(MlaProof):
         "eos_token_id": 2,
     }
     test_every_field_has_a_change = None
+
+
+# As published -----------------------------------------------------------------------------------------------
+
+# DeepSeek-V3's config.json, but for its sizes and for its weights in fp8.
+PUBLISHED = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 80,
+    "kv_lora_rank": 24,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 32,
+    "moe_layer_freq": 1,
+    "n_group": 4,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 6,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 6,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 20,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 8,
+    "vocab_size": 101,
+}
+
+
+@torch.no_grad()
+def test_the_published_config(tmp_path):
+    """Its old spelling of YaRN and all that it switches on, and the fields that transformers never reads."""
+    theirs = {name: value for name, value in PUBLISHED.items() if name != "auto_map"}
+    oracle = TestDeepseekV3().oracle_of(DeepseekV3Config(**theirs, experts_implementation="eager"))
+    oracle.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    convert(tmp_path, progress=False)
+    model, tokens = load_model(tmp_path), torch.arange(90)[None]
+    assert_close(model(tokens), oracle(tokens).logits)
+    assert model.config.rope_scaling == load_config("deepseek-v3")[1].rope_scaling
+
+
+def parameters_of(name):
+    """(all, those of the layer ahead, those that a token reads, the embedding not counted) in billions."""
+    model_name, config = load_config(name)
+    sizes = {name: p.numel() for name, p in build_model(model_name, config).named_parameters()}
+    ahead = sum(size for name, size in sizes.items() if name.startswith("ahead."))
+    total = sum(sizes.values()) - ahead
+    idle = sum(size for name, size in sizes.items() if ".experts." in name and not name.startswith("ahead."))
+    idle = idle * (config.num_experts - config.num_active_experts) // config.num_experts
+    return total, ahead, total - idle - sizes["token_embed.weight"] * (not config.tied_head)
+
+
+@pytest.mark.parametrize(
+    "name, total, ahead, active",
+    [
+        ("deepseek-v3", 671.03, 11.61, 36.63),
+        ("deepseek-v2-lite", 15.71, 0, 2.45),
+        ("youtu-llm-2b", 1.96, 0, 1.96),
+    ],
+)
+def test_parameter_counts(name, total, ahead, active):
+    """As published: 671 B with 36.6 B active (and, in the files, 11.5 B ahead), 15.7 B with 2.4, 1.96 B."""
+    assert [round(count / 1e9, 2) for count in parameters_of(name)] == [total, ahead, active]
+
+
+def test_the_numbers_of_the_docstrings():
+    config = load_config("deepseek-v3")[1]
+    H, d, R, v, r = 128, 128, 64, 128, 512
+    assert (config.num_heads, config.head_dim, config.rotary_dim, config.value_dim, config.d_latent) == (
+        H,
+        d,
+        R,
+        v,
+        r,
+    )
+    assert r + R == 576 and 2 * H * d == 32_768 and 2 * 8 * d == 2_048
+    assert int(r * (d + v) / (2 * r - d - v)) == 170
+    sharper = page.score_scale(config) * math.sqrt(d + R)
+    assert round(sharper, 2) == 1.87
+
+
+def test_the_cache_at_its_published_size():
+    """576 numbers a token and layer, and no more."""
+    model = build_model(*load_config("deepseek-v3")[:2])
+    cache = model.new_cache(2, 10)
+    assert len(cache) == 61 and sum(part.latent.numel() for part in cache) == 2 * 10 * 61 * 576
+
+
+# The shape comments -----------------------------------------------------------------------------------------
+
+
+def shape_configs(module):
+    for on in (False, True):
+        yield module.Config(
+            vocab_size=41,
+            max_seq_len=31,
+            d_model=23,
+            num_layers=2,
+            num_heads=33,
+            d_query=37 if on else None,
+            d_latent=61 if on else 6,
+            head_dim=26,
+            rotary_dim=38,
+            value_dim=22,
+            d_ff=43,
+            d_expert=47,
+            num_experts=21,
+            num_active_experts=5,
+            num_shared_experts=3,
+            num_groups=3,
+            num_active_groups=2,
+            sigmoid_scores=on,
+            normalize_weights=on,
+            weight_scale=2.5,
+            dense_layers=(0,),
+            multi_token=on,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            rope_scaling=module.RopeScaling(4.0, 64, 32.0, 1.0, 1.1, 0.7) if on else None,
+            tied_head=on,
+        )
