@@ -44,6 +44,7 @@ MAY_BE_NULL = {
     "mlp_only_layers",
     "n_inner",
     "num_key_value_heads",
+    "num_local_experts",
     "q_lora_rank",
     "rope_parameters",
     "rope_scaling",

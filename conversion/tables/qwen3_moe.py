@@ -31,13 +31,16 @@ def dense_layers(theirs):
     return [n for n in range(theirs["num_hidden_layers"]) if n in named or (n + 1) % step]
 
 
+def num_experts(theirs):
+    """Published files call it num_experts, those that transformers 5 writes num_local_experts."""
+    return theirs["num_local_experts"] or theirs["num_experts"]
+
+
 def num_active_experts(theirs):
-    if theirs["num_experts_per_tok"] > theirs["num_experts"]:
-        raise UserError(
-            f"config.json: num_experts_per_tok is {theirs['num_experts_per_tok']}, where there are "
-            f"{theirs['num_experts']} experts"
-        )
-    return theirs["num_experts_per_tok"]
+    active, experts = theirs["num_experts_per_tok"], num_experts(theirs)
+    if active > experts:
+        raise UserError(f"config.json: num_experts_per_tok is {active}, where there are {experts} experts")
+    return active
 
 
 QWEN3_MOE_TYPE = HFType(
@@ -45,7 +48,7 @@ QWEN3_MOE_TYPE = HFType(
     used={
         **QWEN3_TYPE.used,
         "d_expert": "moe_intermediate_size",
-        "num_experts": "num_experts",
+        "num_experts": num_experts,
         "num_active_experts": num_active_experts,
         "normalize_weights": "norm_topk_prob",
         "dense_layers": dense_layers,
@@ -58,6 +61,7 @@ QWEN3_MOE_TYPE = HFType(
         "num_key_value_heads": 4,
         "moe_intermediate_size": 768,
         "num_experts": 128,
+        "num_local_experts": None,
         "num_experts_per_tok": 8,
         "norm_topk_prob": False,
         "mlp_only_layers": [],
@@ -77,6 +81,7 @@ def to_hf_config(config):
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
         **renamed(QWEN3_MOE_TYPE, config),
+        "num_experts": config["num_experts"],
         "num_experts_per_tok": config["num_active_experts"],
         "mlp_only_layers": list(config["dense_layers"]),
         "decoder_sparse_step": 1,
