@@ -84,8 +84,12 @@ class Config:
         assert self.rotary_dim % 2 == 0, "rotary_dim must be even, since RoPE turns pairs"
         assert self.value_dim <= self.head_dim + self.rotary_dim, "value_dim exceeds head_dim + rotary_dim"
         assert self.num_experts % self.num_groups == 0, "num_groups must divide num_experts"
-        allowed = self.num_experts // self.num_groups * self.num_active_groups
-        assert self.num_active_experts <= allowed, "num_active_experts exceeds what num_active_groups leave"
+        assert self.num_active_groups <= self.num_groups, "num_active_groups exceeds num_groups"
+        size, all_active = self.num_experts // self.num_groups, self.num_active_groups == self.num_groups
+        assert size > 1 or all_active, "a group has one expert, where two are needed to choose it"
+        assert self.num_active_experts <= size * self.num_active_groups, (
+            "num_active_experts exceeds the experts of num_active_groups"
+        )
 
 
 class Model(nn.Module):
@@ -123,26 +127,29 @@ class Model(nn.Module):
         positions: the slots of the cache where the tokens go, 0 <= position < num_slots; each token attends
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
-        places = place(tokens, positions, cache and cache[0], self.config)
-        x = self.token_embed(tokens)  # (B, T, D)
-        for n, layer in enumerate(self.layers):
-            x = layer(x, *places, cache[n] if cache else None)
-        return self.final_norm(x)
+        return self.final_norm(self.run(self.layers, self.token_embed(tokens), positions, cache))
 
-    def hidden_ahead(
-        self,
-        hidden: Tensor,  # (B, T, D)
-        tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "LayerCache | None" = None,
-    ) -> Tensor:
-        """What lm_head reads for the token after `tokens`, guessed without another pass of all layers.
+    def hidden_ahead(self, hidden, tokens, positions=None, cache=None) -> Tensor:
+        """What lm_head reads for the token after `tokens`, without a pass of all layers (see Ahead).
 
-        hidden: what hidden() gave for each token of a text, or hidden_ahead() for a guess; tokens: the ones
-        that followed them; positions: those of hidden; cache: from new_layer_cache.
+        hidden (B, T, D): what hidden() gave for each token of a text, or hidden_ahead() for a guess; tokens
+        (B, T): those that followed them; positions: those of hidden; cache: from new_layer_cache.
         """
-        places = place(tokens, positions, cache, self.config)
-        return self.ahead(hidden, self.token_embed(tokens), *places, cache)
+        x = self.ahead(hidden, self.token_embed(tokens))  # (B, T, D)
+        return self.ahead.final_norm(self.run([self.ahead.layer], x, positions, cache and [cache]))
+
+    def run(self, layers, x: Tensor, positions: Tensor | None, cache: "Cache | None") -> Tensor:
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
+        mask = None
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])  # (B, T)
+        else:
+            mask = causal_mask(positions, cache[0].latent.shape[2])  # (B, 1, T, S)
+        rotation = rope(positions, self.config)  # each (B, 1, T, R // 2)
+        for n, layer in enumerate(layers):
+            x = layer(x, rotation, mask, positions, cache[n] if cache else None)
+        return x
 
     def new_cache(self, batch_size: int, num_slots: int) -> "Cache":
         """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens."""
@@ -180,9 +187,8 @@ class Ahead(nn.Module):
         self.layer = Layer(config, config.num_layers)
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, hidden, x, rotation, mask, positions, cache):
-        x = self.join_proj(torch.cat([self.token_norm(x), self.hidden_norm(hidden)], dim=-1))  # (B, T, D)
-        return self.final_norm(self.layer(x, rotation, mask, positions, cache))
+    def forward(self, hidden, x):
+        return self.join_proj(torch.cat([self.token_norm(x), self.hidden_norm(hidden)], dim=-1))
 
 
 class Layer(nn.Module):
@@ -246,7 +252,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         H, d, R, v, r = self.sizes
-        q = self.queries(x).view(B, T, H, d + R).transpose(1, 2)  # (B, H, T, d + R)
+        if self.q_proj is None:
+            q = self.q_up_proj(self.q_norm(self.q_down_proj(x)))  # (B, T, H * (d + R))
+        else:
+            q = self.q_proj(x)  # (B, T, H * (d + R))
+        q = q.view(B, T, H, d + R).transpose(1, 2)  # (B, H, T, d + R)
         q, q_rope = q.split([d, R], dim=-1)  # (B, H, T, d), (B, H, T, R)
         c, k_rope = self.kv_down_proj(x)[:, None].split([r, R], dim=-1)  # (B, 1, T, r), (B, 1, T, R)
         q_rope, k_rope = rotate(q_rope, *rotation), rotate(k_rope, *rotation)
@@ -254,17 +264,12 @@ class Attention(nn.Module):
 
         if cache is not None:
             cache.write(latent, positions)
-        # Given positions, attend to the whole cache through the mask. Without, this is a text's beginning.
+        # Without a mask this is a text's beginning, which attends to its own latents alone.
         if mask is not None:
             latent = cache.latent  # (B, 1, S, r + R)
         few = mask is not None and T * (2 * r - d - v) < r * (d + v)
         out = (self.absorbed if few else self.expanded)(q, q_rope, latent, mask)  # (B, H, T, v)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
-
-    def queries(self, x: Tensor) -> Tensor:
-        if self.q_proj is not None:
-            return self.q_proj(x)  # (B, T, H * (d + R))
-        return self.q_up_proj(self.q_norm(self.q_down_proj(x)))  # (B, T, H * (d + R))
 
     def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
         H, d, R, v, r = self.sizes
@@ -298,13 +303,6 @@ class Experts(nn.Module):
     Why a bias: a router soon sends most tokens to few experts. Training moves an expert's bias down where it
     had too many, up where too few (V3, eq. 16); it decides who is chosen, and the weights are without it.
     Why groups: each lies on a machine of its own, and a token travels to g of them only.
-
-    Two groups of two, of which one is chosen by the sum of its two best; expert 1, for all its score, is not:
-
-    >>> scores = torch.tensor([[[0.1, 0.8], [0.5, 0.6]]])
-    >>> best_groups(scores, 1)
-    tensor([[[False],
-             [ True]]])
     """
 
     def __init__(self, config: Config):
@@ -321,35 +319,32 @@ class Experts(nn.Module):
         tokens = x.flatten(0, 1)  # (t, D)
         weights, chosen = self.route(tokens)  # each (t, A)
         out = (weights[..., None] * self.run(tokens, chosen)).sum(dim=1)  # (t, D)
-        return self.shared(x) + out.view_as(x)  # (B, T, D)
+        return self.shared(x) + out.view_as(x)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, numbers) of each token's A experts; scores are in fp32 whatever the dtype."""
         config = self.config
         logits = F.linear(tokens.float(), self.router.float())  # (t, E)
-        scores = logits.sigmoid() if config.sigmoid_scores else logits.softmax(dim=-1)  # (t, E)
-        ranks = scores + self.router_bias if config.sigmoid_scores else scores  # (t, E)
-        groups = ranks.unflatten(-1, (config.num_groups, -1))  # (t, G, E // G)
-        groups = groups.masked_fill(~best_groups(groups, config.num_active_groups), -math.inf)
-        chosen = groups.flatten(1).topk(config.num_active_experts).indices  # (t, A)
+        scores = logits.sigmoid() if config.sigmoid_scores else logits.softmax(dim=-1)
+        ranks = scores + self.router_bias if config.sigmoid_scores else scores
+        if config.num_active_groups < config.num_groups:
+            groups = ranks.unflatten(-1, (config.num_groups, -1))  # (t, G, E // G)
+            groups = groups.masked_fill(~best_groups(groups, config.num_active_groups), -math.inf)
+            ranks = groups.flatten(1)  # (t, E)
+        chosen = ranks.topk(config.num_active_experts).indices  # (t, A)
         weights = scores.gather(1, chosen)  # (t, A)
         if config.normalize_weights:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return (config.weight_scale * weights).type_as(tokens), chosen
 
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        """Each token through its A experts: those of one expert together, so that its weights are read once.
-
-        With A = 2, tokens 0 and 1 that chose experts 2 0 and 0 1 make four rows, 0 to 3: row 1 (token 0) and
-        row 2 (token 1) go through expert 0, row 3 (token 1) through expert 1, row 0 (token 0) through 2.
-        """
-        rows = chosen.flatten()  # (t * A,): the expert of each
-        order = rows.argsort()  # (t * A,)
-        counts = F.one_hot(rows, len(self.experts)).sum(dim=0)  # (E,)
-        groups = tokens[order // chosen.shape[1]].split(counts.tolist())  # each (e, D)
-        # Whom nobody chose, does not run. A trace has no tokens that could tell; it shows an expert at work.
-        is_traced = torch.compiler.is_compiling()
-        out = [expert(group) for expert, group in zip(self.experts, groups) if is_traced or len(group)]
+        """Each token through its experts: all tokens of an expert at once, so that it is read once."""
+        order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
+        counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
+        groups = zip(self.experts, tokens[order // chosen.shape[1]].split(counts.tolist()))
+        # Whom no token chose is not read. While torch.export traces, no count is known: all run.
+        traces = torch.compiler.is_compiling()
+        out = [expert(group) for expert, group in groups if traces or len(group)]
         return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
 
 
@@ -357,8 +352,12 @@ def best_groups(
     ranks: Tensor,  # (t, G, E // G)
     number: int,
 ) -> Tensor:
-    """Which `number` groups have the best two experts, by the sum of these two: (t, G, 1), bool."""
-    best = ranks.topk(min(2, ranks.shape[-1])).values.sum(dim=-1).topk(number).indices  # (t, g)
+    """The `number` groups whose two best experts have the largest sum. Of two with 0.9 + 0.1 and 0.5 + 0.6:
+
+    >>> best_groups(torch.tensor([[[0.9, 0.1], [0.5, 0.6]]]), 1).flatten()
+    tensor([False,  True])
+    """
+    best = ranks.topk(2).values.sum(dim=-1).topk(number).indices  # (t, g)
     return torch.zeros_like(ranks[..., 0], dtype=torch.bool).scatter(1, best, True)[..., None]  # (t, G, 1)
 
 
@@ -397,24 +396,6 @@ class RMSNorm(nn.Module):
         return self.weight * x32.type_as(x)
 
 
-def place(
-    tokens: Tensor,  # (B, T)
-    positions: Tensor | None,  # (B, T) or None
-    cache: "LayerCache | None",
-    config: Config,
-) -> tuple[tuple[Tensor, Tensor], Tensor | None, Tensor]:
-    """(rotation, mask, positions) of tokens: what every layer needs to know of where they stand."""
-    B, T = tokens.shape
-    if positions is not None and cache is None:
-        raise ValueError("positions are slots of a cache: give the cache too")
-    mask = None
-    if positions is None:
-        positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
-    else:
-        mask = causal_mask(positions, cache.latent.shape[2])  # (B, 1, T, S)
-    return rope(positions, config), mask, positions
-
-
 def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
     """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
     text, then for one token at position 3 of a cache with five slots:
@@ -443,32 +424,22 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Radians per position: theta_i = base ** (-2 i / R) for pair i; YaRN slows the slow ones, as in qwen3.
+    """Radians per position: theta_i = base ** (-2 i / R) for pair i (Su et al. 2021, section 3.2.2).
 
     Differs from qwen3_moe: R in place of d.
     """
-    exponent = torch.arange(0, config.rotary_dim, 2, device=device).float() / config.rotary_dim  # (R // 2,)
-    theta = 1.0 / config.rope_base**exponent
-    if config.rope_scaling is None:
+    R, scaling = config.rotary_dim, config.rope_scaling
+    theta = 1.0 / config.rope_base ** (torch.arange(0, R, 2, device=device).float() / R)  # (R // 2,)
+    if scaling is None:
         return theta
 
-    scaling = config.rope_scaling
-    last_fast = max(math.floor(pair_that_turns(scaling.fast_turns, config)), 0)
-    first_slow = min(math.ceil(pair_that_turns(scaling.slow_turns, config)), config.rotary_dim - 1)
-    pairs = torch.arange(config.rotary_dim // 2, device=device)  # (R // 2,)
-    # If both are one pair the line is a step; 0.001, as in the published code, keeps from dividing by zero.
+    turns = scaling.fast_turns, scaling.slow_turns
+    lengths = (scaling.original_max_seq_len / (2 * math.pi * n) for n in turns)  # positions per radian
+    fast, slow = (R * math.log(length) / (2 * math.log(config.rope_base)) for length in lengths)
+    last_fast, first_slow = max(math.floor(fast), 0), min(math.ceil(slow), R - 1)
+    pairs = torch.arange(R // 2, device=device)  # (R // 2,)
     slowed = ((pairs - last_fast) / max(first_slow - last_fast, 0.001)).clamp(0, 1)
     return (1 - slowed) * theta + slowed * theta / scaling.factor
-
-
-def pair_that_turns(turns: float, config: Config) -> float:
-    """The number i, not whole, of the pair that turns `turns` times in the context of training.
-
-    Differs from qwen3_moe: with R = 64, base 10,000 and 4,096 positions, pair 10.5 turns 32 times and pair
-    22.5 once.
-    """
-    context = config.rope_scaling.original_max_seq_len / (2 * math.pi * turns)
-    return config.rotary_dim * math.log(context) / (2 * math.log(config.rope_base))
 
 
 def score_scale(config: Config) -> float:
