@@ -21,7 +21,7 @@ The cache keeps c and k_rope: 512 + 64 = 576 numbers a token and layer in V3. Wi
 for each of its 128 heads it would be 32,768; with 8 heads of them, as in Llama, 2,048.
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
-    cache), t tokens of a call (B T), e tokens of one expert, f features inside a feed-forward.
+    cache), t tokens of a call (B T), f features inside a feed-forward.
 Proof: tests/test_deepseek_v3.py, against `transformers`. Picture: python show_structure.py deepseek-v3
 """
 
@@ -58,7 +58,7 @@ class Config:
     d_model: int  # D: 7,168 in V3
     num_layers: int  # L: 61 in V3
     num_heads: int  # H: 128 in V3
-    d_query: int | None  # n: the narrow vector that queries are made from, 1,536 in V3; None: from x itself
+    d_query: int | None  # the narrow vector that queries are made from, 1,536 in V3; None: from x itself
     d_latent: int  # r: the vector that keys and values are made from, 512
     head_dim: int  # d: features of a head's q and k that carry no position, 128
     rotary_dim: int  # R: those that RoPE turns, 64
@@ -127,7 +127,8 @@ class Model(nn.Module):
         positions: the slots of the cache where the tokens go, 0 <= position < num_slots; each token attends
             to all slots up to its own, which must have been written. None: these are the text's first T.
         """
-        return self.final_norm(self.run(self.layers, self.token_embed(tokens), positions, cache))
+        x = self.token_embed(tokens)  # (B, T, D)
+        return self.final_norm(self.through(self.layers, x, positions, cache))
 
     def hidden_ahead(self, hidden, tokens, positions=None, cache=None) -> Tensor:
         """What lm_head reads for the token after `tokens`, without a pass of all layers (see Ahead).
@@ -136,9 +137,9 @@ class Model(nn.Module):
         (B, T): those that followed them; positions: those of hidden; cache: from new_layer_cache.
         """
         x = self.ahead(hidden, self.token_embed(tokens))  # (B, T, D)
-        return self.ahead.final_norm(self.run([self.ahead.layer], x, positions, cache and [cache]))
+        return self.ahead.final_norm(self.through([self.ahead.layer], x, positions, cache and [cache]))
 
-    def run(self, layers, x: Tensor, positions: Tensor | None, cache: "Cache | None") -> Tensor:
+    def through(self, layers, x: Tensor, positions: Tensor | None, cache: "Cache | None") -> Tensor:
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")
         mask = None

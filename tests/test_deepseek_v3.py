@@ -523,7 +523,7 @@ def shape_configs(module):
             d_expert=47,
             num_experts=21,
             num_active_experts=5,
-            num_shared_experts=3,
+            num_shared_experts=1,
             num_groups=3,
             num_active_groups=2,
             sigmoid_scores=on,
@@ -538,10 +538,10 @@ def shape_configs(module):
         )
 
 
-def run_shapes(model, recorder, B, T, S, t, e):
-    run_experts(model, recorder, B, T, S, t, e)
+def run_shapes(model, recorder, B, T, S, **letters):
+    run_experts(model, recorder, B, T, S, **letters)
     if model.ahead is not None:
-        recorder, config, width = WithExperts(recorder), model.config, model.config.d_model
+        recorder, config, width = WithExperts(recorder, letters), model.config, model.config.d_model
         tokens, hidden = torch.randint(config.vocab_size, (B, T)), torch.randn(B, T, width)
         recorder.running(config, B=B, T=T, S=T)
         model.hidden_ahead(hidden, tokens)
@@ -552,8 +552,8 @@ def run_shapes(model, recorder, B, T, S, t, e):
 SHAPES = Case(
     shape_configs,
     run_shapes,
-    {"B": 7, "T": 17, "S": 29, "t": 119, "e": 19},
+    {"B": 7, "T": 17, "S": 29, "t": 119, "f": 43},
     same={("B", "T")},  # t
     true_too={("(B, T) or None", "(t, T) or None")},  # forward meets positions with T = 1 alone
-    by_data={"e"},
+    by_data={"f"},
 )

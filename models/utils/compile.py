@@ -355,6 +355,9 @@ def fingerprint(model, cache, width):
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
-        *(Path(page).read_text(encoding="utf-8") for page in (__file__, head.__file__, stacked_experts.__file__)),
+        *(
+            Path(page).read_text(encoding="utf-8")
+            for page in (__file__, head.__file__, stacked_experts.__file__)
+        ),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
