@@ -254,9 +254,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         H, d, R, v, r = self.sizes
         if self.q_proj is None:
-            q = self.q_up_proj(self.q_norm(self.q_down_proj(x)))  # (B, T, H * (d + R))
+            q = self.q_up_proj(self.q_norm(self.q_down_proj(x)))  # (B, T, H * d + H * R)
         else:
-            q = self.q_proj(x)  # (B, T, H * (d + R))
+            q = self.q_proj(x)  # (B, T, H * d + H * R)
         q = q.view(B, T, H, d + R).transpose(1, 2)  # (B, H, T, d + R)
         q, q_rope = q.split([d, R], dim=-1)  # (B, H, T, d), (B, H, T, R)
         c, k_rope = self.kv_down_proj(x)[:, None].split([r, R], dim=-1)  # (B, 1, T, r), (B, 1, T, R)
@@ -275,7 +275,7 @@ class Attention(nn.Module):
     def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
         H, d, R, v, r = self.sizes
         c, k_rope = latent.split([r, R], dim=-1)  # (B, 1, S, r), (B, 1, S, R)
-        kv = F.linear(c[:, 0], self.kv_up.flatten(0, 1))  # (B, S, H * (d + v))
+        kv = F.linear(c[:, 0], self.kv_up.flatten(0, 1))  # (B, S, H * d + H * v)
         kv = kv.unflatten(-1, (H, d + v)).transpose(1, 2)  # (B, H, S, d + v)
         k, value = kv.split([d, v], dim=-1)  # (B, H, S, d), (B, H, S, v)
         q = torch.cat([q, q_rope], dim=-1)  # (B, H, T, d + R)
