@@ -61,11 +61,12 @@ LAYOUT = Layout(
 
 
 def from_names(theirs, names):
-    """Whether a file has the layer that looks ahead: what transformers saves lacks it, and config.json may
-    name it all the same.
+    """Whether there is a layer that looks ahead. What transformers saves has none, though its config.json may
+    name one: the tensors of a file decide, where they are known.
     """
     end = theirs.get("num_hidden_layers", DEEPSEEK_V3_TYPE.defaults["num_hidden_layers"])
-    return {"multi_token": f"model.layers.{end}.eh_proj.weight" in names}
+    stored = f"model.layers.{end}.eh_proj.weight" in names
+    return {"multi_token": stored if names else theirs.get("num_nextn_predict_layers", 1) > 0}
 
 
 def num_heads(theirs):
