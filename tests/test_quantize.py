@@ -367,7 +367,9 @@ def fresh(tmp_path_factory):
         if trained:
             convert(TINY / trained[0], out=root / kind, progress=False)
             continue
-        model = build_model(kind, zoo.small_config(kind, d_model=64, d_ff=96, head_dim=16), device="cpu")
+        model = build_model(
+            kind, zoo.small_config(kind, d_model=64, d_ff=96, d_expert=48, head_dim=16), device="cpu"
+        )
         torch.manual_seed(0)
         model.init_weights()
         (root / kind).mkdir()
