@@ -20,7 +20,8 @@ Which layers: every module called Linear, torch's and transformer_lm's, unless i
 (torch's int8 kernel reads past the end of such rows). Where no group size fits a width, int4 becomes int8.
 Embeddings stay as they are, and so does a head that is tied to them. A copy of it in int8 would be less to
 read per token, but more to hold: tiny-llama-python-draft would be larger in int8 than it is in bf16.
-(compile.py, which is after speed, makes one.) Experts that share one tensor of three dimensions stay too.
+(compile.py, which is after speed, makes one.) So does the router of a layer with experts: it is small, and
+where it errs a token goes to others. Experts that share one tensor of three dimensions stay too.
 
 Rounding to the nearest of 16 even levels between a group's ends (RTN) lets its two most extreme weights
 choose the levels of all. search_int4 chooses them by the weights' squared error, which falls by 8% in
@@ -349,6 +350,7 @@ def plan_layers(model, quantization):
     It depends on names and shapes alone: the writer and the reader of a checkpoint compute the same plan.
     """
     embeddings = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
+    routers = [m.router for m in model.modules() if hasattr(m, "experts") and hasattr(m, "router")]
     plan, notes = {}, []
     for name, module in model.named_modules():
         if type(module).__name__ != "Linear":
@@ -357,6 +359,8 @@ def plan_layers(model, quantization):
         sizes = [g for g in GROUP_SIZES if g <= (quantization.group_size or 0) and width % g == 0]
         if id(module.weight) in embeddings:
             notes.append(f"{name} keeps its precision (it is the embedding's matrix)")
+        elif any(module is router for router in routers):
+            notes.append(f"{name} keeps its precision (it chooses experts)")
         elif width % 16:
             notes.append(f"{name} keeps its precision (its width {width} is no multiple of 16)")
         elif quantization.kind == "int8":

@@ -1,8 +1,8 @@
 """The experts of a layer in a compiled step: one product takes every row to the expert that it chose.
 
-A page runs experts one by one, each with the tokens that chose it: a loop whose length the data decide. A
-step is compiled with all its shapes fixed. So there the loop is turned inside out. What an expert does is done
-once, to all rows at the same time, and each of its linear layers is asked which matrix a row belongs to:
+A page runs experts one by one, each with the tokens that chose it: a loop as long as the data say. A step is
+compiled with all its shapes fixed. So there the loop is turned inside out. What an expert does is done once,
+to all rows at the same time, and each of its linear layers is asked which matrix a row belongs to:
 
     page                              step
     for each expert that was chosen   gate = all rows, each times the gate_proj of its expert
