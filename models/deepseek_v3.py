@@ -310,8 +310,7 @@ class Experts(nn.Module):
         super().__init__()
         D, E, f = config.d_model, config.num_experts, config.d_expert
         self.config = config
-        # No Linear, which would be quantized: a wrong choice costs more than a rounded weight.
-        self.router = nn.Parameter(torch.empty(E, D))
+        self.router = nn.Linear(D, E, bias=False)
         self.router_bias = nn.Parameter(torch.zeros(E)) if config.sigmoid_scores else None
         self.shared = FeedForward(D, config.num_shared_experts * f)
         self.experts = nn.ModuleList(FeedForward(D, f) for _ in range(E))
@@ -325,7 +324,7 @@ class Experts(nn.Module):
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, numbers) of each token's A experts; scores are in fp32 whatever the dtype."""
         config = self.config
-        logits = F.linear(tokens.float(), self.router.float())  # (t, E)
+        logits = F.linear(tokens.float(), self.router.weight.float())  # (t, E)
         scores = logits.sigmoid() if config.sigmoid_scores else logits.softmax(dim=-1)
         ranks = scores + self.router_bias if config.sigmoid_scores else scores
         if config.num_active_groups < config.num_groups:
@@ -341,11 +340,10 @@ class Experts(nn.Module):
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
         order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
-        counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
+        counts = F.one_hot(chosen, self.config.num_experts).sum(dim=(0, 1))  # (E,)
         groups = zip(self.experts, tokens[order // chosen.shape[1]].split(counts.tolist()))
-        # Whom no token chose is not read. While torch.export traces, no count is known: all run.
-        traces = torch.compiler.is_compiling()
-        out = [expert(group) for expert, group in groups if traces or len(group)]
+        # Whom no token chose does not run; while a tracer is at work, who knows no count, all do.
+        out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]
         return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
 
 

@@ -23,7 +23,7 @@ LAYER = table("""
     layers.{n}.ffn.gate_proj.weight             model.layers.{n}.mlp.gate_proj.weight
     layers.{n}.ffn.up_proj.weight               model.layers.{n}.mlp.up_proj.weight
     layers.{n}.ffn.down_proj.weight             model.layers.{n}.mlp.down_proj.weight
-    layers.{n}.ffn.router                       model.layers.{n}.mlp.gate.weight
+    layers.{n}.ffn.router.weight                model.layers.{n}.mlp.gate.weight
     layers.{n}.ffn.router_bias                  model.layers.{n}.mlp.gate.e_score_correction_bias
     layers.{n}.ffn.shared.gate_proj.weight      model.layers.{n}.mlp.shared_experts.gate_proj.weight
     layers.{n}.ffn.shared.up_proj.weight        model.layers.{n}.mlp.shared_experts.up_proj.weight
