@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -504,6 +505,18 @@ def test_the_cache_at_its_published_size():
     """576 numbers a token and layer, and no more."""
     cache = published("deepseek-v3").new_cache(2, 10)
     assert len(cache) == 61 and sum(part.latent.numel() for part in cache) == 2 * 10 * 61 * 576
+
+
+def test_the_table_of_caches():
+    """models/README.md, of which the last line is what the model really allocates."""
+    layers, full, shared = published("deepseek-v3").config.num_layers, 2 * 128 * 128, 2 * 8 * 128
+    windowed = layers - layers // 6
+    in_windows = (layers - windowed) * shared + windowed * shared * 1024 // 32_768
+    latent = sum(part.latent.nbytes for part in published("deepseek-v3").bfloat16().new_cache(1, 1))
+    expected = [2 * layers * full, 2 * layers * shared, 2 * in_windows, latent]
+    text = (Path(__file__).parent.parent / "models" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## What a token costs in the cache")[1].split("\n## ")[0]
+    assert re.findall(r"\| ([\d,]+) \|$", section, re.M) == [f"{count:,}" for count in expected]
 
 
 # The shape comments -----------------------------------------------------------------------------------------
