@@ -65,6 +65,19 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, sampling):
             assert [field[row] for field in ours] == [field[0] for field in theirs]
 
 
+@torch.no_grad()
+def test_drafts_are_those_of_the_chain(model):
+    """Without a cache: each guess's own state and the guess itself make the next one."""
+    first, second = drafted(model, PROMPTS[:1])[:2]
+    text = torch.tensor([PROMPTS[0] + first.tokens[0]])
+    states, followers = model.hidden(text[:, :-1]), text[:, 1:]
+    for _ in range(4):
+        ahead = model.hidden_ahead(states, followers)[:, -1:]
+        states = torch.cat([states, ahead], dim=1)
+        followers = torch.cat([followers, model.lm_head(ahead).argmax(dim=-1)], dim=1)
+    assert second.drafts[0] == followers[0, -4:].tolist()
+
+
 def test_long_prompts_are_read_in_chunks(model, monkeypatch):
     monkeypatch.setattr("runs_ar.generate.PREFILL_CHUNK", 5)
     assert joined(drafted(model)) == plain(model)
