@@ -418,7 +418,12 @@ def quantize_layer(linear, layer_class, group_size=None, device="cpu", dtype=Non
 
 def calibrate(model, plan, windows):
     """{name: X^T X} of the layers of a plan that are int4, from what the model does with a text."""
-    return input_products(model.eval(), [name for name in plan if plan[name][0] is Int4Linear], windows)
+    names = [name for name in plan if plan[name][0] is Int4Linear]
+    products = input_products(model.eval(), names, windows)
+    if windows and (unread := [name for name in names if name not in products]):
+        which = f"{len(unread)} of {len(names)} layers, as {unread[0]}"
+        report(f"--calibrate: the text has nothing for {which}; they are quantized without it")
+    return products
 
 
 def parts_of(plan, name, shape, dtype):
