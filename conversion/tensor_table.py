@@ -5,7 +5,7 @@ A table has a line per kind of tensor,
     ours                        theirs                        transform
 
 where {n} is the layer's number, {e} an expert's, {p} is `weight` or `bias`, and {q,k,v} stands for three
-tensors of ours that theirs holds as one. A transform, defined below and named in the third column, says what
+tensors of ours that theirs holds as one, as does {e} where it stands on our side alone. A transform, defined below and named in the third column, says what
 changes on the way; without one the tensor stays as it is. Rows for biases that a config switches off fall
 away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
 
@@ -15,7 +15,8 @@ The proof is tests/test_convert_hf_checkpoint.py.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,26 @@ def blocks_to_heads(blocks, config):
     return torch.stack(heads, dim=1).flatten(0, 2)
 
 
+def experts(take_turns=1, there=lambda tensor: tensor, back=lambda tensor: tensor):
+    """Each expert's tensor from all of them in one, (E, rows, ...), where `there` has brought it to that.
+
+    take_turns: 2 where row 0 is the first of gate's, row 1 the first of up's, row 2 the second of gate's.
+    """
+
+    def inverse(ours, config):
+        rows = torch.stack(ours).unflatten(0, (-1, take_turns)).transpose(1, 2)
+        return back(rows.flatten(1, 2))
+
+    return Transform(
+        lambda theirs, config: [rows[i::take_turns] for rows in there(theirs) for i in range(take_turns)],
+        inverse,
+    )
+
+
+# Of Linear layers in their files: (E, in, out), and in MXFP4 (E, out, in / 32, 16), two inputs in a byte.
+LIES = {"there": lambda theirs: theirs.mT, "back": lambda ours: ours.mT}
+IN_BLOCKS = {"there": lambda theirs: theirs.flatten(2), "back": lambda ours: ours.unflatten(2, (-1, 16))}
+
 TRANSFORMS = {
     "copy": Transform(lambda theirs, config: [theirs], lambda ours, config: ours[0]),
     # GPT-2's Conv1D computes x @ weight where a Linear computes x @ weight.T.
@@ -70,6 +91,12 @@ TRANSFORMS = {
         lambda ours, config: ours[0].unflatten(1, (-1, config["patch_size"], config["patch_size"])),
     ),
     "row_to_vector": Transform(lambda theirs, config: [theirs[0]], lambda ours, config: ours[0][None]),
+    "per_expert": experts(),
+    "per_expert+transpose": experts(**LIES),
+    "per_expert+blocks": experts(**IN_BLOCKS),
+    "gate_and_up": experts(take_turns=2),
+    "gate_and_up+transpose": experts(take_turns=2, **LIES),
+    "gate_and_up+blocks": experts(take_turns=2, **IN_BLOCKS),
     "split_per_head": Transform(heads_to_blocks, blocks_to_heads),
     "pairs_to_halves": Transform(
         lambda theirs, config: [pairs_to_halves(theirs, config)],
@@ -127,6 +154,11 @@ class Layout:
     computed: dict = field(default_factory=dict)  # the same, with a Computed to which it must be equal
     tied: Callable = lambda config: {}  # our config -> {tensor of ours: the one of ours that it shares}
     copies: dict = field(default_factory=dict)  # their tensor -> the one of theirs that it repeats
+    in_codes: dict = field(default_factory=dict)  # a kind of quantization -> the rows of a file in its codes
+
+    def stored_in(self, quantization):
+        """This layout where the files hold codes, as a Quantization says; None: plain numbers."""
+        return replace(self, rows=self.in_codes[quantization.kind]) if quantization else self
 
     def their_name(self, ours):
         return next(row.theirs for row in self.rows if row.ours == ours)
@@ -177,8 +209,8 @@ def plan(layout, config, names):
     """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
     steps = []
     for row in layout.rows:
-        for values in marks(row.ours, config):
-            ours = choices(fill(row.ours, values))
+        for values in marks(row.theirs, config):
+            ours = choices(fill(row.ours, values), config)
             if all(name in names for name in ours):
                 steps.append(Step(ours, fill(row.theirs, values), TRANSFORMS[row.transform], row))
     place = {name: i for i, name in enumerate(names)}
@@ -187,10 +219,13 @@ def plan(layout, config, names):
 
 def marks(template, config):
     """Everything that {n}, {e} and {p} of a template stand for, a dict per tensor."""
-    layers = range(layer_count(config)) if "{n}" in template else [0]
-    experts = range(config["num_experts"]) if "{e}" in template else [0]
-    parts = ["weight", "bias"] if "{p}" in template else [""]
-    return [{"{n}": str(n), "{e}": str(e), "{p}": part} for n in layers for e in experts for part in parts]
+    values = {
+        "{n}": range(layer_count(config)),
+        "{e}": range(config.get("num_experts", 0)),
+        "{p}": ("weight", "bias"),
+    }
+    found = [mark for mark in values if mark in template]
+    return [dict(zip(found, map(str, each))) for each in product(*(values[mark] for mark in found))]
 
 
 def fill(template, values):
@@ -199,7 +234,10 @@ def fill(template, values):
     return template
 
 
-def choices(name):
-    """The three names behind one that says {q,k,v}; any other stands for itself."""
+def choices(name, config):
+    """The names behind one that says {q,k,v}, and {e} where theirs has all experts in one; else itself."""
+    if "{e}" in name:
+        experts = [fill(name, {"{e}": str(e)}) for e in range(config["num_experts"])]
+        return tuple(each for expert in experts for each in choices(expert, config))
     braces = re.search(r"\{(.*)\}", name)
     return tuple(name.replace(braces[0], choice) for choice in braces[1].split(",")) if braces else (name,)
