@@ -46,8 +46,10 @@ class HFType:
 MAY_BE_NULL = {
     "decoder_vocab_size",
     "head_dim",
+    "mlp_only_layers",
     "n_inner",
     "num_key_value_heads",
+    "num_local_experts",
     "rope_parameters",
     "rope_scaling",
 }

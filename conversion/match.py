@@ -1,6 +1,7 @@
 """The tensors of a checkpoint beside those our model wants: what to move, and what stands against it."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -155,19 +156,29 @@ def shown(entry):
 
 
 def fold(rows):
-    """Rows that differ by the layer's number alone, as one row with {n} and the layers in a last column."""
-    groups = {}
+    """Rows that differ by the numbers of layers and experts alone, as one row with {n} and {e}.
+
+    A last column has the numbers: "0..5", or "0..5, e = 0..7" where all of these layers have these experts.
+    """
+    experts, layers = defaultdict(list), defaultdict(list)
     for row in rows:
-        numbers = re.findall(r"\.(\d+)\.", row[0])
-        folded = tuple(re.sub(r"\.\d+\.", ".{n}.", cell) for cell in row)
-        groups.setdefault(folded, []).extend(map(int, numbers[:1]))
-    return [(*row, ranges(layers)) for row, layers in groups.items()]
+        n, e = (re.findall(r"\.(\d+)(?=\.)", row[0]) + ["", ""])[:2]
+        experts[tuple(map(marked, row)), n].append(e)
+    for (row, n), numbers in experts.items():
+        layers[row, ranges(numbers)].append(n)
+    return [(*row, ranges(numbers) + (f", e = {e}" if e else "")) for (row, e), numbers in layers.items()]
+
+
+def marked(cell):
+    """A cell of tensors' names, with {n} for the first number of each and {e} for the second."""
+    names = (re.sub(r"\.\d+\.", ".{n}.", name, count=1) for name in cell.split("\n"))
+    return "\n".join(re.sub(r"\.\d+\.", ".{e}.", name) for name in names)
 
 
 def ranges(numbers):
-    """0..2, 5 for 0, 1, 2, 5."""
+    """0..2, 5 for 0, 1, 2, 5, which are given as words; "" is none."""
     runs = []
-    for n in sorted(set(numbers)):
+    for n in sorted({int(number) for number in numbers if number}):
         if runs and n == runs[-1][1] + 1:
             runs[-1][1] = n
         else:

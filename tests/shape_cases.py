@@ -51,3 +51,18 @@ def run_decoder(model, recorder, B, T, S, **free):
     model.hidden(tokens, slots[:, :T], cache)
     recorder.running(config, B=B, T=S - T, S=S, **free)
     model.hidden(tokens[:, T - S :], slots[:, T:], cache)
+
+
+class WithExperts:
+    """The recorder, told that t is all tokens of a call, and e any number of them."""
+
+    def __init__(self, recorder):
+        self.recorder = recorder
+
+    def running(self, config, B, T, S):
+        self.recorder.running(config, B=B, T=T, S=S, t=B * T, e=set(range(B * T + 1)))
+
+
+def run_experts(model, recorder, B, T, S, t, e):
+    """run_decoder, for a page that sends the t tokens of a call to experts, e of them to each."""
+    run_decoder(model, WithExperts(recorder), B, T, S)
