@@ -5,9 +5,10 @@ A table has a line per kind of tensor,
     ours                        theirs                        transform
 
 where {n} is the layer's number, {e} an expert's, {p} is `weight` or `bias`, and {q,k,v} stands for three
-tensors of ours that theirs holds as one, as does {e} where it stands on our side alone. A transform, defined below and named in the third column, says what
-changes on the way; without one the tensor stays as it is. Rows for biases that a config switches off fall
-away. The script convert_hf_checkpoint.py walks a table forward, and with --reverse backward.
+tensors of ours that theirs holds as one; so does {e} where it stands on our side alone. A transform, defined
+below and named in the third column, says what changes on the way; without one the tensor stays as it is. Rows
+for biases that a config switches off fall away. The script convert_hf_checkpoint.py walks a table forward,
+and with --reverse backward.
 
 Each model has a page of its own here (gpt2.py, llama.py, ...) with its table and its lists of config fields.
 The proof is tests/test_convert_hf_checkpoint.py.

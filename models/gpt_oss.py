@@ -20,8 +20,8 @@ Papers: OpenAI 2025 (gpt-oss model card, section 2), Xiao et al. 2023 (sinks), P
 The 20B has 20.9 billion parameters, of which a token reads 3.6. In bf16 its cache takes 24.6 KB a token, and
 the windows' half of it ends at 3.1 MB. The cache is used as in gemma3.py.
 
-Shapes: B batch, T positions in this call, S positions attended, t tokens of a call (B T), e tokens of one
-    expert, b positions in a block of queries, W slots of a window's ring.
+Shapes: B batch, T positions in this call, S positions attended, W slots of a layer's cache, t tokens of a
+    call (B T).
 Proof: tests/test_gpt_oss.py, against `transformers`. Picture: python show_structure.py gpt-oss-20b
 """
 
@@ -130,14 +130,7 @@ class Model(nn.Module):
 
         num_undo: how many tokens earlier than the last one a call may begin; windows keep so many more.
         """
-        caches = []
-        for layer in self.layers:
-            num_kept = min(num_slots, (layer.attn.window or num_slots) + num_undo)
-            shape = (batch_size, self.config.num_kv_heads, num_kept + 1, self.config.head_dim)
-            k = self.token_embed.weight.new_zeros(shape)  # (B, K, W, d)
-            held = torch.full(shape[::2], -1, device=k.device)
-            caches.append(LayerCache(k, torch.zeros_like(k), held))
-        return tuple(caches)
+        return tuple(layer.attn.new_cache(batch_size, num_slots, num_undo) for layer in self.layers)
 
     @torch.no_grad()
     def init_weights(self):
@@ -173,11 +166,10 @@ class Attention(nn.Module):
     """Grouped-query attention in which a head may attend to nothing.
 
     Differs from qwen3_moe: a window, sinks, biases, and no norms on q and k.
-    Why sinks: the probabilities of a softmax add up to 1, so that a head which has nothing to say still has to
-    look somewhere. Without a sink, training makes one of the text's first token, whose value hardly matters:
-    a window that moves away from it spoils the model (Xiao et al. 2023). A sink of the head's own is always
-    there: with the logit s it takes exp(s) / (exp(s) + sum of exp(scores)), and what it takes is gone. So it
-    is a gate on the head's output, which opens when a score is above s.
+    Why sinks: a softmax's probabilities add up to 1, so that a head with nothing to say still has to look
+    somewhere. Training then makes a sink of the text's first token, and a window that leaves it behind spoils
+    the model (Xiao et al. 2023). A sink of the head's own is always there. With the logit s it takes
+    exp(s) / (exp(s) + sum of exp(scores)), and what it takes is gone: a gate, open where a score is above s.
 
     Three scores of 2, 0 and 0, without a sink and with one of logit 2:
 
@@ -198,6 +190,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * d, D)
         self.sinks = nn.Parameter(torch.zeros(H))
 
+    def new_cache(self, batch_size: int, num_slots: int, num_undo: int) -> "LayerCache":
+        num_kept = num_slots if self.window is None else min(num_slots, self.window + num_undo)
+        shape = (batch_size, self.num_kv_heads, num_kept + 1, self.head_dim)
+        held = torch.full(shape[::2], -1, device=self.sinks.device)  # (B, W)
+        return LayerCache(self.sinks.new_zeros(shape), self.sinks.new_zeros(shape), held)
+
     def forward(
         self,
         x: Tensor,  # (B, T, D)
@@ -212,44 +210,47 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        seen = k, v, positions  # of a text's beginning: its own keys are all there is
-        if cache is not None:
-            # A ring is read before it is written, where the new stands in place of what it still needs.
-            if self.window is not None and not is_start:
-                seen = cache.joined(k, v, positions)
-            cache.write(k, v, positions)
-            if self.window is None:
-                assert T < cache.held.shape[1], "more tokens than the cache has slots"
-                seen = seen if is_start else cache
-
+        k, v, held = self.keep(k, v, positions, is_start, cache)  # (B, K, S, d), (B, K, S, d), (B, S)
         outs = []
         for queries, places in zip(q.split(QUERIES, dim=2), positions.split(QUERIES, dim=1)):
-            outs.append(attend(queries, *seen, places, self.window, self.sinks))  # (B, H, b, d)
-        return self.o_proj(torch.cat(outs, dim=2).transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+            outs.append(attend(queries, k, v, can_see(places, held, self.window), self.sinks))
+        out = torch.cat(outs, dim=2)  # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def keep(self, k, v, positions, is_start, cache):
+        """Write the new keys and values, and return all that is there to be seen, with its positions."""
+        new = k, v, positions  # which is all there is of a text that begins
+        if cache is None:
+            return new
+        if self.window is None:
+            assert k.shape[2] < cache.k.shape[2], "more tokens than the cache has slots"
+            cache.write(*new)
+            return new if is_start else cache
+        # A ring is read before it is written, since the new may take the place of what its first tokens see.
+        seen = new if is_start else cache.joined(*new)  # (B, K, S, d), (B, K, S, d), (B, S)
+        cache.write(*new)
+        return seen
 
 
 def attend(
-    q: Tensor,  # (B, H, b, d)
+    q: Tensor,  # (B, H, T, d)
     k: Tensor,  # (B, K, S, d)
     v: Tensor,  # (B, K, S, d)
-    held: Tensor,  # (B, S): the positions of the keys
-    positions: Tensor,  # (B, b): those of the queries
-    window: int | None,
+    mask: Tensor,  # (B, 1, T, S): True = attend
     sinks: Tensor,  # (H,)
 ) -> Tensor:
-    """What scaled_dot_product_attention does, with a column more in the scores, for a block of queries.
+    """What scaled_dot_product_attention does, with a column more in the scores: the sink's.
 
-    In blocks, since its scores are all there at once: those of 64 queries and not of a whole text.
+    All its scores are there at once, so that it is called for a few queries, not for a whole text.
     """
-    B, H, b, d = q.shape
-    # The queries of the H / K heads that share a key stand below each other.
-    q = q.reshape(B, k.shape[1], -1, d)  # (B, K, H // K * b, d)
-    scores = (q @ k.mT / math.sqrt(d)).view(B, H, b, -1)  # (B, H, b, S)
-    scores = scores.masked_fill(~can_see(positions, held, window), -math.inf)
-    sinks = sinks[:, None, None].expand(B, H, b, 1)
-    probs = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]  # (B, H, b, S)
-    out = probs.reshape(B, k.shape[1], -1, k.shape[2]) @ v  # (B, K, H // K * b, d)
-    return out.view(B, H, b, d)
+    B, H, T, d = q.shape
+    q = q.reshape(B, k.shape[1], -1, d)  # (B, K, H // K * T, d): beside each other, who shares a key
+    scores = (q @ k.mT / math.sqrt(d)).view(B, H, T, -1)  # (B, H, T, S)
+    scores = scores.masked_fill(~mask, -math.inf)
+    column = sinks[:, None, None].expand(B, H, T, 1)  # (B, H, T, 1)
+    probs = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]  # (B, H, T, S)
+    out = probs.reshape(B, k.shape[1], -1, k.shape[2]) @ v  # (B, K, H // K * T, d)
+    return out.view(B, H, T, d)  # (B, H, T, d)
 
 
 def can_see(positions: Tensor, held: Tensor, window: int | None) -> Tensor:
@@ -268,16 +269,14 @@ def can_see(positions: Tensor, held: Tensor, window: int | None) -> Tensor:
     """
     behind = positions[:, None, :, None] - held[:, None, None]  # (B, 1, T, S)
     mask = (behind >= 0) & (held >= 0)[:, None, None]  # (B, 1, T, S)
-    return mask if window is None else mask & (behind < window)
+    return mask if window is None else mask & (behind < window)  # (B, 1, T, S)
 
 
 class Experts(nn.Module):
     """E feed-forwards, of which a token passes through the A that a linear map of it, the router, prefers.
 
-    Differs from qwen3_moe: the softmax runs over the scores of the chosen, which is the same as over all E
-    and then made to add up to 1; and the router has biases.
-    Why: knowledge takes parameters, and a token needs little of it. A layer holds E / A times as many as
-    work for a token. A choice has no gradient; the router learns through the weights of the chosen.
+    Differs from qwen3_moe: the router has biases, and the softmax runs over the scores of the chosen, which
+    is the same as over all E and then made to add up to 1.
     """
 
     def __init__(self, config: Config):
@@ -300,23 +299,22 @@ class Experts(nn.Module):
 
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
-        numbers = chosen.flatten()  # (t * A,)
-        order = numbers.argsort()  # (t * A,): those of expert 0 first
-        counts = F.one_hot(numbers, len(self.experts)).sum(dim=0)  # (E,)
-        groups = tokens[order // self.num_active].split(counts.tolist())  # each (e, D)
+        order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
+        counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
+        groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
         # Whom no token chose is not read. While torch.export traces, no count is known: all run.
-        busy = [n for n, group in enumerate(groups) if torch.compiler.is_compiling() or len(group)]
-        out = torch.cat([self.experts[n](groups[n]) for n in busy])  # (t * A, D)
-        return out[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
+        traces = torch.compiler.is_compiling()
+        out = [expert(group) for expert, group in groups if traces or len(group)]
+        return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
 
 
 class FeedForward(nn.Module):
     """One expert: a SwiGLU whose gate opens faster and whose numbers are clamped.
 
-    Differs from qwen3_moe: gate sigmoid(alpha gate) in place of silu, with alpha = 1.702, is nearly GELU; up + 1
-    lets a gate pass where up is 0, as it is at first; limits of 7 and biases.
-    Why limits: bf16 and 4 bits have few digits, and a single huge product would drown the others of its sum.
-    A gate needs none below: there, gate sigmoid(alpha gate) ends at 0 by itself.
+    Differs from qwen3_moe: limits, biases, and z sigmoid(1.702 z) in place of silu(z), which is nearly GELU.
+    Why up + 1: where up is near 0, as before training, what the gate lets through still comes through.
+    Why limits: a product of two large numbers is huge, and in few bits it drowns the others of its sum. A
+    gate needs no limit below, where z sigmoid(1.702 z) goes to 0 by itself.
     """
 
     def __init__(self, config: Config):
@@ -327,9 +325,9 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.d_expert, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x).clamp(max=self.limit)  # (e, f)
-        up = self.up_proj(x).clamp(-self.limit, self.limit)  # (e, f)
-        return self.down_proj((up + 1) * gate * torch.sigmoid(self.alpha * gate))  # (e, D)
+        gate = self.gate_proj(x).clamp(max=self.limit)  # (..., f)
+        up = self.up_proj(x).clamp(-self.limit, self.limit)  # (..., f)
+        return self.down_proj((up + 1) * gate * torch.sigmoid(self.alpha * gate))  # (..., D)
 
 
 class RMSNorm(nn.Module):
@@ -404,14 +402,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class LayerCache(NamedTuple):
     """The keys and values of one layer's past. With a window it is a ring: the token at position p has slot
-    p % W, where another stood that no one sees any more. Without, W is as large as the text.
+    p % (W - 1), where another stood that no one sees any more. Without, the ring is as large as the text.
 
-    A slot more, the last, takes what is not to be kept: pads, and of a call longer than the ring its beginning.
+    The last slot takes what is not to be kept: pads, and of a call longer than the ring its beginning.
+    Differs from qwen3_moe: slots say what they hold, and so what a query sees is one rule for both kinds.
     """
 
-    k: Tensor  # (B, K, W + 1, d)
-    v: Tensor  # (B, K, W + 1, d)
-    held: Tensor  # (B, W + 1): the position of the token in each slot, -1 where there is none
+    k: Tensor  # (B, K, W, d)
+    v: Tensor  # (B, K, W, d)
+    held: Tensor  # (B, W): the position of the token in each slot, -1 where there is none
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor):
         num_slots = self.held.shape[1] - 1
@@ -420,15 +419,16 @@ class LayerCache(NamedTuple):
         is_kept = (positions >= 0) & (positions > last - num_slots)  # (B, T)
         slots = torch.where(is_kept, positions % num_slots, num_slots)  # (B, T)
         # Indexed by (B, 1) and (B, T), the first two left sides are (B, T, K, d).
-        self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, W + 1, d)
-        self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, W + 1, d)
-        self.held[rows, slots] = torch.where(is_kept, positions, -1)  # (B, W + 1)
+        self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, W, d)
+        self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, W, d)
+        self.held[rows, slots] = torch.where(is_kept, positions, -1)  # (B, W)
 
     def joined(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What is held and what is new; of a rejected draft, which the new stands in place of, nothing."""
-        held = torch.where(self.held < positions[:, :1], self.held, -1)  # (B, W + 1)
+        held = torch.where(self.held < positions[:, :1], self.held, -1)  # (B, W)
         k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)  # each (B, K, S, d)
-        return k, v, torch.cat([held, positions], dim=1)  # ..., (B, S)
+        held = torch.cat([held, positions], dim=1)  # (B, S)
+        return k, v, held
 
 
 # Differs from transformer: there is no memory, only the past.
@@ -437,12 +437,12 @@ Cache = tuple[LayerCache, ...]  # one per layer
 
 def check_start(start: Tensor, held: Tensor, window: int):
     """A ring forgets: a row may begin only where the window before it is still there."""
-    behind = start[:, None] - held  # (B, W + 1)
+    behind = start[:, None] - held  # (B, W)
     num_there = ((behind > 0) & (behind < window) & (held >= 0)).sum(dim=1)  # (B,)
     is_lost = num_there < start.clamp(max=window - 1)  # (B,)
     if is_lost.any():
         row = is_lost.long().argmax().item()
         raise ValueError(
-            f"row {row} begins at position {start[row].item()}, and the cache holds no longer what its window "
-            "sees; go on behind the last token, or give new_cache a larger num_undo"
+            f"row {row} begins at position {start[row].item()}, where the cache no longer holds what its "
+            "window sees; go on behind the last token, or give new_cache a larger num_undo"
         )

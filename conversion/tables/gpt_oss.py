@@ -96,11 +96,9 @@ def rope_scaling(theirs):
     for name in numbers:
         if type(given.get(name, 1)) not in (int, float):
             raise UserError(f"{where}: {name} is {given[name]!r}, where a number is expected")
-    if given.get("truncate", True) is not False:
-        silent = "" if "truncate" in given else " (as transformers takes it where there is no such field)"
-        raise UserError(
-            f"{where}: truncate is {given.get('truncate', True)!r}{silent}; models/gpt_oss.py implements false"
-        )
+    if (truncate := given.get("truncate", True)) is not False:
+        silent = "" if "truncate" in given else ", as transformers takes it where there is no such field"
+        raise UserError(f"{where}: truncate is {truncate!r}{silent}; models/gpt_oss.py implements false")
     silence = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": natural_scale(given["factor"])}
     return {ours: (silence | given)[name] for name, ours in numbers.items()}
 
