@@ -2,11 +2,10 @@
 
 New against qwen3_moe:
 - a sink per head: one logit more under the softmax, learned, with no token behind it
-- a window of 128 tokens in the even layers, full attention in the odd ones
-- experts with biases and another SwiGLU: clamped, and with a path that is open before training
-- a router with biases, whose softmax runs over the chosen experts alone
-- biases on q, k, v and o; no norms on q and k
-- YaRN always on, its ramp between pair numbers that are not rounded
+- a window of 128 tokens in every other layer, from the first on; its cache is a ring that stops growing
+- experts with another SwiGLU, clamped, and a router whose softmax runs over the chosen alone
+- biases on q, k, v and o, on the router and in the experts; no norms on q and k
+- YaRN always on, its line between pair numbers that are not rounded
 Papers: OpenAI 2025 (gpt-oss model card, section 2), Xiao et al. 2023 (sinks), Peng et al. 2023 (YaRN).
 
     tokens (B, T)
@@ -17,11 +16,11 @@ Papers: OpenAI 2025 (gpt-oss model card, section 2), Xiao et al. 2023 (sinks), P
       hidden = final_norm(x)
     logits (B, T, V) = lm_head(hidden)
 
-The 20B has 20.9 billion parameters, of which a token reads 3.6. In bf16 its cache takes 24.6 KB a token, and
-the windows' half of it ends at 3.1 MB. The cache is used as in gemma3.py.
+The 20B has 20.9 billion parameters, of which a token reads 3.6. In the cache a token takes 2 K d = 1,024
+numbers a layer: at 131,072 tokens the 12 full layers keep 3.2 GB in bf16, the 12 windows 4.7 MB. It is used
+as in llama.py, but that pads have position -1, and that a ring forgets (`hidden`).
 
-Shapes: B batch, T positions in this call, S positions attended, W slots of a layer's cache, t tokens of a
-    call (B T).
+Shapes: B batch, T positions in this call, S positions attended, W slots of a layer's cache, t tokens: B T.
 Proof: tests/test_gpt_oss.py, against `transformers`. Picture: python show_structure.py gpt-oss-20b
 """
 
@@ -33,15 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-QUERIES = 64  # that attend at once: their scores fit into the caches of a processor, and memory stays small
+QUERIES = 64  # that attend at once: their scores stay in a core's cache, and a ring has room for their keys
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN's change of the RoPE frequencies (Peng et al. 2023, section 3).
-
-    Differs from qwen3_moe: no choice, and a context of training that is much shorter than the texts.
-    """
+    """Differs from qwen3_moe: always on, since the texts are longer than those of most of the training."""
 
     factor: float  # how many times longer a text may be: 32 for 131,072 tokens
     original_max_seq_len: int  # the context of most of the training (4,096)
@@ -69,7 +65,7 @@ class Config:
     swiglu_limit: float  # what an expert's gates and values are clamped to (7)
     norm_eps: float  # keeps RMSNorm from dividing by zero
     rope_base: float  # the larger, the slower the slowest rotation; 150,000
-    rope_scaling: RopeScaling
+    rope_scaling: RopeScaling  # YaRN, which takes 4,096 positions of training to 131,072
 
     def __post_init__(self):
         assert self.num_heads % self.num_kv_heads == 0, "num_kv_heads must divide num_heads"
@@ -78,7 +74,7 @@ class Config:
 
 
 class Model(nn.Module):
-    """Differs from qwen3_moe: no masks here, since layers with and without a window need different ones."""
+    """Differs from qwen3_moe: layers of two kinds, and no mask for all of them here."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -88,37 +84,24 @@ class Model(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(
-        self,
-        tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
-    ) -> Tensor:
+    def forward(self, tokens, positions: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
-    def hidden(
-        self,
-        tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
-        cache: from new_cache, written in place; None: nothing is kept.
-        positions: where the tokens of a row stand, one behind the other, then -1 for pads, of which nothing
-            is kept. A row begins behind the last token that it has read, or up to num_undo tokens earlier.
-            None: these are the text's first T.
+        positions: (B, T), where the tokens of a row stand, one behind the other, then -1 for pads, of which
+            nothing is kept. A row begins behind the last token that it has read, or up to num_undo tokens
+            earlier. None: these are the text's first T.
         """
-        B, T = tokens.shape
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")
         is_start = positions is None
         if is_start:
-            positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
-        elif not torch.compiler.is_compiling():  # which looks at no data
-            check_start(positions[:, 0], cache[0].held, self.config.window)
-
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)  # (B, T)
+        if cache is not None and not torch.compiler.is_compiling():  # which looks at no data
+            check_positions(positions, cache, self.config.window)
         rotation = rope(positions, self.config)  # each (B, 1, T, d // 2)
         x = self.token_embed(tokens)  # (B, T, D)
         for n, layer in enumerate(self.layers):
@@ -126,10 +109,7 @@ class Model(nn.Module):
         return self.final_norm(x)
 
     def new_cache(self, batch_size: int, num_slots: int, num_undo: int = 0) -> "Cache":
-        """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens.
-
-        num_undo: how many tokens earlier than the last one a call may begin; windows keep so many more.
-        """
+        """An empty cache for rows of `num_slots` tokens, which may go back `num_undo`, as after a draft."""
         return tuple(layer.attn.new_cache(batch_size, num_slots, num_undo) for layer in self.layers)
 
     @torch.no_grad()
@@ -145,10 +125,7 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """Norm, sublayer, add: pre-norm, so that from the embedding to final_norm x meets nothing but additions.
-
-    Differs from qwen3_moe: every layer has experts, and the even ones a window.
-    """
+    """Differs from qwen3_moe: every layer has experts, and every other one, from the first on, a window."""
 
     def __init__(self, config: Config, number: int):
         super().__init__()
@@ -170,14 +147,10 @@ class Attention(nn.Module):
     somewhere. Training then makes a sink of the text's first token, and a window that leaves it behind spoils
     the model (Xiao et al. 2023). A sink of the head's own is always there. With the logit s it takes
     exp(s) / (exp(s) + sum of exp(scores)), and what it takes is gone: a gate, open where a score is above s.
+    Three scores beside a sink of logit 2, without which the first would take 0.79:
 
-    Three scores of 2, 0 and 0, without a sink and with one of logit 2:
-
-    >>> scores = torch.tensor([2.0, 0.0, 0.0])
-    >>> [round(p, 2) for p in scores.softmax(dim=-1).tolist()]
-    [0.79, 0.11, 0.11]
-    >>> [round(p, 2) for p in torch.tensor([2.0, 0.0, 0.0, 2.0]).softmax(dim=-1)[:-1].tolist()]
-    [0.44, 0.06, 0.06]
+    >>> torch.tensor([2.0, 0.0, 0.0, 2.0]).softmax(dim=-1)[:-1]
+    tensor([0.4404, 0.0596, 0.0596])
     """
 
     def __init__(self, config: Config, window: int | None):
@@ -190,82 +163,52 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * d, D)
         self.sinks = nn.Parameter(torch.zeros(H))
 
-    def new_cache(self, batch_size: int, num_slots: int, num_undo: int) -> "LayerCache":
-        num_kept = num_slots if self.window is None else min(num_slots, self.window + num_undo)
-        shape = (batch_size, self.num_kv_heads, num_kept + 1, self.head_dim)
-        held = torch.full(shape[::2], -1, device=self.sinks.device)  # (B, W)
-        return LayerCache(self.sinks.new_zeros(shape), self.sinks.new_zeros(shape), held)
-
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D)
-        rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
-        positions: Tensor,  # (B, T)
-        is_start: bool,
-        cache: "LayerCache | None",
-    ) -> Tensor:
+    def forward(self, x, rotation, positions, is_start, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
 
-        k, v, held = self.keep(k, v, positions, is_start, cache)  # (B, K, S, d), (B, K, S, d), (B, S)
         outs = []
-        for queries, places in zip(q.split(QUERIES, dim=2), positions.split(QUERIES, dim=1)):
-            outs.append(attend(queries, k, v, can_see(places, held, self.window), self.sinks))
-        out = torch.cat(outs, dim=2)  # (B, H, T, d)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        for start in range(0, T, QUERIES):
+            some = slice(start, start + QUERIES)
+            if cache is not None:
+                cache.write(k[:, :, some], v[:, :, some], positions[:, some])
+            # At a text's start its own keys are all there is, and the rest of the cache need not be read.
+            keys, values, held = (k, v, positions) if is_start else cache
+            mask = can_see(positions[:, some], held, self.window)  # (B, 1, T, S)
+            outs.append(attend(q[:, :, some], keys, values, mask, self.sinks))
+        return self.o_proj(torch.cat(outs, dim=2).transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-    def keep(self, k, v, positions, is_start, cache):
-        """Write the new keys and values, and return all that is there to be seen, with its positions."""
-        new = k, v, positions  # which is all there is of a text that begins
-        if cache is None:
-            return new
-        if self.window is None:
-            assert k.shape[2] < cache.k.shape[2], "more tokens than the cache has slots"
-            cache.write(*new)
-            return new if is_start else cache
-        # A ring is read before it is written, since the new may take the place of what its first tokens see.
-        seen = new if is_start else cache.joined(*new)  # (B, K, S, d), (B, K, S, d), (B, S)
-        cache.write(*new)
-        return seen
+    def new_cache(self, batch_size: int, num_slots: int, num_undo: int) -> "LayerCache":
+        if self.window is not None:
+            num_slots = min(num_slots, self.window + max(QUERIES, num_undo))
+        shape = (batch_size, self.num_kv_heads, num_slots + 1, self.head_dim)
+        held = torch.full(shape[::2], -1, device=self.sinks.device)  # (B, W)
+        return LayerCache(self.sinks.new_zeros(shape), self.sinks.new_zeros(shape), held)
 
 
-def attend(
-    q: Tensor,  # (B, H, T, d)
-    k: Tensor,  # (B, K, S, d)
-    v: Tensor,  # (B, K, S, d)
-    mask: Tensor,  # (B, 1, T, S): True = attend
-    sinks: Tensor,  # (H,)
-) -> Tensor:
-    """What scaled_dot_product_attention does, with a column more in the scores: the sink's.
-
-    All its scores are there at once, so that it is called for a few queries, not for a whole text.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor) -> Tensor:
+    """scaled_dot_product_attention with a column more in the scores, the sinks'; for q (B, H, T, d), k and v
+    (B, K, S, d), mask (B, 1, T, S), sinks (H,). All scores are there at once: a whole text has too many.
     """
     B, H, T, d = q.shape
     q = q.reshape(B, k.shape[1], -1, d)  # (B, K, H // K * T, d): beside each other, who shares a key
-    scores = (q @ k.mT / math.sqrt(d)).view(B, H, T, -1)  # (B, H, T, S)
-    scores = scores.masked_fill(~mask, -math.inf)
+    scores = (q @ k.mT / math.sqrt(d)).view(B, H, T, -1).masked_fill(~mask, -math.inf)  # (B, H, T, S)
     column = sinks[:, None, None].expand(B, H, T, 1)  # (B, H, T, 1)
     probs = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]  # (B, H, T, S)
-    out = probs.reshape(B, k.shape[1], -1, k.shape[2]) @ v  # (B, K, H // K * T, d)
-    return out.view(B, H, T, d)  # (B, H, T, d)
+    return (probs.reshape(B, k.shape[1], -1, k.shape[2]) @ v).view(B, H, T, d)  # (B, H, T, d)
 
 
 def can_see(positions: Tensor, held: Tensor, window: int | None) -> Tensor:
-    """Whether a token may look at a key: not ahead, not behind the window, not where no token is (-1).
+    """Whether a token attends to what is held: not ahead, not behind the window, not where no token is (-1).
 
-    1 = it may, for four tokens of a text in a window of 2, and for the token after them without a window:
+    1 = attend, for positions 2 and 3 in a window of 2, and a slot that holds nothing yet:
 
-    >>> text = torch.tensor([[0, 1, 2, 3]])
-    >>> 1 * can_see(text, text, 2)[0, 0]
-    tensor([[1, 0, 0, 0],
-            [1, 1, 0, 0],
-            [0, 1, 1, 0],
-            [0, 0, 1, 1]])
-    >>> 1 * can_see(torch.tensor([[4]]), torch.tensor([[0, 1, 2, 3, 4, -1]]), None)[0, 0]
-    tensor([[1, 1, 1, 1, 1, 0]])
+    >>> 1 * can_see(torch.tensor([[2, 3]]), torch.tensor([[0, 1, 2, 3, -1]]), 2)[0, 0]
+    tensor([[0, 1, 1, 0, 0],
+            [0, 0, 1, 1, 0]])
     """
     behind = positions[:, None, :, None] - held[:, None, None]  # (B, 1, T, S)
     mask = (behind >= 0) & (held >= 0)[:, None, None]  # (B, 1, T, S)
@@ -287,15 +230,10 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # (t, D)
-        weights, chosen = self.route(tokens)  # each (t, A)
+        scores, chosen = self.router(tokens).topk(self.num_active)  # each (t, A)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).type_as(x)  # (t, A)
         out = self.run(tokens, chosen)  # (t, A, D)
         return (weights[..., None] * out).sum(dim=1).view_as(x)  # (B, T, D)
-
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights and the numbers of each token's A experts; the softmax is in fp32."""
-        scores, chosen = self.router(tokens).topk(self.num_active)  # each (t, A)
-        weights = scores.softmax(dim=-1, dtype=torch.float32)  # (t, A)
-        return weights.type_as(tokens), chosen
 
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
@@ -303,8 +241,7 @@ class Experts(nn.Module):
         counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
         groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
         # Whom no token chose is not read. While torch.export traces, no count is known: all run.
-        traces = torch.compiler.is_compiling()
-        out = [expert(group) for expert, group in groups if traces or len(group)]
+        out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]
         return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
 
 
@@ -312,9 +249,8 @@ class FeedForward(nn.Module):
     """One expert: a SwiGLU whose gate opens faster and whose numbers are clamped.
 
     Differs from qwen3_moe: limits, biases, and z sigmoid(1.702 z) in place of silu(z), which is nearly GELU.
-    Why up + 1: where up is near 0, as before training, what the gate lets through still comes through.
-    Why limits: a product of two large numbers is huge, and in few bits it drowns the others of its sum. A
-    gate needs no limit below, where z sigmoid(1.702 z) goes to 0 by itself.
+    Why up + 1: where up is near 0, as before training, the gate's number passes. Why limits: a product of two
+    large numbers drowns the others of its sum in few bits; below, the gate's goes to 0 by itself.
     """
 
     def __init__(self, config: Config):
@@ -348,11 +284,7 @@ class RMSNorm(nn.Module):
 
 
 def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every rotation angle, position times frequency, both larger by YaRN's scale.
-
-    Differs from qwen3_moe: YaRN is always on.
-    In fp32 whatever the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
-    """
+    """Cosine and sine of every rotation angle, in fp32. Differs from qwen3_moe: YaRN is always on."""
     theta = rope_frequencies(config, positions.device)  # (d // 2,)
     angles = positions[:, None, :, None].float() * theta  # (B, 1, T, d // 2)
     scale = config.rope_scaling.rotation_scale
@@ -362,50 +294,32 @@ def rope(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Radians per position: theta_i = base ** (-2 i / d) for pair i, slowed down by YaRN.
 
-    Differs from qwen3_moe: the line from fast to slow begins and ends between two pairs where it falls so.
-    With d = 64, base 150,000 and 4,096 positions it runs from pair 8.1 to pair 17.4; rounded to whole pairs,
-    as in Qwen3 (`truncate`), from 8 to 18, and ten pairs would turn at another speed.
+    Differs from qwen3_moe: the line from fast to slow runs over the pairs' numbers, and where its ends are
+    not rounded to whole ones that is a line over the logarithm of the turns, in which the numbers are linear.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
     theta = 1.0 / config.rope_base**exponent
     scaling = config.rope_scaling
-    last_fast = max(pair_that_turns(scaling.fast_turns, config), 0)
-    first_slow = min(pair_that_turns(scaling.slow_turns, config), config.head_dim - 1)
-    pairs = torch.arange(config.head_dim // 2, device=device)  # (d // 2,)
-    slowed = ((pairs - last_fast) / max(first_slow - last_fast, 0.001)).clamp(0, 1)
+    turns = scaling.original_max_seq_len * theta / (2 * math.pi)  # from 652 down to 0.006
+    slowed = (scaling.fast_turns / turns).log() / math.log(scaling.fast_turns / scaling.slow_turns)
+    slowed = slowed.clamp(0, 1)
     return (1 - slowed) * theta + slowed * theta / scaling.factor
 
 
-def pair_that_turns(turns: float, config: Config) -> float:
-    """The number i, not whole, of the pair that turns `turns` times in the context of training.
-
-    Differs from qwen3: there is the equation, with an example.
-    """
-    context = config.rope_scaling.original_max_seq_len / (2 * math.pi * turns)
-    return config.head_dim * math.log(context) / (2 * math.log(config.rope_base))
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
+    """Turn each pair (x1_i, x2_i) of a head, features i and i + d/2, in its plane (Su et al. 2021, eq. 34).
 
-    As complex numbers z = x1 + i x2, a turn by m theta is z e^(i m theta). With q at position m and k at n,
-    Re(q e^(i m theta) conj(k e^(i n theta))) = Re(q conj(k) e^(i (m - n) theta)): m - n is all that counts.
-    The pairs are (i, i + d/2), as Hugging Face stores them; conversion reorders Meta's, (2i, 2i + 1).
-
-    >>> quarter = torch.tensor([math.pi / 2, 0])  # turn the pair (1, 3), leave (2, 4)
-    >>> rotate(torch.tensor([1.0, 2, 3, 4]), quarter.cos(), quarter.sin()).round()
-    tensor([-3.,  2.,  1.,  4.])
+    Differs from qwen3_moe: it says there why only the distance of two tokens counts then.
     """
     x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer's past. With a window it is a ring: the token at position p has slot
-    p % (W - 1), where another stood that no one sees any more. Without, the ring is as large as the text.
+    """The keys and values of one layer's past: position p is in slot p % (W - 1), the last slot is for pads.
 
-    The last slot takes what is not to be kept: pads, and of a call longer than the ring its beginning.
-    Differs from qwen3_moe: slots say what they hold, and so what a query sees is one rule for both kinds.
+    Differs from qwen3_moe: with a window the slots are a ring, in which the new takes the place of what no
+    one sees any more, and W does not grow with the text. So each slot says what it holds.
     """
 
     k: Tensor  # (B, K, W, d)
@@ -415,34 +329,21 @@ class LayerCache(NamedTuple):
     def write(self, k: Tensor, v: Tensor, positions: Tensor):
         num_slots = self.held.shape[1] - 1
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
-        last = positions.amax(dim=1, keepdim=True)  # (B, 1)
-        is_kept = (positions >= 0) & (positions > last - num_slots)  # (B, T)
-        slots = torch.where(is_kept, positions % num_slots, num_slots)  # (B, T)
+        slots = torch.where(positions >= 0, positions % num_slots, num_slots)  # (B, T)
         # Indexed by (B, 1) and (B, T), the first two left sides are (B, T, K, d).
         self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, W, d)
         self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, W, d)
-        self.held[rows, slots] = torch.where(is_kept, positions, -1)  # (B, W)
-
-    def joined(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What is held and what is new; of a rejected draft, which the new stands in place of, nothing."""
-        held = torch.where(self.held < positions[:, :1], self.held, -1)  # (B, W)
-        k, v = torch.cat([self.k, k], dim=2), torch.cat([self.v, v], dim=2)  # each (B, K, S, d)
-        held = torch.cat([held, positions], dim=1)  # (B, S)
-        return k, v, held
+        self.held[rows, slots] = positions  # (B, W)
 
 
 # Differs from transformer: there is no memory, only the past.
 Cache = tuple[LayerCache, ...]  # one per layer
 
 
-def check_start(start: Tensor, held: Tensor, window: int):
+def check_positions(positions: Tensor, cache: Cache, window: int):
     """A ring forgets: a row may begin only where the window before it is still there."""
-    behind = start[:, None] - held  # (B, W)
-    num_there = ((behind > 0) & (behind < window) & (held >= 0)).sum(dim=1)  # (B,)
-    is_lost = num_there < start.clamp(max=window - 1)  # (B,)
-    if is_lost.any():
-        row = is_lost.long().argmax().item()
-        raise ValueError(
-            f"row {row} begins at position {start[row].item()}, where the cache no longer holds what its "
-            "window sees; go on behind the last token, or give new_cache a larger num_undo"
-        )
+    start, held = positions[:, :1], cache[0].held  # (B, 1), (B, W)
+    num_there = ((held >= 0) & (held < start) & (held > start - window)).sum(dim=1)  # (B,)
+    if (num_there < start[:, 0].clamp(max=window - 1)).any():
+        raise ValueError("a row begins where its window is overwritten: give new_cache a larger num_undo")
+    assert positions.max() < max(layer.held.shape[1] for layer in cache) - 1, "more tokens than slots"

@@ -4,6 +4,8 @@ The published checkpoints hold the experts' matrices in MXFP4: blocks of 4-bit c
 come over as they are, code for code (models/utils/quantize.py).
 """
 
+import math
+
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.tables.llama import rope_base, rope_parameters
 from conversion.tables.qwen3 import OPTIONAL, YARN, natural_scale
@@ -100,7 +102,15 @@ def rope_scaling(theirs):
         silent = "" if "truncate" in given else ", as transformers takes it where there is no such field"
         raise UserError(f"{where}: truncate is {truncate!r}{silent}; models/gpt_oss.py implements false")
     silence = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": natural_scale(given["factor"])}
-    return {ours: (silence | given)[name] for name, ours in numbers.items()}
+    values = silence | given
+    # Elsewhere transformers moves an end of the line to a pair that is there.
+    most = values["original_max_position_embeddings"] / (2 * math.pi)
+    if not most / values["rope_theta"] < values["beta_slow"] < values["beta_fast"] < most:
+        raise UserError(
+            f"{where}: beta_slow and beta_fast are {values['beta_slow']} and {values['beta_fast']}; "
+            f"models/gpt_oss.py implements from {most / values['rope_theta']:.2g} up to {most:.4g} turns"
+        )
+    return {ours: values[name] for name, ours in numbers.items()}
 
 
 def window(theirs):
