@@ -55,8 +55,10 @@ def config_from_dict(fields, where):
 
 
 def config_to_dict(model_name, config):
-    """The flat fields that config_from_dict reads."""
-    return {"model": model_name, **dataclasses.asdict(config)}
+    """The flat fields that config_from_dict reads, as JSON has them: what is several numbers is a list."""
+    fields = dataclasses.asdict(config)
+    lists = {name: list(value) for name, value in fields.items() if type(value) is tuple}
+    return {"model": model_name, **fields, **lists}
 
 
 def build_dataclass(cls, values, where):

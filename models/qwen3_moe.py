@@ -16,7 +16,7 @@ Papers: Yang et al. 2025 (Qwen3, section 2), Shazeer et al. 2017 (experts), Fedu
 To write a token, 30B-A3B reads 3.0 of its 30.5 billion parameters. The cache is that of qwen3.py.
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
-    cache), t tokens of a call (B T), e tokens of one expert, f features inside a feed-forward.
+    cache), t tokens of a call (B T), f features inside a feed-forward.
 Proof: tests/test_qwen3_moe.py, against `transformers`. Picture: python show_structure.py qwen3-30b-a3b
 """
 
@@ -228,7 +228,7 @@ class Experts(nn.Module):
         groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
         # Whom no token chose is not read. While torch.export traces, no count is known: all run.
         traces = torch.compiler.is_compiling()
-        out = [expert(group) for expert, group in groups if traces or len(group)]  # each (e, D)
+        out = [expert(group) for expert, group in groups if traces or len(group)]
         return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
 
 

@@ -330,8 +330,8 @@ def shape_configs(module):
 SHAPES = Case(
     shape_configs,
     run_experts,
-    {"B": 7, "T": 17, "S": 29, "t": 119, "e": 19},
+    {"B": 7, "T": 17, "S": 29, "t": 119, "f": 43},
     same={("B", "T")},  # t
     true_too={("(B, T) or None", "(t, T) or None")},  # forward meets positions with T = 1 alone
-    by_data={"e"},
+    by_data={"f"},
 )

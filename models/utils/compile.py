@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from models.utils import head
+from models.utils import head, stacked_experts
 from models.utils.files import one_line
 from models.utils.head import Head
 from models.utils.kernels.onednn import choose_products
@@ -51,6 +51,7 @@ from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_li
 from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, tile_layers
 from models.utils.machine import instructions
 from models.utils.quantize import Int4Linear, Int8Linear, prepare, quantize_layer
+from models.utils.stacked_experts import stack_experts, without_single_experts
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256
@@ -164,6 +165,7 @@ def compile_decoding(model, widths=(1,), report=print):
     """
     if next(model.parameters()).device.type == "cpu":
         arrange(model, report)
+    stack_experts(model)
     return CompiledDecoder(model, widths, report)
 
 
@@ -277,7 +279,8 @@ def compile_step(model, cache, width, path):
     inputs = (tokens, tokens.clone(), tensors)
     # Made in a folder of its own and then moved: who is interrupted leaves nothing half done.
     with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        graph = torch.export.export(Step(model, cache), inputs)
+        with without_single_experts(model):
+            graph = torch.export.export(Step(model, cache), inputs)
         library = torch._inductor.aoti_compile_and_package(
             graph,
             package_path=f"{folder}/step.pt2",
@@ -352,6 +355,6 @@ def fingerprint(model, cache, width):
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
-        *(Path(page).read_text(encoding="utf-8") for page in (__file__, head.__file__)),
+        *(Path(page).read_text(encoding="utf-8") for page in (__file__, head.__file__, stacked_experts.__file__)),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +11,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <vector>
 
 #ifdef __AVX512VNNI__
@@ -196,10 +199,31 @@ auto* choose(bool) {
 }
 #endif
 
+// Rows of x, `count` from `first` on, that go through the same matrix.
+struct Run {
+  int64_t matrix, first, count;
+};
+
+// The order that brings rows of the same expert together, and the runs that they make in it.
+std::vector<Run> sort_by_expert(const at::Tensor& experts, std::vector<int64_t>& order) {
+  const int64_t* matrices = experts.const_data_ptr<int64_t>();
+  order.resize(experts.numel());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return matrices[a] < matrices[b]; });
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < experts.numel(); n++) {
+    if (n == 0 || matrices[order[n]] != matrices[order[n - 1]]) runs.push_back({matrices[order[n]], n, 0});
+    runs.back().count++;
+  }
+  return runs;
+}
+
+// x (M, K) in the order of the runs, of which row n is row order[n] of out; tiles (E, N / 32, K / g, bytes)
 template <int BITS, typename T>
-void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, bool plain) {
+void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, const std::vector<Run>& runs,
+              const std::vector<int64_t>& order, bool plain) {
   const int64_t num_rows = x.size(0), num_blocks = x.size(1) / INPUTS, num_outputs = out.size(1);
-  const int64_t num_groups = tiles.size(1), per_group = num_blocks / num_groups;
+  const int64_t num_tiles = tiles.size(1), num_groups = tiles.size(2), per_group = num_blocks / num_groups;
   const T* inputs = x.const_data_ptr<T>();
   const uint8_t* weights = tiles.const_data_ptr<uint8_t>();
   T* outputs = out.mutable_data_ptr<T>();
@@ -209,33 +233,46 @@ void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, boo
   at::parallel_for(0, num_rows, MAX_ROWS, [&](int64_t begin, int64_t end) {
     quantize<BITS>(inputs + begin * x.size(1), &blocks[begin * num_blocks], (end - begin) * num_blocks);
   });
-  at::parallel_for(0, tiles.size(0), 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, runs.size() * num_tiles, 4, [&](int64_t begin, int64_t end) {
     float lanes[MAX_ROWS * LANES];
-    for (int64_t n = begin; n < end; n++) {
-      const int64_t width = std::min<int64_t>(LANES, num_outputs - n * LANES);
+    for (int64_t each = begin; each < end; each++) {
+      const auto [matrix, first, in_run] = runs[each / num_tiles];
+      const int64_t n = each % num_tiles, width = std::min<int64_t>(LANES, num_outputs - n * LANES);
+      const uint8_t* tile = weights + matrix * tiles.stride(0) + n * tiles.stride(1);
       // Tiles come from memory for the first rows of x; for all others they are in the core's own cache.
-      for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
-        const int rows = std::min<int64_t>(MAX_ROWS, num_rows - row);
-        const Block* x_blocks = &blocks[row * num_blocks];
-        rows_times_tile(rows, weights + n * tiles.stride(0), x_blocks, num_groups, per_group, lanes);
+      for (int64_t row = first; row < first + in_run; row += MAX_ROWS) {
+        const int rows = std::min<int64_t>(MAX_ROWS, first + in_run - row);
+        rows_times_tile(rows, tile, &blocks[row * num_blocks], num_groups, per_group, lanes);
         for (int m = 0; m < rows; m++)
-          std::copy_n(lanes + m * LANES, width, outputs + (row + m) * num_outputs + n * LANES);
+          std::copy_n(lanes + m * LANES, width, outputs + order[row + m] * num_outputs + n * LANES);
       }
     }
   });
 }
 
-// x (..., K), tiles (N / 32, K / g, HEADER + 32 g bits / 8) -> (..., num_outputs), in the dtype of x
+// x (..., K), tiles (N / 32, K / g, HEADER + 32 g bits / 8) -> (..., num_outputs), in the dtype of x.
+// With experts (M): row m of x (M, K) goes through matrix experts[m] of tiles (E, N / 32, ...).
 at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t num_outputs, int64_t bits,
-                        bool plain) {
-  const int64_t K = x.size(-1), width = tiles.size(1) * ((tiles.size(2) - HEADER) * 8 / (LANES * bits));
+                        bool plain, const std::optional<at::Tensor>& experts) {
+  const int64_t K = x.size(-1), width = tiles.size(-2) * ((tiles.size(-1) - HEADER) * 8 / (LANES * bits));
   TORCH_CHECK(K == width, "x has ", K, " inputs, not ", width);
-  const at::Tensor rows = x.reshape({-1, K}).contiguous();
+  TORCH_CHECK(tiles.dim() == (experts ? 4 : 3), "experts go with several matrices");
+  at::Tensor rows = x.reshape({-1, K}).contiguous();
+  std::vector<int64_t> order(rows.size(0));
+  std::vector<Run> runs = {{0, 0, rows.size(0)}};
+  std::iota(order.begin(), order.end(), 0);
+  if (experts) {
+    TORCH_CHECK(experts->numel() == rows.size(0), "each row of x needs an expert");
+    runs = sort_by_expert(experts->contiguous(), order);
+    TORCH_CHECK(runs.front().matrix >= 0 && runs.back().matrix < tiles.size(0), "no such expert");
+    rows = rows.index_select(0, at::tensor(order));
+  }
+  const at::Tensor matrices = experts ? tiles : tiles.unsqueeze(0);
   at::Tensor out = at::empty({rows.size(0), num_outputs}, x.options());
   const bool in_fp32 = x.scalar_type() == at::kFloat;
   auto* const in_8_bits = in_fp32 ? multiply<8, float> : multiply<8, at::BFloat16>;
   auto* const in_4_bits = in_fp32 ? multiply<4, float> : multiply<4, at::BFloat16>;
-  (bits == 8 ? in_8_bits : in_4_bits)(rows, tiles, out, plain);
+  (bits == 8 ? in_8_bits : in_4_bits)(rows, matrices, out, runs, order, plain);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = num_outputs;
   return out.view(shape);
@@ -244,7 +281,9 @@ at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t nu
 }  // namespace
 
 TORCH_LIBRARY(zoo, library) {
-  library.def("tiled_linear(Tensor x, Tensor tiles, int num_outputs, int bits, bool plain=False) -> Tensor");
+  library.def(
+      "tiled_linear(Tensor x, Tensor tiles, int num_outputs, int bits, bool plain=False, "
+      "Tensor? experts=None) -> Tensor");
   library.def("has_vector_loop() -> bool", has_vector_loop);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("tiled_linear", tiled_linear); }
