@@ -39,7 +39,7 @@ def match_tensors(source):
     num_layers = layer_count(config)
     if num_layers > len(entries):
         raise UserError(f"{source.where}: {num_layers} layers, but there are {len(entries)} tensors in all")
-    wanted = wanted_shapes(config, source.where)
+    wanted = wanted_shapes(config, source.where, source.stored)
     steps = plan(layout, config, wanted)
     expected = {step.theirs: their_shape(step, wanted, config) for step in steps}
     skipped = layout.skipped_names(num_layers)
@@ -58,7 +58,7 @@ def match_tensors(source):
             )
     skipped = {name: reason for name, reason in skipped.items() if name in stored}
     found = {name: entries[at] for name, at in stored.items() if name not in skipped}
-    problems += compare(expected, found)
+    problems += compare(expected, found, {step.theirs for step in steps if step.row in layout.codes})
     page = f"conversion/tables/{config['model']}.py"
     problems += [f"our {name} {wanted[name]} has no row in {page}, so nothing fills it" for name in unfilled]
 
@@ -78,10 +78,13 @@ def match_tensors(source):
     return Match(moves, problems, rows)
 
 
-def wanted_shapes(config, where):
-    """The shape of every tensor of our model by its name; a tied tensor is none of its own."""
+def wanted_shapes(config, where, stored=None):
+    """The shape of every tensor of our model by its name; a tied tensor is none of its own.
+
+    stored: the Quantization of codes that are kept, see build_model.
+    """
     model_name, built = config_from_dict(config, where)
-    state = build_model(model_name, built).state_dict()
+    state = build_model(model_name, built, stored=stored).state_dict()
     tied = LAYOUTS[model_name].tied(config)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
@@ -113,8 +116,8 @@ def tied_problems(source, name, original):
     return [f"{name} differs from {original}, though {source.where.name} says that they are tied"]
 
 
-def compare(expected, found):
-    """What keeps the tensors found from being those expected, a phrase each."""
+def compare(expected, found, codes=()):
+    """What keeps the tensors found from being those expected, a phrase each; codes: those that are bytes."""
     problems = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in found]
     problems += [
         f"{name} {entry.shape} has no place in the model"
@@ -124,7 +127,7 @@ def compare(expected, found):
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             problems.append(f"{name} has shape {found[name].shape}, where the config asks for {shape}")
-        elif name in found and found[name].dtype not in DTYPE_NAMES.values():
+        elif name in found and not (found[name].dtype in DTYPE_NAMES.values()) ^ (name in codes):
             problems.append(f"{name} is stored as {found[name].dtype}, which is not supported")
     return problems
 
@@ -187,7 +190,10 @@ def ranges(numbers):
 
 
 def forward(step, config, tensors):
-    return step.transform.forward(tensors[0], config)
+    try:
+        return step.transform.forward(tensors[0], config)
+    except ValueError as error:
+        raise UserError(f"{step.theirs}: {error}") from None
 
 
 def inverse(step, config, tensors):

@@ -73,6 +73,13 @@ def experts(take_turns=1, there=lambda tensor: tensor, back=lambda tensor: tenso
     )
 
 
+def without_nan(scales):
+    """The scales of MXFP4, exponents in a byte; 255 is no number."""
+    if not scales.is_meta and (scales == 255).any():
+        raise ValueError("a scale is 255, which means NaN; the file is damaged, fetch it again")
+    return scales
+
+
 # Of Linear layers in their files: (E, in, out), and in MXFP4 (E, out, in / 32, 16), two inputs in a byte.
 LIES = {"there": lambda theirs: theirs.mT, "back": lambda ours: ours.mT}
 IN_BLOCKS = {"there": lambda theirs: theirs.flatten(2), "back": lambda ours: ours.unflatten(2, (-1, 16))}
@@ -93,9 +100,11 @@ TRANSFORMS = {
     ),
     "row_to_vector": Transform(lambda theirs, config: [theirs[0]], lambda ours, config: ours[0][None]),
     "per_expert": experts(),
+    "per_expert+scales": experts(there=without_nan),
     "per_expert+transpose": experts(**LIES),
     "per_expert+blocks": experts(**IN_BLOCKS),
     "gate_and_up": experts(take_turns=2),
+    "gate_and_up+scales": experts(take_turns=2, there=without_nan),
     "gate_and_up+transpose": experts(take_turns=2, **LIES),
     "gate_and_up+blocks": experts(take_turns=2, **IN_BLOCKS),
     "split_per_head": Transform(heads_to_blocks, blocks_to_heads),
@@ -155,11 +164,17 @@ class Layout:
     computed: dict = field(default_factory=dict)  # the same, with a Computed to which it must be equal
     tied: Callable = lambda config: {}  # our config -> {tensor of ours: the one of ours that it shares}
     copies: dict = field(default_factory=dict)  # their tensor -> the one of theirs that it repeats
-    in_codes: dict = field(default_factory=dict)  # a kind of quantization -> the rows of a file in its codes
+    # kind of a Quantization -> rows that take the place of those with the same tensors of ours
+    in_codes: dict = field(default_factory=dict)
+    codes: list = field(default_factory=list)  # those that did: their tensors are bytes
 
     def stored_in(self, quantization):
         """This layout where the files hold codes, as a Quantization says; None: plain numbers."""
-        return replace(self, rows=self.in_codes[quantization.kind]) if quantization else self
+        if quantization is None:
+            return self
+        codes = self.in_codes[quantization.kind]
+        replaced = {row.ours for row in codes}
+        return replace(self, rows=[row for row in self.rows if row.ours not in replaced] + codes, codes=codes)
 
     def their_name(self, ours):
         return next(row.theirs for row in self.rows if row.ours == ours)

@@ -1,17 +1,30 @@
 """The proof of models/gpt_oss.py."""
 
 import copy
+import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from models import build_model, load_config
+from conversion.convert import convert, reverse
+from conversion.tables import from_hf_config
+from models import build_model, load_config, load_model
 from models import gpt_oss as page
+from models.utils.errors import UserError
+from models.utils.kernels.tiled_linear import load_kernel, tiled
+from models.utils.quantize import MXFP4Linear, Quantization, dequantize_mxfp4
 from runs_ar.generate import generate
 from runs_ss.speculate import ModelDrafter, speculate
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
+from tests.oracle import redraw
 from tests.shape_cases import Case
 
 # As published, with sizes at which some pairs are fast, some slow, and both ends lie between two pairs.
@@ -183,6 +196,259 @@ def test_parameter_counts():
         idle = config.num_layers * (config.num_experts - config.num_active_experts) * expert
         assert round(count / 1e9, 2) == total
         assert round((count - idle - model.token_embed.weight.numel()) / 1e9, 2) == active
+
+
+# As published -----------------------------------------------------------------------------------------------
+
+# config.json of gpt-oss-20b, the sizes and the ids of two tokens made small.
+PUBLISHED = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": 129,
+    "experts_per_token": 4,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initial_context_length": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 96,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "max_position_embeddings": 131072,
+    "model_type": "gpt_oss",
+    "num_attention_heads": 8,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 6,
+    "output_router_logits": False,
+    "pad_token_id": 130,
+    "quantization_config": {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    },
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 9,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.55.0.dev0",
+    "use_cache": True,
+    "vocab_size": 131,
+}
+SIZES = {"gate_up_proj": (6, 192, 2, 16), "down_proj": (6, 64, 3, 16)}  # blocks: (E, out, in / 32, 16)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """(the tensors of a checkpoint with MXFP4, the oracle with what transformers makes of these)."""
+    fields = {name: value for name, value in PUBLISHED.items() if name != "quantization_config"}
+    pages = {"experts_implementation": "eager", "attn_implementation": "eager"}
+    oracle = redraw(GptOssForCausalLM(GptOssConfig(**fields, **pages)))
+    state = {name: tensor.detach().bfloat16() for name, tensor in oracle.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in state if name.endswith(tuple(SIZES))]:
+        shape = SIZES[name.rpartition(".")[2]]
+        blocks = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        scales = torch.randint(119, 127, shape[:3], generator=generator, dtype=torch.uint8)
+        state[name] = convert_moe_packed_tensors(blocks, scales)
+        state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    oracle.load_state_dict({name: state[name] for name in oracle.state_dict()})
+    return {name: state[name] for name in state if not name.endswith(tuple(SIZES))}, oracle
+
+
+def write(folder, state, **fields):
+    folder.mkdir(exist_ok=True)
+    config = {name: value for name, value in {**PUBLISHED, **fields}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_mxfp4_as_published(published, tmp_path):
+    """With all that the config switches on; the second oracle is OpenAI's gpt_oss/torch/weights.py, whose
+    order of halves, scales and values is the one of transformers, as is attention of gpt_oss/torch/model.py.
+    """
+    state, oracle = published
+    convert(write(tmp_path, state), progress=False)
+    model = load_model(tmp_path, dtype=torch.float32, arranged=False)
+    tokens = random_tokens(model, 2, 40)
+    with torch.no_grad():
+        logits = oracle(tokens).logits
+        assert 0.5 < logits.std() < 2
+        assert_close(model(tokens), logits)
+    experts = model.layers[1].ffn.experts
+    theirs = oracle.model.layers[1].mlp.experts
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = torch.stack([expert.up_proj.dequantized(dtype) for expert in experts])
+        assert torch.equal(ours, theirs.gate_up_proj[:, :, 1::2].mT.to(dtype))
+        ours = torch.stack([expert.down_proj.dequantized(dtype) for expert in experts])
+        assert torch.equal(ours, theirs.down_proj.mT.to(dtype))
+
+
+def test_every_code_and_every_scale_is_dequantized_as_by_transformers():
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 1, 16).expand(1, -1, 255, -1)
+    scales = torch.arange(255, dtype=torch.uint8).expand(1, 16, -1)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype)[0].T
+        ours = dequantize_mxfp4(blocks[0].flatten(1), scales[0], dtype)
+        assert torch.equal(ours, expected)
+
+
+def test_mxfp4_back_is_the_same_to_the_bit(published, tmp_path):
+    state, _ = published
+    convert(write(tmp_path, state), progress=False)
+    folder = reverse(tmp_path, progress=False)
+    again = load_file(folder / "model.safetensors")
+    assert again.keys() == state.keys()
+    assert all(
+        torch.equal(again[name], state[name]) and again[name].dtype == state[name].dtype for name in state
+    )
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"] == PUBLISHED["quantization_config"]
+    assert config["dtype"] == "bfloat16"
+
+
+class FreshBytes(TorchDispatchMode):
+    """Records the size of every tensor that takes memory of its own; what is mapped or a view takes none."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in tree_leaves(args) if isinstance(a, torch.Tensor)}
+        for made in tree_leaves(result):
+            if isinstance(made, torch.Tensor) and not made.is_meta:
+                self.sizes |= set() if made.untyped_storage().data_ptr() in known else {made.nbytes}
+        return result
+
+
+def test_a_conversion_never_holds_more_than_a_matrix_in_its_codes(published, tmp_path):
+    write(tmp_path, published[0])
+    with FreshBytes() as fresh:
+        convert(tmp_path, progress=False)
+    assert max(fresh.sizes) == 96 * 64 // 2, "the gate of one expert, taken out from between the rows of up"
+
+
+def test_codes_keep_their_dtype(published, tmp_path):
+    convert(write(tmp_path, published[0]), dtype=torch.float32, progress=False)
+    files = load_file(tmp_path / "converted/model.safetensors")
+    assert files["layers.0.ffn.experts.5.up_proj.weight"].dtype == torch.uint8
+    assert files["layers.0.attn.q_proj.weight"].dtype == torch.float32
+
+
+def test_the_kernel_multiplies_by_the_same_weights(published, tmp_path):
+    """Tiles of MXFP4: what is off is the rounding of activations to 8 bits, half a percent."""
+    if reason := load_kernel():
+        pytest.skip(reason)
+    linear = nn.Linear(96, 70)
+    layer = MXFP4Linear(linear)
+    generator = torch.Generator().manual_seed(0)
+    layer.weight.copy_(torch.randint(256, layer.weight.shape, generator=generator, dtype=torch.uint8))
+    layer.scale.copy_(torch.randint(110, 130, layer.scale.shape, generator=generator, dtype=torch.uint8))
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 96, generator=generator)
+        out, exact = tiled(layer)(x), layer(x)
+        assert (out - exact).norm() < 0.01 * exact.norm()
+        plain = torch.ops.zoo.tiled_linear(x, tiled(layer).weight, 70, 4, True, None, True) + linear.bias
+        assert torch.allclose(plain, out, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "change, fields, message",
+    [
+        ({"layers.2.mlp.experts.down_proj_scales": None}, {}, "down_proj_scales .* is missing"),
+        ({"layers.2.mlp.experts.down_proj_blocks": None}, {}, "down_proj_blocks .* is missing"),
+        (
+            {"layers.2.mlp.experts.gate_up_proj_scales": torch.zeros(6, 192, 3, dtype=torch.uint8)},
+            {},
+            r"gate_up_proj_scales has shape \(6, 192, 3\), where the config asks for \(6, 192, 2\)",
+        ),
+        (
+            {"layers.2.mlp.experts.gate_up_proj_scales": torch.full((6, 192, 2), 255, dtype=torch.uint8)},
+            {},
+            "gate_up_proj_scales: a scale is 255, which means NaN",
+        ),
+        (
+            {"layers.2.mlp.experts.gate_up_proj_scales": torch.ones(6, 192, 2)},
+            {},
+            "gate_up_proj_scales is stored as torch.float32",
+        ),
+        (
+            {"layers.2.mlp.experts.down_proj": torch.zeros(6, 96, 64)},
+            {},
+            r"down_proj \(6, 96, 64\) has no place in the model",
+        ),
+        ({}, {"quantization_config": None}, "blocks .* has no place in the model"),
+        ({}, {"intermediate_size": 40}, "has 40 inputs, which are no whole blocks of MXFP4"),
+    ],
+)
+def test_mxfp4_that_does_not_fit(published, tmp_path, change, fields, message):
+    state = dict(published[0])
+    for name, tensor in change.items():
+        state.pop(f"model.{name}", None)
+        state |= {} if tensor is None else {f"model.{name}": tensor}
+    with pytest.raises(UserError) as error:
+        convert(write(tmp_path, state, **fields), progress=False)
+    assert re.search(message, "\n".join([str(error.value), *error.value.lines]))
+    assert not (tmp_path / "converted").exists()
+
+
+def test_mxfp4_is_not_quantized_once_more(published, tmp_path):
+    write(tmp_path, published[0])
+    with pytest.raises(UserError, match="is mxfp4 .* already, and stays so; leave out --quantize"):
+        convert(tmp_path, quantization=Quantization("int8"), progress=False)
+
+
+YARN_OF = PUBLISHED["rope_scaling"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is another than"),
+        ({"layer_types": ["full_attention"] * 4}, "layer_types is .* by turns"),
+        ({"experts_per_token": 2}, "experts_per_token is 2, where other fields say 4"),
+        ({"initial_context_length": 8192}, "initial_context_length is 8192, where other fields say 4096"),
+        ({"num_experts_per_tok": 7, "experts_per_token": 7}, "num_experts_per_tok is 7, where there are 6"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+        ({"attention_bias": False}, "attention_bias is False"),
+        ({"rope_scaling": {**YARN_OF, "truncate": True}}, "truncate is True; models/gpt_oss.py"),
+        ({"rope_scaling": {**YARN_OF, "truncate": None}}, "truncate is True, as transformers takes it"),
+        ({"rope_scaling": {**YARN_OF, "mscale": 1.0}}, "does not know mscale"),
+        ({"rope_scaling": {**YARN_OF, "factor": None}}, "lacks factor"),
+        ({"rope_scaling": {**YARN_OF, "factor": "8"}}, "factor is '8', where a number is expected"),
+        ({"rope_scaling": {**YARN_OF, "rope_type": "linear"}}, "rope_type 'linear'; .* implements yarn"),
+        ({"rope_scaling": {**YARN_OF, "beta_fast": 900.0}}, "implements from 0.0043 up to 651.9 turns"),
+        ({"sliding_windows": 3}, "does not know sliding_windows"),
+    ],
+)
+def test_fields_that_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        from_hf_config({**PUBLISHED, **fields})
+
+
+def test_both_spellings_of_rope():
+    new = {name: value for name, value in PUBLISHED.items() if name not in ("rope_scaling", "rope_theta")}
+    expected = from_hf_config(PUBLISHED)
+    assert from_hf_config({**new, "rope_parameters": {**YARN_OF, "rope_theta": 150000}}) == expected
+    assert from_hf_config(new) == expected, "as transformers takes it where config.json is silent"
 
 
 # The shape comments -----------------------------------------------------------------------------------------

@@ -43,14 +43,14 @@ WEIGHTS = experts("""
 """)
 CODES = experts("""
     {gate,up}_proj.weight    gate_up_proj_blocks     gate_and_up+blocks
-    {gate,up}_proj.scale     gate_up_proj_scales     gate_and_up
+    {gate,up}_proj.scale     gate_up_proj_scales     gate_and_up+scales
     down_proj.weight         down_proj_blocks        per_expert+blocks
-    down_proj.scale          down_proj_scales        per_expert
+    down_proj.scale          down_proj_scales        per_expert+scales
 """)
 LAYOUT = Layout(
     prefix="model.",
     rows=PLAIN + BIASES + WEIGHTS,
-    in_codes={"mxfp4": PLAIN + BIASES + CODES},
+    in_codes={"mxfp4": CODES},
 )
 
 # What the published config.json says of the codes; another choice of modules is refused.

@@ -50,7 +50,7 @@ from models.utils.kernels.row_attention import MAX_QUERIES, attention_fits, load
 from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
 from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, tile_layers
 from models.utils.machine import instructions
-from models.utils.quantize import Int4Linear, Int8Linear, prepare, quantize_layer
+from models.utils.quantize import Int4Linear, Int8Linear, MXFP4Linear, prepare, quantize_layer
 from models.utils.stacked_experts import stack_experts, without_single_experts
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
@@ -171,7 +171,7 @@ def compile_decoding(model, widths=(1,), report=print):
 
 def arrange(model, report):
     """Layers and weights of a model on the CPU in the form that a step reads fastest."""
-    if any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules()):
+    if any(isinstance(module, (Int8Linear, Int4Linear, MXFP4Linear)) for module in model.modules()):
         untie_head(model)
         reason = tile_layers(model)
         if reason:
@@ -355,6 +355,9 @@ def fingerprint(model, cache, width):
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
-        *(Path(page).read_text(encoding="utf-8") for page in (__file__, head.__file__, stacked_experts.__file__)),
+        *(
+            Path(page).read_text(encoding="utf-8")
+            for page in (__file__, head.__file__, stacked_experts.__file__)
+        ),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
