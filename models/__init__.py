@@ -90,9 +90,8 @@ def field_value(name, value, hint, where):
             return build_dataclass(option, value, where)
         if option is float and type(value) is int and abs(value) < MOST["size"]:
             value = float(value)
-        if option == NUMBERS and isinstance(value, list | tuple):
-            if all(type(number) is int and 0 <= number <= MOST["size"] for number in value):
-                return tuple(value)
+        if option == NUMBERS and are_numbers(value):
+            return tuple(value)
         if type(value) is not option:
             continue
         if option is float and not (0 <= value < 1 if "dropout" in name else 0 < value < float("inf")):
@@ -106,6 +105,10 @@ def field_value(name, value, hint, where):
 
 NUMBERS = tuple[int, ...]  # of layers, in JSON a list
 MOST = {"layers": 1000, "num": 10**6, "size": 2**31 - 1}
+
+
+def are_numbers(value):
+    return isinstance(value, list | tuple) and all(type(n) is int and 0 <= n <= MOST["size"] for n in value)
 
 
 def smallest(name):

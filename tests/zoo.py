@@ -91,6 +91,7 @@ SMALL = {
     "num_kv_heads": 2,
     "head_dim": 10,
     "d_ff": 40,
+    "d_expert": 28,
     "rotary_dim": 4,
     "d_state": 7,
     "num_experts": 5,

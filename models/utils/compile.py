@@ -30,6 +30,8 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
+import logging
 import os
 import sys
 import tempfile
@@ -333,10 +335,15 @@ def temporary_folder():
 
 @contextlib.contextmanager
 def quiet():
-    """Hide the compiler's warnings, which are for its developers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Hide what is for the compiler's developers: warnings, and the graph printed on the way to an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def fingerprint(model, cache, width):

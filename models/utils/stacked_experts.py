@@ -1,8 +1,8 @@
 """The experts of a layer in a compiled step: one product takes every row to the expert that it chose.
 
-A page runs experts one by one, each with the tokens that chose it: a loop whose length the data decide. A step
-is compiled with all its shapes fixed. So there the loop is turned inside out. What an expert does is done once,
-to all rows at the same time, and each of its linear layers is asked which matrix a row belongs to:
+A page runs experts one by one, each with the tokens that chose it: a loop whose length the data decide. A
+step is compiled with all its shapes fixed. So there the loop is turned inside out. What an expert does is done
+once, to all rows at the same time, and each of its linear layers is asked which matrix a row belongs to:
 
     page                              step
     for each expert that was chosen   gate = all rows, each times the gate_proj of its expert
@@ -11,11 +11,11 @@ to all rows at the same time, and each of its linear layers is asked which matri
         out  = ...
 
 A row is a token and one of its A experts. The product reads the matrices of experts that some row chose, each
-once, and no others: row_linear.cpp and tiled_linear.cpp sort the rows by expert. Without these kernels (a GPU,
-a width that they do not take) the compiler makes a loop that looks up its matrix row by row.
+once, and no others: row_linear.cpp and tiled_linear.cpp sort the rows by expert. Without these kernels (on a
+GPU, or for a width that they do not take) the compiler makes a loop that looks up its matrix row by row.
 
-Nothing is copied. In the memory of compile.py the matrices of a layer's experts lie at equal distances from one
-another, so that one tensor of three dimensions has them all:
+Nothing is copied. In the memory of compile.py the matrices of a layer's experts lie at equal distances from
+each other, so that one tensor of three dimensions has them all:
 
     | gate 0 | up 0 | down 0 | gate 1 | up 1 | down 1 | ...        gate: (E, N, K), a stride of three matrices
 
@@ -39,7 +39,7 @@ from models.utils.quantize import Int8Linear, add_bias
 
 
 def stack_experts(model):
-    """Let a step that is traced run all experts of a layer at once; called after the weights have their place."""
+    """Let a step that is traced run all experts of a layer at once; the weights have their places by now."""
     for module in routed(model):
         module.stacked = StackedExperts(module.experts)
         module.run = either(module.run, module.stacked)

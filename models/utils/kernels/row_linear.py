@@ -35,8 +35,8 @@ reads 28 GB/s:
           F.linear                .21    .20    .23    .25    .31    .41
           without bf16 products   .10    .10    .17    .27    .55   1.08
 
-Of several matrices, the experts of a layer (stacked_experts.py), each row of x has its own. Rows are sorted by
-matrix, so that those of one share what is loaded; the matrices that no row asks for are not touched.
+Of several matrices, the experts of a layer (stacked_experts.py), each row of x has its own. Rows are sorted
+by matrix, so that those of one share what is loaded; the matrices that no row asks for are not touched.
 
 Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that takes pairs of bf16 as they are.
 Shapes: N outputs and K inputs of a matrix; n, k and m number outputs, inputs and rows of x.
