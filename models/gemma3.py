@@ -1,0 +1,431 @@
+"""Gemma 3: five of six layers see a window of the text, and their cache stops growing.
+
+New against qwen3:
+- five layers attend to a window of the last tokens, the sixth to all: a ring of slots keeps a window
+- RoPE with two bases: 10,000 in a window, 1,000,000 over all, where linear scaling reaches further yet
+- four norms a layer, before and after each sublayer, and each multiplies by 1 + weight
+- embeddings times sqrt(D); GELU as the gate; scores divided by the root of a number that Config gives
+Papers: Gemma Team 2025 (Gemma 3, section 2), Gemma Team 2024 (Gemma 2, section 2), Beltagy et al. 2020
+(windows).
+
+    tokens (B, T)
+      x = sqrt(D) token_embed(tokens)
+      repeat L times:
+        x = x + attn_out_norm(attn(attn_norm(x)))    q_norm, k_norm, RoPE, then as in Llama, but that q at
+                                                     position p sees p - W + 1 to p where there is a window
+        x = x + ffn_out_norm(ffn(ffn_norm(x)))       down_proj(gelu(gate_proj(x)) * up_proj(x))
+      hidden = final_norm(x)
+    logits (B, T, V) = lm_head(hidden), whose matrix is token_embed's
+
+A token takes 2 K d numbers a layer, in 4B 2,048. At 32,768 tokens its 5 full layers keep 671 MB in bf16, its
+29 windows of 1,024 tokens in rings of 1,280 slots 152 MB; without windows the 34 layers would keep 4.6 GB.
+The cache is used as in llama.py, with two rules more, since a ring forgets (`hidden`).
+
+Shapes: B batch, T positions in this call, S slots of a layer's cache.
+Proof: tests/test_gemma3.py, against `transformers`. Picture: python show_structure.py gemma-3-1b
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """Differs from qwen3: windows, two bases of RoPE, and a scale of scores; the head is always tied."""
+
+    vocab_size: int  # V: 262,144, and 64 more where images are read too
+    max_seq_len: int  # M: 131,072, in 270M and 1B 32,768; RoPE itself has no limit
+    d_model: int  # D: 2,560 in 4B
+    num_layers: int  # L: 34 in 4B
+    num_heads: int  # H: query heads, 8 in 4B
+    num_kv_heads: int  # K: key/value heads, 4 in 4B, a divisor of H
+    head_dim: int  # d: 256, in 27B 128
+    d_ff: int  # f: 10,240 in 4B
+    norm_eps: float  # keeps RMSNorm from dividing by zero
+    window: int  # W: how many tokens a windowed layer sees, the last one among them: 512, from 4B on 1,024
+    full_every: int  # 6: the sixth layer, the twelfth, ... see the whole text
+    rope_base: float  # of the full layers: 1,000,000
+    rope_factor: float  # they turn so many times slower: 8 from 4B on, for texts beyond 32,768; else 1
+    local_rope_base: float  # of the windowed layers: 10,000
+    score_scale: float  # scores are divided by its root: d, but in 27B 168, which is D / H
+
+    def __post_init__(self):
+        assert self.num_heads % self.num_kv_heads == 0, "num_kv_heads must divide num_heads"
+        assert self.head_dim % 2 == 0, "head_dim must be even, since RoPE turns pairs"
+
+
+class Model(nn.Module):
+    """Differs from qwen3: embeddings are scaled, and layers are of two kinds, each with its angles and mask.
+
+    Why sqrt(D): the matrix of both ends has small numbers, as a head wants; times sqrt(D) they have the size
+    of what the layers add to them.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.token_embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            Layer(config, is_full=n % config.full_every == 0) for n in range(1, config.num_layers + 1)
+        )
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.token_embed.weight
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """Logits for the token that follows each token; arguments as for hidden."""
+        return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
+
+    def hidden(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
+        """What lm_head reads. Generation calls this and applies the head only where it picks a token.
+
+        cache: from new_cache, written in place; None: nothing is kept.
+        positions: where the tokens of a row stand, 0 <= position < num_slots, one behind the other, then -1
+            for pads, which change nothing. A row begins behind the last token that it has read, or up to
+            num_undo tokens earlier. None: these are the text's first T.
+        """
+        B, T = tokens.shape
+        if positions is not None and cache is None:
+            raise ValueError("positions are slots of a cache: give the cache too")
+        is_beginning = positions is None
+        if is_beginning:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
+        if cache is not None:
+            self.check_start(positions[:, 0], cache)
+            positions = place_pads(positions, cache)
+
+        x = self.token_embed(tokens)  # (B, T, D)
+        x = x * x.new_full((), math.sqrt(self.config.d_model))  # rounded to the dtype, as in training
+        shared = {}  # by window: what all layers of a kind read
+        for n, layer in enumerate(self.layers):
+            past = cache[n] if cache else None
+            if layer.window not in shared:
+                shared[layer.window] = self.shared(layer.window, positions, past, is_beginning)
+            x = layer(x, *shared[layer.window], past)
+        return self.final_norm(x)
+
+    def shared(self, window: int | None, positions: Tensor, cache: "LayerCache | None", is_beginning: bool):
+        """(rotation, slots, mask) for the layers of one kind; no mask among the tokens of a beginning."""
+        rotation = rope(positions, self.config, window)  # each (B, 1, T, d // 2)
+        if cache is None:
+            return rotation, None, None
+        num_slots = cache.k.shape[2]
+        if window is None:
+            slots = positions.clamp(max=num_slots - 1)  # (B, T): a pad behind a full row stands in the last slot
+            return rotation, slots, None if is_beginning else causal_mask(positions, num_slots)
+        mask = None if is_beginning else ring_mask(positions, num_slots, window)
+        return rotation, positions % num_slots, mask
+
+    def new_cache(self, batch_size: int, num_slots: int, num_undo: int = 0) -> "Cache":
+        """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens.
+
+        num_undo: how many tokens earlier than the last one a call may begin, as after a rejected draft.
+        """
+        config, weight = self.config, self.token_embed.weight
+        ring = min(config.window + max(num_undo, room_of(config.window)), num_slots + 1)
+        cache = []
+        for layer in self.layers:
+            slots = num_slots if layer.window is None else ring
+            shape = (batch_size, config.num_kv_heads, slots, config.head_dim)
+            furthest = torch.full((batch_size, 1), -1, device=weight.device)  # (B, 1)
+            cache.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), furthest))
+        return tuple(cache)
+
+    def check_start(self, start: Tensor, cache: "Cache"):
+        """A ring forgets: a row may begin only where the window before it is still there."""
+        rings = [past for layer, past in zip(self.layers, cache) if layer.window is not None]
+        # What depends on data is not looked at while a graph is made of the model.
+        if torch.compiler.is_compiling() or start.is_meta or not rings:
+            return
+        furthest, num_slots = rings[0].furthest[:, 0], rings[0].k.shape[2]
+        # Pads may have been written behind the furthest token, over the oldest one.
+        first_needed, first_kept = (start - self.config.window + 1).clamp(min=0), furthest + 2 - num_slots
+        is_lost = (start > 0) & (first_needed < first_kept)  # (B,)
+        if is_lost.any():
+            row = is_lost.long().argmax().item()
+            raise ValueError(
+                f"row {row} begins at position {start[row].item()}, but has been at {furthest[row].item()}, "
+                "and the window before it is overwritten; give new_cache a larger num_undo"
+            )
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Fresh weights for training: 0.02 is what the published configs name; norms begin at 1 + 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+
+class Layer(nn.Module):
+    """Differs from qwen3: what a sublayer adds is normed too, and every layer is windowed or full.
+
+    Why norms behind the sublayers: whatever their weights grow to, a layer adds to x no more than the norm
+    lets it.
+    """
+
+    def __init__(self, config: Config, is_full: bool):
+        super().__init__()
+        self.window = None if is_full else config.window
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, self.window)
+        self.attn_out_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = FeedForward(config)
+        self.ffn_out_norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x, rotation, slots, mask, cache):
+        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), rotation, slots, mask, cache))
+        return x + self.ffn_out_norm(self.ffn(self.ffn_norm(x)))
+
+
+class Attention(nn.Module):
+    """Attention to the whole past or, with a window, to the last W tokens.
+
+    Differs from qwen3: a window, and the scale of scores is the config's.
+    Why windows: most of what a token needs stands close by, and five layers with little to read pay for the
+    sixth, which sees everything. What a windowed layer passes on has itself seen W tokens: n layers of them
+    reach n (W - 1) tokens back.
+    """
+
+    def __init__(self, config: Config, window: int | None):
+        super().__init__()
+        D, H, K, d = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = H, K, d
+        self.window = window
+        self.scale = config.score_scale**-0.5
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, K * d, bias=False)
+        self.v_proj = nn.Linear(D, K * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
+        self.q_norm = RMSNorm(d, config.norm_eps)
+        self.k_norm = RMSNorm(d, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
+        slots: Tensor | None,  # (B, T) or None: where the cache keeps these tokens
+        mask: Tensor | None,  # (B, 1, T, S) or None: True = attend; None = these T are a text's beginning
+        cache: "LayerCache | None",
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
+
+        out = self.attend(q, k, v, slots, mask, cache)  # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+
+    def attend(self, q, k, v, slots, mask, cache):
+        """The H heads' results. Where there is a window, in pieces, so that no mask is T by T.
+
+        Given a mask, a piece is what the ring has room for: it is written, then it attends to the ring. A
+        text's beginning attends to its own keys, a window at a time: two windows of keys hold all it sees.
+        """
+        T, window = q.shape[2], self.window
+        size = T if window is None else window if mask is None else room_of(window)
+        outs = []
+        for start in range(0, T, size):
+            piece, near = slice(start, start + size), slice(max(0, start - size + 1), start + size)
+            if cache is not None:
+                cache.write(k[:, :, piece], v[:, :, piece], slots[:, piece])
+            if mask is not None:
+                keys, values, seen = cache.k, cache.v, mask[:, :, piece]  # ((B, K, S, d), ...)
+            else:
+                keys, values = k[:, :, near], v[:, :, near]
+                seen = band(q[:, :, piece].shape[2], keys.shape[2], size, q.device) if start > 0 else None
+            # enable_gqa: the H query heads share the K key/value heads, which stay K in the cache.
+            out = F.scaled_dot_product_attention(
+                q[:, :, piece], keys, values, seen, is_causal=seen is None, scale=self.scale, enable_gqa=True
+            )
+            outs.append(out)
+        return torch.cat(outs, dim=2)  # (B, H, T, d)
+
+
+class FeedForward(nn.Module):
+    """GeGLU (Shazeer 2020, eq. 6): gelu(z), in its tanh form, of one map multiplies another, by features.
+
+    Differs from qwen3: GELU in the place of SiLU, which it resembles: z times a step that is soft.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")  # (B, T, f)
+        return self.down_proj(gate * self.up_proj(x))  # (B, T, D)
+
+
+class RMSNorm(nn.Module):
+    """LayerNorm without the mean and the bias (Zhang and Sennrich 2019, eq. 4), all of it in fp32.
+
+    Differs from llama: it multiplies by 1 + weight, and rounds to the dtype of x at the very end.
+    Why 1 + weight: weight decay draws weights to 0, and the norm then to one that only divides.
+    """
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (x32 * (1 + self.weight.float())).type_as(x)
+
+
+def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
+    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
+    text, then for one token at position 3 of a cache with five slots:
+
+    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]])
+    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
+    tensor([[1, 1, 1, 1, 0]])
+    """
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    return slots <= positions[:, None, :, None]  # (B, 1, T, S)
+
+
+def ring_mask(positions: Tensor, num_slots: int, window: int) -> Tensor:
+    """A token attends to the slots of the last `window` tokens of a ring, its own among them.
+
+    Position p stands in slot p % S. So slot s was written (p - s) % S tokens ago, if the text is that long;
+    and what was written later, by a draft that was rejected, looks older than the window. A window of three
+    tokens in a ring of five slots, from position 2 of them 0 1 2, from position 6 of them 4 5 6:
+
+    >>> 1 * ring_mask(torch.tensor([[0, 1, 2, 3]]), 5, 3)[0, 0]
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [0, 1, 1, 1, 0]])
+    >>> 1 * ring_mask(torch.tensor([[6]]), 5, 3)[0, 0]
+    tensor([[1, 1, 0, 0, 1]])
+    """
+    slots = torch.arange(num_slots, device=positions.device)  # (S,)
+    places = positions[:, None, :, None]  # (B, 1, T, 1)
+    ago = (places - slots) % num_slots  # (B, 1, T, S)
+    return (ago < window) & (ago <= places)  # (B, 1, T, S)
+
+
+def band(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """The same for keys that stand in the text's order, the last of them the queries' own.
+
+    >>> 1 * band(2, 4, 3, "cpu")
+    tensor([[1, 1, 1, 0],
+            [0, 1, 1, 1]])
+    """
+    offset = num_keys - num_queries
+    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)  # (T, S)
+    return ones.tril(offset).triu(offset - window + 1)
+
+
+def room_of(window: int) -> int:
+    """How many new tokens a ring has room for beside a window: more make it larger, fewer make a long chunk
+    of a prompt pass in more pieces.
+    """
+    return max(1, window // 4)
+
+
+def rope(positions: Tensor, config: Config, window: int | None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every rotation angle, position times frequency.
+
+    Differs from llama: windowed layers have frequencies of their own.
+    In fp32 whatever the weights' dtype: bf16 has 8 bits of precision and cannot tell position 256 from 257.
+    """
+    theta = rope_frequencies(config, positions.device, window)  # (d // 2,)
+    angles = positions[:, None, :, None].float() * theta  # (B, 1, T, d // 2)
+    return angles.cos(), angles.sin()
+
+
+def rope_frequencies(config: Config, device: torch.device, window: int | None = None) -> Tensor:
+    """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
+
+    Differs from llama: a base for each kind of layer, and linear scaling, which slows every pair alike.
+    Why two bases: the slowest pair turns once in 2 pi base positions, or nearly. Within a window of 1,024
+    tokens 10,000 tells places apart; 1,000,000 does over 131,072.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
+    if window is not None:
+        return 1.0 / config.local_rope_base**exponent
+    return 1.0 / config.rope_base**exponent / config.rope_factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x1_i, x2_i) of a head in its plane (Su et al. 2021, eq. 34).
+
+    As complex numbers z = x1 + i x2, a turn by m theta is z e^(i m theta). With q at position m and k at n,
+    Re(q e^(i m theta) conj(k e^(i n theta))) = Re(q conj(k) e^(i (m - n) theta)): m - n is all that counts.
+    The pairs are (i, i + d/2), as Hugging Face stores them; conversion reorders Meta's, (2i, 2i + 1).
+
+    >>> quarter = torch.tensor([math.pi / 2, 0])  # turn the pair (1, 3), leave (2, 4)
+    >>> rotate(torch.tensor([1.0, 2, 3, 4]), quarter.cos(), quarter.sin()).round()
+    tensor([-3.,  2.,  1.,  4.])
+    """
+    x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+
+
+class LayerCache(NamedTuple):
+    """The keys and values of one layer's past, and how far the text has come.
+
+    Differs from llama: slot s holds the token at position s in a full layer only. In a windowed one the slots
+    are a ring, a window of them and room for what is new, that memory may end where the text does not.
+    """
+
+    k: Tensor  # (B, K, S, d)
+    v: Tensor  # (B, K, S, d)
+    furthest: Tensor  # (B, 1): the last position written, -1 in an empty cache
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor):
+        assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # (B, 1)
+        # Indexed by (B, 1) and (B, T), the left sides are (B, T, K, d).
+        self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, S, d)
+        self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, S, d)
+
+
+# Differs from transformer: there is no memory, only the past.
+Cache = tuple[LayerCache, ...]  # one per layer
+
+
+def place_pads(positions: Tensor, cache: Cache) -> Tensor:
+    """Note how far each row has come, and put its pads (-1) where its next token will be written over them.
+
+    >>> cache = (LayerCache(None, None, furthest=torch.tensor([[5], [5]])),)
+    >>> place_pads(torch.tensor([[6, 7], [6, -1]]), cache)
+    tensor([[6, 7],
+            [6, 7]])
+    >>> cache[0].furthest.tolist()
+    [[7], [6]]
+    """
+    last, old = positions.amax(dim=1, keepdim=True), cache[0].furthest  # each (B, 1)
+    # Position 0 begins a text anew. Who goes back has still written what lies further on.
+    furthest = torch.where(positions[:, :1] == 0, last, torch.maximum(last, old))  # (B, 1)
+    for layer_cache in cache:
+        layer_cache.furthest.copy_(furthest)
+    return torch.where(positions < 0, furthest + 1, positions)
+
