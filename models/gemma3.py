@@ -52,7 +52,7 @@ class Config:
     rope_base: float  # of the full layers: 1,000,000
     rope_factor: float  # they turn so many times slower: 8 from 4B on, for texts beyond 32,768; else 1
     local_rope_base: float  # of the windowed layers: 10,000
-    score_scale: float  # scores are divided by its root: d, but in 27B 168, which is D / H
+    score_scale: int  # scores are divided by its root: d, but in 27B 168, which is D / H
 
     def __post_init__(self):
         assert self.num_heads % self.num_kv_heads == 0, "num_kv_heads must divide num_heads"
