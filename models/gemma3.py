@@ -21,7 +21,8 @@ A token takes 2 K d numbers a layer, in 4B 2,048. At 32,768 tokens its 5 full la
 29 windows of 1,024 tokens in rings of 1,280 slots 152 MB; without windows the 34 layers would keep 4.6 GB.
 The cache is used as in llama.py, with two rules more, since a ring forgets (`hidden`).
 
-Shapes: B batch, T positions in this call, S slots of a layer's cache.
+Shapes: B batch, T positions in this call, P tokens of a piece, S slots of a layer's
+    cache (or, of a text's beginning, keys).
 Proof: tests/test_gemma3.py, against `transformers`. Picture: python show_structure.py gemma-3-1b
 """
 
@@ -110,26 +111,28 @@ class Model(nn.Module):
             positions = place_pads(positions, cache)
 
         x = self.token_embed(tokens)  # (B, T, D)
-        x = x * x.new_full((), math.sqrt(self.config.d_model))  # rounded to the dtype, as in training
-        shared = {}  # by window: what all layers of a kind read
+        x = x * x.new_full((), math.sqrt(self.config.d_model))  # a number in the dtype of x, as in training
+        calls = {}  # one for the windowed layers, one for the full ones
         for n, layer in enumerate(self.layers):
             past = cache[n] if cache else None
-            if layer.window not in shared:
-                shared[layer.window] = self.shared(layer.window, positions, past, is_beginning)
-            x = layer(x, *shared[layer.window], past)
+            if layer.window not in calls:
+                calls[layer.window] = self.call(layer.window, positions, is_beginning, past)
+            x = layer(x, calls[layer.window], past)
         return self.final_norm(x)
 
-    def shared(self, window: int | None, positions: Tensor, cache: "LayerCache | None", is_beginning: bool):
-        """(rotation, slots, mask) for the layers of one kind; no mask among the tokens of a beginning."""
+    def call(self, window: int | None, positions: Tensor, is_beginning: bool, cache: "LayerCache | None"):
+        """What the layers of one kind have in common; they attend to a cache unless it begins here."""
         rotation = rope(positions, self.config, window)  # each (B, 1, T, d // 2)
         if cache is None:
-            return rotation, None, None
+            return Call(rotation, None, None)
         num_slots = cache.k.shape[2]
+        # Behind the last slot of a full row stand only pads.
+        slots = positions % num_slots if window else positions.clamp(max=num_slots - 1)
+        if is_beginning:
+            return Call(rotation, slots, None)
         if window is None:
-            slots = positions.clamp(max=num_slots - 1)  # (B, T): a pad behind a full row stands in the last slot
-            return rotation, slots, None if is_beginning else causal_mask(positions, num_slots)
-        mask = None if is_beginning else ring_mask(positions, num_slots, window)
-        return rotation, positions % num_slots, mask
+            return Call(rotation, slots, causal_mask(positions, num_slots))
+        return Call(rotation, slots, ring_mask(positions, num_slots, window))
 
     def new_cache(self, batch_size: int, num_slots: int, num_undo: int = 0) -> "Cache":
         """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens.
@@ -152,9 +155,10 @@ class Model(nn.Module):
         # What depends on data is not looked at while a graph is made of the model.
         if torch.compiler.is_compiling() or start.is_meta or not rings:
             return
-        furthest, num_slots = rings[0].furthest[:, 0], rings[0].k.shape[2]
+        furthest = rings[0].furthest[:, 0]  # (B,)
         # Pads may have been written behind the furthest token, over the oldest one.
-        first_needed, first_kept = (start - self.config.window + 1).clamp(min=0), furthest + 2 - num_slots
+        first_kept = furthest + 2 - rings[0].k.shape[2]
+        first_needed = (start - self.config.window + 1).clamp(min=0)
         is_lost = (start > 0) & (first_needed < first_kept)  # (B,)
         if is_lost.any():
             row = is_lost.long().argmax().item()
@@ -190,8 +194,8 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
         self.ffn_out_norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x, rotation, slots, mask, cache):
-        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), rotation, slots, mask, cache))
+    def forward(self, x, call, cache):
+        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), call, cache))
         return x + self.ffn_out_norm(self.ffn(self.ffn_norm(x)))
 
 
@@ -217,47 +221,56 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.norm_eps)
         self.k_norm = RMSNorm(d, config.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D)
-        rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
-        slots: Tensor | None,  # (B, T) or None: where the cache keeps these tokens
-        mask: Tensor | None,  # (B, 1, T, S) or None: True = attend; None = these T are a text's beginning
-        cache: "LayerCache | None",
-    ) -> Tensor:
+    def forward(self, x: Tensor, call: "Call", cache: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-
-        out = self.attend(q, k, v, slots, mask, cache)  # (B, H, T, d)
+        q, k = rotate(self.q_norm(q), *call.rotation), rotate(self.k_norm(k), *call.rotation)
+        out = self.attend(q, k, v, call, cache)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-    def attend(self, q, k, v, slots, mask, cache):
-        """The H heads' results. Where there is a window, in pieces, so that no mask is T by T.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: "Call", cache: "LayerCache | None") -> Tensor:
+        """What the heads take from the values. With a window piece by piece, so that no mask is T by T.
 
         Given a mask, a piece is what the ring has room for: it is written, then it attends to the ring. A
-        text's beginning attends to its own keys, a window at a time: two windows of keys hold all it sees.
+        text's beginning attends to its own keys, W at a time: in 2 W of them stands all that a piece sees.
         """
         T, window = q.shape[2], self.window
-        size = T if window is None else window if mask is None else room_of(window)
+        size = T if window is None else window if call.mask is None else room_of(window)
         outs = []
         for start in range(0, T, size):
             piece, near = slice(start, start + size), slice(max(0, start - size + 1), start + size)
             if cache is not None:
-                cache.write(k[:, :, piece], v[:, :, piece], slots[:, piece])
-            if mask is not None:
-                keys, values, seen = cache.k, cache.v, mask[:, :, piece]  # ((B, K, S, d), ...)
+                cache.write(k[:, :, piece], v[:, :, piece], call.slots[:, piece])
+            if call.mask is None:
+                outs.append(self.attend_to(q[:, :, piece], k[:, :, near], v[:, :, near], None))
             else:
-                keys, values = k[:, :, near], v[:, :, near]
-                seen = band(q[:, :, piece].shape[2], keys.shape[2], size, q.device) if start > 0 else None
-            # enable_gqa: the H query heads share the K key/value heads, which stay K in the cache.
-            out = F.scaled_dot_product_attention(
-                q[:, :, piece], keys, values, seen, is_causal=seen is None, scale=self.scale, enable_gqa=True
-            )
-            outs.append(out)
+                outs.append(self.attend_to(q[:, :, piece], cache.k, cache.v, call.mask[:, :, piece]))
         return torch.cat(outs, dim=2)  # (B, H, T, d)
+
+    def attend_to(
+        self,
+        q: Tensor,  # (B, H, P, d)
+        k: Tensor,  # (B, K, S, d)
+        v: Tensor,  # (B, K, S, d)
+        mask: Tensor | None,  # (B, 1, P, S) or None: q are the last ones of the tokens of k
+    ) -> Tensor:
+        P, S = q.shape[2], k.shape[2]
+        if mask is None and P < S:
+            mask = band(P, S, self.window, q.device)  # (P, S)
+        # enable_gqa: the H query heads share the K key/value heads, which stay K in the cache.
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+        )
+
+
+class Call(NamedTuple):
+    """What the layers of one kind, windowed or full, have in common when the model is called."""
+
+    rotation: tuple[Tensor, Tensor]  # each (B, 1, T, d // 2): cosines and sines
+    slots: Tensor | None  # (B, T) or None: where the cache keeps these tokens
+    mask: Tensor | None  # (B, 1, T, S) or None: True = attend; None: these T are a text's beginning
 
 
 class FeedForward(nn.Module):
@@ -331,16 +344,15 @@ def ring_mask(positions: Tensor, num_slots: int, window: int) -> Tensor:
     return (ago < window) & (ago <= places)  # (B, 1, T, S)
 
 
-def band(num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
-    """The same for keys that stand in the text's order, the last of them the queries' own.
+def band(P: int, S: int, window: int, device: torch.device) -> Tensor:
+    """The same for P queries and S keys in the text's order, the last P of which are the queries' own.
 
     >>> 1 * band(2, 4, 3, "cpu")
     tensor([[1, 1, 1, 0],
             [0, 1, 1, 1]])
     """
-    offset = num_keys - num_queries
-    ones = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)  # (T, S)
-    return ones.tril(offset).triu(offset - window + 1)
+    ones = torch.ones(P, S, dtype=torch.bool, device=device)  # (P, S)
+    return ones.tril(S - P).triu(S - P - window + 1)
 
 
 def room_of(window: int) -> int:
