@@ -58,6 +58,7 @@ class Config:
     def __post_init__(self):
         assert self.num_heads % self.num_kv_heads == 0, "num_kv_heads must divide num_heads"
         assert self.head_dim % 2 == 0, "head_dim must be even, since RoPE turns pairs"
+        assert 2 <= self.full_every <= self.num_layers, "full_every must leave layers of both kinds"
 
 
 class Model(nn.Module):
@@ -107,32 +108,18 @@ class Model(nn.Module):
         if is_beginning:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         if cache is not None:
-            self.check_start(positions[:, 0], cache)
-            positions = place_pads(positions, cache)
+            positions = place_pads(positions, cache, self.config.window)
 
         x = self.token_embed(tokens)  # (B, T, D)
         x = x * x.new_full((), math.sqrt(self.config.d_model))  # a number in the dtype of x, as in training
-        calls = {}  # one for the windowed layers, one for the full ones
+        shared = {}  # by the windowed layers, and by the full ones
         for n, layer in enumerate(self.layers):
-            past = cache[n] if cache else None
-            if layer.window not in calls:
-                calls[layer.window] = self.call(layer.window, positions, is_beginning, past)
-            x = layer(x, calls[layer.window], past)
+            past, window = cache[n] if cache else None, layer.window
+            if window not in shared:
+                mask = None if is_beginning else window_mask(positions, past.k.shape[2], window)  # (B, 1, T, S)
+                shared[window] = rope(positions, self.config, window), mask
+            x = layer(x, *shared[window], positions, past)
         return self.final_norm(x)
-
-    def call(self, window: int | None, positions: Tensor, is_beginning: bool, cache: "LayerCache | None"):
-        """What the layers of one kind have in common; they attend to a cache unless it begins here."""
-        rotation = rope(positions, self.config, window)  # each (B, 1, T, d // 2)
-        if cache is None:
-            return Call(rotation, None, None)
-        num_slots = cache.k.shape[2]
-        # Behind the last slot of a full row stand only pads.
-        slots = positions % num_slots if window else positions.clamp(max=num_slots - 1)
-        if is_beginning:
-            return Call(rotation, slots, None)
-        if window is None:
-            return Call(rotation, slots, causal_mask(positions, num_slots))
-        return Call(rotation, slots, ring_mask(positions, num_slots, window))
 
     def new_cache(self, batch_size: int, num_slots: int, num_undo: int = 0) -> "Cache":
         """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens.
@@ -140,32 +127,14 @@ class Model(nn.Module):
         num_undo: how many tokens earlier than the last one a call may begin, as after a rejected draft.
         """
         config, weight = self.config, self.token_embed.weight
-        ring = min(config.window + max(num_undo, room_of(config.window)), num_slots + 1)
+        # Beside its window a ring has room for drafts, and for a piece of a prompt (Attention.attend).
+        ring = min(config.window + max(num_undo, config.window // 4), num_slots)
         cache = []
         for layer in self.layers:
-            slots = num_slots if layer.window is None else ring
-            shape = (batch_size, config.num_kv_heads, slots, config.head_dim)
+            shape = (batch_size, config.num_kv_heads, ring if layer.window else num_slots, config.head_dim)
             furthest = torch.full((batch_size, 1), -1, device=weight.device)  # (B, 1)
             cache.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), furthest))
         return tuple(cache)
-
-    def check_start(self, start: Tensor, cache: "Cache"):
-        """A ring forgets: a row may begin only where the window before it is still there."""
-        rings = [past for layer, past in zip(self.layers, cache) if layer.window is not None]
-        # What depends on data is not looked at while a graph is made of the model.
-        if torch.compiler.is_compiling() or start.is_meta or not rings:
-            return
-        furthest = rings[0].furthest[:, 0]  # (B,)
-        # Pads may have been written behind the furthest token, over the oldest one.
-        first_kept = furthest + 2 - rings[0].k.shape[2]
-        first_needed = (start - self.config.window + 1).clamp(min=0)
-        is_lost = (start > 0) & (first_needed < first_kept)  # (B,)
-        if is_lost.any():
-            row = is_lost.long().argmax().item()
-            raise ValueError(
-                f"row {row} begins at position {start[row].item()}, but has been at {furthest[row].item()}, "
-                "and the window before it is overwritten; give new_cache a larger num_undo"
-            )
 
     @torch.no_grad()
     def init_weights(self):
@@ -194,8 +163,8 @@ class Layer(nn.Module):
         self.ffn = FeedForward(config)
         self.ffn_out_norm = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, x, call, cache):
-        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), call, cache))
+    def forward(self, x, rotation, mask, positions, cache):
+        x = x + self.attn_out_norm(self.attn(self.attn_norm(x), rotation, mask, positions, cache))
         return x + self.ffn_out_norm(self.ffn(self.ffn_norm(x)))
 
 
@@ -221,56 +190,50 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(d, config.norm_eps)
         self.k_norm = RMSNorm(d, config.norm_eps)
 
-    def forward(self, x: Tensor, call: "Call", cache: "LayerCache | None") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        rotation: tuple[Tensor, Tensor],  # each (B, 1, T, d // 2): cosines and sines
+        mask: Tensor | None,  # (B, 1, T, S) or None: True = attend; None = these T are a text's first
+        positions: Tensor,  # (B, T)
+        cache: "LayerCache | None",
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
-        q, k = rotate(self.q_norm(q), *call.rotation), rotate(self.k_norm(k), *call.rotation)
-        out = self.attend(q, k, v, call, cache)  # (B, H, T, d)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: "Call", cache: "LayerCache | None") -> Tensor:
-        """What the heads take from the values. With a window piece by piece, so that no mask is T by T.
-
-        Given a mask, a piece is what the ring has room for: it is written, then it attends to the ring. A
-        text's beginning attends to its own keys, W at a time: in 2 W of them stands all that a piece sees.
-        """
-        T, window = q.shape[2], self.window
-        size = T if window is None else window if call.mask is None else room_of(window)
+        # With a window piece by piece, so that no mask is T by T. Given a mask, a piece is what the ring has
+        # room for: it is written, then it attends to the ring. A text's beginning attends to its own keys.
+        W = self.window or T
+        size = W // 4 + 1 if self.window and mask is not None else W
         outs = []
         for start in range(0, T, size):
-            piece, near = slice(start, start + size), slice(max(0, start - size + 1), start + size)
+            piece, near = slice(start, start + size), slice(max(0, start - W + 1), start + size)
             if cache is not None:
-                cache.write(k[:, :, piece], v[:, :, piece], call.slots[:, piece])
-            if call.mask is None:
-                outs.append(self.attend_to(q[:, :, piece], k[:, :, near], v[:, :, near], None))
+                cache.write(k[:, :, piece], v[:, :, piece], positions[:, piece])
+            if mask is not None:
+                outs.append(self.attend(q[:, :, piece], cache.k, cache.v, mask[:, :, piece]))
             else:
-                outs.append(self.attend_to(q[:, :, piece], cache.k, cache.v, call.mask[:, :, piece]))
-        return torch.cat(outs, dim=2)  # (B, H, T, d)
+                outs.append(self.attend(q[:, :, piece], k[:, :, near], v[:, :, near], None))
+        out = torch.cat(outs, dim=2)  # (B, H, T, d)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-    def attend_to(
+    def attend(
         self,
         q: Tensor,  # (B, H, P, d)
         k: Tensor,  # (B, K, S, d)
         v: Tensor,  # (B, K, S, d)
-        mask: Tensor | None,  # (B, 1, P, S) or None: q are the last ones of the tokens of k
+        mask: Tensor | None,  # (B, 1, P, S) or None: q belong to the last P of the S tokens
     ) -> Tensor:
         P, S = q.shape[2], k.shape[2]
         if mask is None and P < S:
-            mask = band(P, S, self.window, q.device)  # (P, S)
+            mask = window_mask(torch.arange(S - P, S, device=q.device)[None], S, self.window)  # (1, 1, P, S)
         # enable_gqa: the H query heads share the K key/value heads, which stay K in the cache.
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
         )
-
-
-class Call(NamedTuple):
-    """What the layers of one kind, windowed or full, have in common when the model is called."""
-
-    rotation: tuple[Tensor, Tensor]  # each (B, 1, T, d // 2): cosines and sines
-    slots: Tensor | None  # (B, T) or None: where the cache keeps these tokens
-    mask: Tensor | None  # (B, 1, T, S) or None: True = attend; None: these T are a text's beginning
 
 
 class FeedForward(nn.Module):
@@ -308,58 +271,24 @@ class RMSNorm(nn.Module):
         return (x32 * (1 + self.weight.float())).type_as(x)
 
 
-def causal_mask(positions: Tensor, num_slots: int) -> Tensor:
-    """No look ahead: a token attends to the slots up to its own. 1 = attend, for the first three tokens of a
-    text, then for one token at position 3 of a cache with five slots:
+def window_mask(positions: Tensor, num_slots: int, window: int | None) -> Tensor:
+    """No look ahead, and no look back further than the window: a token attends to `window` slots, its own last.
 
-    >>> 1 * causal_mask(torch.tensor([[0, 1, 2]]), 3)[0, 0]
-    tensor([[1, 0, 0],
-            [1, 1, 0],
-            [1, 1, 1]])
-    >>> 1 * causal_mask(torch.tensor([[3]]), 5)[0, 0]
-    tensor([[1, 1, 1, 1, 0]])
-    """
-    slots = torch.arange(num_slots, device=positions.device)  # (S,)
-    return slots <= positions[:, None, :, None]  # (B, 1, T, S)
+    Position p stands in slot p % S. So slot s was written (p - s) % S tokens ago, if the text is as long; and
+    what a rejected draft has written, further on, seems to lie before the window. 1 = attend, for a window of
+    three tokens in a ring of five slots: positions 1 to 3, then position 6, which sees 4, 5 and 6:
 
-
-def ring_mask(positions: Tensor, num_slots: int, window: int) -> Tensor:
-    """A token attends to the slots of the last `window` tokens of a ring, its own among them.
-
-    Position p stands in slot p % S. So slot s was written (p - s) % S tokens ago, if the text is that long;
-    and what was written later, by a draft that was rejected, looks older than the window. A window of three
-    tokens in a ring of five slots, from position 2 of them 0 1 2, from position 6 of them 4 5 6:
-
-    >>> 1 * ring_mask(torch.tensor([[0, 1, 2, 3]]), 5, 3)[0, 0]
-    tensor([[1, 0, 0, 0, 0],
-            [1, 1, 0, 0, 0],
+    >>> 1 * window_mask(torch.tensor([[1, 2, 3]]), 5, 3)[0, 0]
+    tensor([[1, 1, 0, 0, 0],
             [1, 1, 1, 0, 0],
             [0, 1, 1, 1, 0]])
-    >>> 1 * ring_mask(torch.tensor([[6]]), 5, 3)[0, 0]
+    >>> 1 * window_mask(torch.tensor([[6]]), 5, 3)[0, 0]
     tensor([[1, 1, 0, 0, 1]])
     """
     slots = torch.arange(num_slots, device=positions.device)  # (S,)
-    places = positions[:, None, :, None]  # (B, 1, T, 1)
-    ago = (places - slots) % num_slots  # (B, 1, T, S)
-    return (ago < window) & (ago <= places)  # (B, 1, T, S)
-
-
-def band(P: int, S: int, window: int, device: torch.device) -> Tensor:
-    """The same for P queries and S keys in the text's order, the last P of which are the queries' own.
-
-    >>> 1 * band(2, 4, 3, "cpu")
-    tensor([[1, 1, 1, 0],
-            [0, 1, 1, 1]])
-    """
-    ones = torch.ones(P, S, dtype=torch.bool, device=device)  # (P, S)
-    return ones.tril(S - P).triu(S - P - window + 1)
-
-
-def room_of(window: int) -> int:
-    """How many new tokens a ring has room for beside a window: more make it larger, fewer make a long chunk
-    of a prompt pass in more pieces.
-    """
-    return max(1, window // 4)
+    positions = positions[:, None, :, None]  # (B, 1, T, 1)
+    ago = (positions - slots) % num_slots  # (B, 1, T, S)
+    return (ago < (window or num_slots)) & (ago <= positions)  # (B, 1, T, S)
 
 
 def rope(positions: Tensor, config: Config, window: int | None) -> tuple[Tensor, Tensor]:
@@ -402,19 +331,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer's past, and how far the text has come.
+    """The keys and values of one layer's past; slot p % S holds the token at position p.
 
-    Differs from llama: slot s holds the token at position s in a full layer only. In a windowed one the slots
-    are a ring, a window of them and room for what is new, that memory may end where the text does not.
+    Differs from llama: S may be less than the text is long. A windowed layer has a ring of slots, in which new
+    tokens stand where those were that no window sees any more.
     """
 
     k: Tensor  # (B, K, S, d)
     v: Tensor  # (B, K, S, d)
     furthest: Tensor  # (B, 1): the last position written, -1 in an empty cache
 
-    def write(self, k: Tensor, v: Tensor, slots: Tensor):
+    def write(self, k: Tensor, v: Tensor, positions: Tensor):
         assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
-        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]  # (B, 1)
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
+        slots = positions % self.k.shape[2]
         # Indexed by (B, 1) and (B, T), the left sides are (B, T, K, d).
         self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, S, d)
         self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, S, d)
@@ -424,20 +354,18 @@ class LayerCache(NamedTuple):
 Cache = tuple[LayerCache, ...]  # one per layer
 
 
-def place_pads(positions: Tensor, cache: Cache) -> Tensor:
-    """Note how far each row has come, and put its pads (-1) where its next token will be written over them.
-
-    >>> cache = (LayerCache(None, None, furthest=torch.tensor([[5], [5]])),)
-    >>> place_pads(torch.tensor([[6, 7], [6, -1]]), cache)
-    tensor([[6, 7],
-            [6, 7]])
-    >>> cache[0].furthest.tolist()
-    [[7], [6]]
-    """
-    last, old = positions.amax(dim=1, keepdim=True), cache[0].furthest  # each (B, 1)
-    # Position 0 begins a text anew. Who goes back has still written what lies further on.
-    furthest = torch.where(positions[:, :1] == 0, last, torch.maximum(last, old))  # (B, 1)
-    for layer_cache in cache:
-        layer_cache.furthest.copy_(furthest)
-    return torch.where(positions < 0, furthest + 1, positions)
-
+def place_pads(positions: Tensor, cache: Cache, window: int) -> Tensor:
+    """Note how far each row has come, and put its pads (-1) where its next token will be written over them."""
+    start, last, before = positions[:, :1], positions.amax(dim=1, keepdim=True), cache[0].furthest  # each (B, 1)
+    ring, num_slots = cache[0].k.shape[2], max(layer.k.shape[2] for layer in cache)
+    # What depends on data is not looked at while a graph is made of the model.
+    if not torch.compiler.is_compiling() and not positions.is_meta:
+        assert last.max() < num_slots, "more tokens than the cache has slots"
+        first_kept = (before + 1).clamp(max=num_slots - 1) + 1 - ring
+        if ((start > 0) & ((start - window + 1).clamp(min=0) < first_kept)).any():
+            raise ValueError("a row goes back to where its window is lost; give new_cache a larger num_undo")
+    # Who goes back has still written what lies further on; position 0 begins a text anew.
+    furthest = torch.where(start == 0, last, torch.maximum(last, before))  # (B, 1)
+    for layer in cache:
+        layer.furthest.copy_(furthest)
+    return torch.where(positions < 0, (furthest + 1).clamp(max=num_slots - 1), positions)

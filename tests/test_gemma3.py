@@ -60,7 +60,7 @@ class TestGemma3(DecoderProof):
         "vocab_size": {"vocab_size": 89},
         "max_seq_len": {"max_position_embeddings": 50},
         "d_model": {"hidden_size": 66},
-        "num_layers": {"num_hidden_layers": 1},
+        "num_layers": {"num_hidden_layers": 3},
         "num_heads": {"num_attention_heads": 12},
         "num_kv_heads": {"num_key_value_heads": 3},
         "head_dim": {"head_dim": 16},
@@ -80,12 +80,12 @@ class TestGemma3(DecoderProof):
 
 
 def shape_configs(module):
-    for full_every in (1, 2, 3):
+    for num_layers, full_every in ((2, 2), (4, 3)):
         yield module.Config(
             vocab_size=31,
             max_seq_len=37,
             d_model=17,
-            num_layers=2,
+            num_layers=num_layers,
             num_heads=15,
             num_kv_heads=5,
             head_dim=26,
