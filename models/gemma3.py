@@ -5,14 +5,12 @@ New against qwen3:
 - RoPE with two bases: 10,000 in a window, 1,000,000 over all, where linear scaling reaches further yet
 - four norms a layer, before and after each sublayer, and each multiplies by 1 + weight
 - embeddings times sqrt(D); GELU as the gate; scores divided by the root of a number that Config gives
-Papers: Gemma Team 2025 (Gemma 3, section 2), Gemma Team 2024 (Gemma 2, section 2), Beltagy et al. 2020
-(windows).
+Papers: Gemma Team 2025 (Gemma 3, section 2), Beltagy et al. 2020 (Longformer, section 3: windows).
 
     tokens (B, T)
       x = sqrt(D) token_embed(tokens)
       repeat L times:
-        x = x + attn_out_norm(attn(attn_norm(x)))    q_norm, k_norm, RoPE, then as in Llama, but that q at
-                                                     position p sees p - W + 1 to p where there is a window
+        x = x + attn_out_norm(attn(attn_norm(x)))    q_norm, k_norm, RoPE; a window sees W tokens, no more
         x = x + ffn_out_norm(ffn(ffn_norm(x)))       down_proj(gelu(gate_proj(x)) * up_proj(x))
       hidden = final_norm(x)
     logits (B, T, V) = lm_head(hidden), whose matrix is token_embed's
@@ -21,8 +19,7 @@ A token takes 2 K d numbers a layer, in 4B 2,048. At 32,768 tokens its 5 full la
 29 windows of 1,024 tokens in rings of 1,280 slots 152 MB; without windows the 34 layers would keep 4.6 GB.
 The cache is used as in llama.py, with two rules more, since a ring forgets (`hidden`).
 
-Shapes: B batch, T positions in this call, P tokens of a piece, S slots of a layer's
-    cache (or, of a text's beginning, keys).
+Shapes: B batch, T positions in this call, S slots of a layer's cache (of a beginning: keys).
 Proof: tests/test_gemma3.py, against `transformers`. Picture: python show_structure.py gemma-3-1b
 """
 
@@ -64,8 +61,7 @@ class Config:
 class Model(nn.Module):
     """Differs from qwen3: embeddings are scaled, and layers are of two kinds, each with its angles and mask.
 
-    Why sqrt(D): the matrix of both ends has small numbers, as a head wants; times sqrt(D) they have the size
-    of what the layers add to them.
+    Why sqrt(D): numbers near 1 / sqrt(D) suit the matrix as a head, near 1 as an embedding; it is both.
     """
 
     def __init__(self, config: Config):
@@ -104,21 +100,22 @@ class Model(nn.Module):
         B, T = tokens.shape
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")
-        is_beginning = positions is None
-        if is_beginning:
+        is_new = positions is None
+        if is_new:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         if cache is not None:
             positions = place_pads(positions, cache, self.config.window)
 
         x = self.token_embed(tokens)  # (B, T, D)
         x = x * x.new_full((), math.sqrt(self.config.d_model))  # a number in the dtype of x, as in training
-        shared = {}  # by the windowed layers, and by the full ones
-        for n, layer in enumerate(self.layers):
-            past, window = cache[n] if cache else None, layer.window
-            if window not in shared:
-                mask = None if is_beginning else window_mask(positions, past.k.shape[2], window)  # (B, 1, T, S)
-                shared[window] = rope(positions, self.config, window), mask
-            x = layer(x, *shared[window], positions, past)
+        # Of the two kinds of layers each has its angles, and with a cache its mask.
+        rotations = {window: rope(positions, self.config, window) for window in (self.config.window, None)}
+        masks = {}
+        if not is_new:
+            slots = {layer.window: past.k.shape[2] for layer, past in zip(self.layers, cache)}
+            masks = {window: ring_mask(positions, num_slots, window) for window, num_slots in slots.items()}
+        for layer, past in zip(self.layers, cache or [None] * len(self.layers)):
+            x = layer(x, rotations[layer.window], masks.get(layer.window), positions, past)
         return self.final_norm(x)
 
     def new_cache(self, batch_size: int, num_slots: int, num_undo: int = 0) -> "Cache":
@@ -126,31 +123,26 @@ class Model(nn.Module):
 
         num_undo: how many tokens earlier than the last one a call may begin, as after a rejected draft.
         """
-        config, weight = self.config, self.token_embed.weight
-        # Beside its window a ring has room for drafts, and for a piece of a prompt (Attention.attend).
-        ring = min(config.window + max(num_undo, config.window // 4), num_slots)
-        cache = []
-        for layer in self.layers:
-            shape = (batch_size, config.num_kv_heads, ring if layer.window else num_slots, config.head_dim)
-            furthest = torch.full((batch_size, 1), -1, device=weight.device)  # (B, 1)
-            cache.append(LayerCache(weight.new_zeros(shape), weight.new_zeros(shape), furthest))
-        return tuple(cache)
+        B, K, d, W = batch_size, self.config.num_kv_heads, self.config.head_dim, self.config.window
+        # Beside the window a ring has room for a draft, and for a piece of a prompt (Attention.forward).
+        ring = min(W + max(num_undo, W // 4), num_slots)
+        sizes = [ring if layer.window else num_slots for layer in self.layers]
+        zeros = self.token_embed.weight.new_zeros
+        return tuple(
+            LayerCache(zeros(B, K, S, d), zeros(B, K, S, d), zeros(B, 1, dtype=torch.long) - 1) for S in sizes
+        )
 
     @torch.no_grad()
     def init_weights(self):
         """Fresh weights for training: 0.02 is what the published configs name; norms begin at 1 + 0."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.zeros_(parameter)
-            else:
-                nn.init.normal_(parameter, std=0.02)
+            nn.init.normal_(parameter, std=0.0 if name.endswith("norm.weight") else 0.02)
 
 
 class Layer(nn.Module):
     """Differs from qwen3: what a sublayer adds is normed too, and every layer is windowed or full.
 
-    Why norms behind the sublayers: whatever their weights grow to, a layer adds to x no more than the norm
-    lets it.
+    Why norms behind sublayers: whatever their weights grow to, x gets no more than these norms let through.
     """
 
     def __init__(self, config: Config, is_full: bool):
@@ -172,9 +164,8 @@ class Attention(nn.Module):
     """Attention to the whole past or, with a window, to the last W tokens.
 
     Differs from qwen3: a window, and the scale of scores is the config's.
-    Why windows: most of what a token needs stands close by, and five layers with little to read pay for the
-    sixth, which sees everything. What a windowed layer passes on has itself seen W tokens: n layers of them
-    reach n (W - 1) tokens back.
+    Why windows: most of what a token needs stands close by, and five layers with little to read make up for
+    the sixth. Five windows one upon the other still reach back 5 (W - 1) tokens.
     """
 
     def __init__(self, config: Config, window: int | None):
@@ -203,14 +194,13 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         q, k = rotate(self.q_norm(q), *rotation), rotate(self.k_norm(k), *rotation)
-
         # With a window piece by piece, so that no mask is T by T. Given a mask, a piece is what the ring has
         # room for: it is written, then it attends to the ring. A text's beginning attends to its own keys.
-        W = self.window or T
-        size = W // 4 + 1 if self.window and mask is not None else W
+        reach = self.window or T
+        size = reach // 4 + 1 if self.window and mask is not None else reach
         outs = []
         for start in range(0, T, size):
-            piece, near = slice(start, start + size), slice(max(0, start - W + 1), start + size)
+            piece, near = slice(start, start + size), slice(max(0, start - reach + 1), start + size)
             if cache is not None:
                 cache.write(k[:, :, piece], v[:, :, piece], positions[:, piece])
             if mask is not None:
@@ -220,16 +210,10 @@ class Attention(nn.Module):
         out = torch.cat(outs, dim=2)  # (B, H, T, d)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
-    def attend(
-        self,
-        q: Tensor,  # (B, H, P, d)
-        k: Tensor,  # (B, K, S, d)
-        v: Tensor,  # (B, K, S, d)
-        mask: Tensor | None,  # (B, 1, P, S) or None: q belong to the last P of the S tokens
-    ) -> Tensor:
-        P, S = q.shape[2], k.shape[2]
-        if mask is None and P < S:
-            mask = window_mask(torch.arange(S - P, S, device=q.device)[None], S, self.window)  # (1, 1, P, S)
+    def attend(self, q, k, v, mask):
+        n, m = q.shape[2], k.shape[2]
+        if mask is None and n < m:  # the queries are those of the last n of m tokens
+            mask = ring_mask(torch.arange(m - n, m, device=q.device)[None], m, self.window)  # (..., S)
         # enable_gqa: the H query heads share the K key/value heads, which stay K in the cache.
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
@@ -237,9 +221,9 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GeGLU (Shazeer 2020, eq. 6): gelu(z), in its tanh form, of one map multiplies another, by features.
+    """GeGLU (Shazeer 2020, eq. 6): gelu(z) of one map multiplies another, by features.
 
-    Differs from qwen3: GELU in the place of SiLU, which it resembles: z times a step that is soft.
+    Differs from qwen3: GELU, in its tanh form, in the place of SiLU; both are z times a soft step.
     """
 
     def __init__(self, config: Config):
@@ -271,24 +255,22 @@ class RMSNorm(nn.Module):
         return (x32 * (1 + self.weight.float())).type_as(x)
 
 
-def window_mask(positions: Tensor, num_slots: int, window: int | None) -> Tensor:
-    """No look ahead, and no look back further than the window: a token attends to `window` slots, its own last.
+def ring_mask(positions: Tensor, num_slots: int, window: int | None) -> Tensor:
+    """No look ahead, nor further back than the window: a token attends to `window` tokens, itself the last.
 
     Position p stands in slot p % S. So slot s was written (p - s) % S tokens ago, if the text is as long; and
     what a rejected draft has written, further on, seems to lie before the window. 1 = attend, for a window of
-    three tokens in a ring of five slots: positions 1 to 3, then position 6, which sees 4, 5 and 6:
+    three tokens in a ring of five slots. Position 1 sees 0 and 1, 3 sees 1 to 3, and 6 sees 4 to 6:
 
-    >>> 1 * window_mask(torch.tensor([[1, 2, 3]]), 5, 3)[0, 0]
+    >>> 1 * ring_mask(torch.tensor([[1, 3, 6]]), 5, 3)[0, 0]
     tensor([[1, 1, 0, 0, 0],
-            [1, 1, 1, 0, 0],
-            [0, 1, 1, 1, 0]])
-    >>> 1 * window_mask(torch.tensor([[6]]), 5, 3)[0, 0]
-    tensor([[1, 1, 0, 0, 1]])
+            [0, 1, 1, 1, 0],
+            [1, 1, 0, 0, 1]])
     """
     slots = torch.arange(num_slots, device=positions.device)  # (S,)
-    positions = positions[:, None, :, None]  # (B, 1, T, 1)
-    ago = (positions - slots) % num_slots  # (B, 1, T, S)
-    return (ago < (window or num_slots)) & (ago <= positions)  # (B, 1, T, S)
+    positions = positions[:, None, :, None]  # (..., 1)
+    ago = (positions - slots) % num_slots  # (..., S)
+    return (ago < (window or num_slots)) & (ago <= positions)
 
 
 def rope(positions: Tensor, config: Config, window: int | None) -> tuple[Tensor, Tensor]:
@@ -310,9 +292,8 @@ def rope_frequencies(config: Config, device: torch.device, window: int | None = 
     tokens 10,000 tells places apart; 1,000,000 does over 131,072.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
-    if window is not None:
-        return 1.0 / config.local_rope_base**exponent
-    return 1.0 / config.rope_base**exponent / config.rope_factor
+    base, factor = (config.local_rope_base, 1.0) if window else (config.rope_base, config.rope_factor)
+    return 1.0 / base**exponent / factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -333,8 +314,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LayerCache(NamedTuple):
     """The keys and values of one layer's past; slot p % S holds the token at position p.
 
-    Differs from llama: S may be less than the text is long. A windowed layer has a ring of slots, in which new
-    tokens stand where those were that no window sees any more.
+    Differs from llama: a windowed layer's slots are a ring, less than the text is long. A new token stands
+    where one was that no window sees any more.
     """
 
     k: Tensor  # (B, K, S, d)
@@ -342,7 +323,6 @@ class LayerCache(NamedTuple):
     furthest: Tensor  # (B, 1): the last position written, -1 in an empty cache
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor):
-        assert k.shape[2] <= self.k.shape[2], "more tokens than the cache has slots"
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
         slots = positions % self.k.shape[2]
         # Indexed by (B, 1) and (B, T), the left sides are (B, T, K, d).
@@ -355,13 +335,13 @@ Cache = tuple[LayerCache, ...]  # one per layer
 
 
 def place_pads(positions: Tensor, cache: Cache, window: int) -> Tensor:
-    """Note how far each row has come, and put its pads (-1) where its next token will be written over them."""
-    start, last, before = positions[:, :1], positions.amax(dim=1, keepdim=True), cache[0].furthest  # each (B, 1)
-    ring, num_slots = cache[0].k.shape[2], max(layer.k.shape[2] for layer in cache)
+    """Note how far each row has come, and put its pads (-1) where its next token will write over them."""
+    start, last = positions[:, :1], positions.amax(dim=1, keepdim=True)  # each (B, 1)
+    before, num_slots = cache[0].furthest, max(layer.k.shape[2] for layer in cache)
     # What depends on data is not looked at while a graph is made of the model.
     if not torch.compiler.is_compiling() and not positions.is_meta:
         assert last.max() < num_slots, "more tokens than the cache has slots"
-        first_kept = (before + 1).clamp(max=num_slots - 1) + 1 - ring
+        first_kept = (before + 1).clamp(max=num_slots - 1) + 1 - cache[0].k.shape[2]
         if ((start > 0) & ((start - window + 1).clamp(min=0) < first_kept)).any():
             raise ValueError("a row goes back to where its window is lost; give new_cache a larger num_undo")
     # Who goes back has still written what lies further on; position 0 begins a text anew.

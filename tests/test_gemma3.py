@@ -80,49 +80,45 @@ class TestGemma3(DecoderProof):
 
 
 def shape_configs(module):
-    for num_layers, full_every in ((2, 2), (4, 3)):
+    for factor in (1.0, 2.0):
         yield module.Config(
             vocab_size=31,
             max_seq_len=37,
             d_model=17,
-            num_layers=num_layers,
+            num_layers=2,
             num_heads=15,
             num_kv_heads=5,
             head_dim=26,
             d_ff=41,
             norm_eps=1e-5,
             window=16,
-            full_every=full_every,
+            full_every=2,
             rope_base=10_000.0,
-            rope_factor=2.0,
+            rope_factor=factor,
             local_rope_base=100.0,
             score_scale=9,
         )
 
 
-def run_windows(model, recorder, B, T, P, S):
+def run_windows(model, recorder, B, T, S):
     """As run_decoder, with caches of two sizes: a window's slots are fewer than the text's."""
-    config, num_slots, num_undo = model.config, 3 * S, S - model.config.window
-    tokens = torch.randint(config.vocab_size, (B, T))
+    window, num_slots = model.config.window, 3 * S
+    tokens = torch.randint(model.config.vocab_size, (B, T))
     positions = torch.arange(T).expand(B, T)
-    # A full layer takes all T at once.
-    whole = {T} if config.full_every <= config.num_layers else set()
 
-    # A text is two pieces, of W tokens and of P: those have T - 1 keys to attend to.
-    recorder.running(config, B=B, T=T, P={config.window, P} | whole, S={config.window, T - 1} | whole)
+    # A window takes a text in two pieces, and the second one's queries have T - 1 keys.
+    recorder.running(model.config, B=B, T=T, S=T - 1)
     model.train()(tokens).sum().backward()
     model.eval()(tokens)
-    slots = {S, num_slots} if whole else {S}
-    recorder.running(config, B=B, T=T, P={config.window, P} | whole, S={config.window, T - 1} | whole | slots)
-    cache = model.new_cache(B, num_slots, num_undo)
+    recorder.running(model.config, B=B, T=T, S={T - 1, S, num_slots})
+    cache = model.new_cache(B, num_slots, num_undo=S - window)
     model(tokens, cache=cache)
-    recorder.running(config, B=B, T=1, P=1, S=slots)
+    recorder.running(model.config, B=B, T=1, S={S, num_slots})
     model(tokens[:, :1], T - torch.arange(B)[:, None] % 2, cache)
-    # A chunk is pieces of a quarter window.
-    recorder.running(config, B=B, T=T, P={4, T % 4} | whole, S=slots)
-    cache = model.new_cache(B, num_slots, num_undo)
+    recorder.running(model.config, B=B, T=T, S={S, num_slots})
+    cache = model.new_cache(B, num_slots, num_undo=S - window)
     model(tokens, positions, cache)
     model(tokens, positions + T, cache)
 
 
-SHAPES = Case(shape_configs, run_windows, {"B": 19, "T": 23, "P": 7, "S": 29})
+SHAPES = Case(shape_configs, run_windows, {"B": 19, "T": 23, "S": 29})
