@@ -17,9 +17,8 @@ Papers: Gemma Team 2025 (Gemma 3, section 2), Beltagy et al. 2020 (Longformer, s
 
 A token takes 2 K d numbers a layer, in 4B 2,048. At 32,768 tokens its 5 full layers keep 671 MB in bf16, its
 29 windows of 1,024 tokens in rings of 1,280 slots 152 MB; without windows the 34 layers would keep 4.6 GB.
-The cache is used as in llama.py, with two rules more, since a ring forgets (`hidden`).
 
-Shapes: B batch, T positions in this call, S slots of a layer's cache (of a beginning: keys).
+Shapes: B batch, T positions in this call, S slots of a cache (or keys), R of a ring.
 Proof: tests/test_gemma3.py, against `transformers`. Picture: python show_structure.py gemma-3-1b
 """
 
@@ -97,25 +96,25 @@ class Model(nn.Module):
             for pads, which change nothing. A row begins behind the last token that it has read, or up to
             num_undo tokens earlier. None: these are the text's first T.
         """
-        B, T = tokens.shape
+        B, T, W = *tokens.shape, self.config.window
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")
         is_new = positions is None
         if is_new:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         if cache is not None:
-            positions = place_pads(positions, cache, self.config.window)
+            positions = place_pads(positions, cache, W)
 
         x = self.token_embed(tokens)  # (B, T, D)
         x = x * x.new_full((), math.sqrt(self.config.d_model))  # a number in the dtype of x, as in training
-        # Of the two kinds of layers each has its angles, and with a cache its mask.
-        rotations = {window: rope(positions, self.config, window) for window in (self.config.window, None)}
-        masks = {}
+        # For the two kinds of layers, those with a window first.
+        rotations = [rope(positions, self.config, window) for window in (W, None)]  # each (B, 1, T, d // 2)
+        masks = None, None
         if not is_new:
-            slots = {layer.window: past.k.shape[2] for layer, past in zip(self.layers, cache)}
-            masks = {window: ring_mask(positions, num_slots, window) for window, num_slots in slots.items()}
+            R, S = cache[0].k.shape[2], max(past.k.shape[2] for past in cache)
+            masks = ring_mask(positions, R, W), ring_mask(positions, S, None)  # (B, 1, T, R), (B, 1, T, S)
         for layer, past in zip(self.layers, cache or [None] * len(self.layers)):
-            x = layer(x, rotations[layer.window], masks.get(layer.window), positions, past)
+            x = layer(x, rotations[layer.is_full], masks[layer.is_full], positions, past)
         return self.final_norm(x)
 
     def new_cache(self, batch_size: int, num_slots: int, num_undo: int = 0) -> "Cache":
@@ -126,7 +125,7 @@ class Model(nn.Module):
         B, K, d, W = batch_size, self.config.num_kv_heads, self.config.head_dim, self.config.window
         # Beside the window a ring has room for a draft, and for a piece of a prompt (Attention.forward).
         ring = min(W + max(num_undo, W // 4), num_slots)
-        sizes = [ring if layer.window else num_slots for layer in self.layers]
+        sizes = [num_slots if layer.is_full else ring for layer in self.layers]
         zeros = self.token_embed.weight.new_zeros
         return tuple(
             LayerCache(zeros(B, K, S, d), zeros(B, K, S, d), zeros(B, 1, dtype=torch.long) - 1) for S in sizes
@@ -147,9 +146,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config, is_full: bool):
         super().__init__()
-        self.window = None if is_full else config.window
+        self.is_full = is_full
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attn = Attention(config, self.window)
+        self.attn = Attention(config, window=None if is_full else config.window)
         self.attn_out_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = FeedForward(config)
@@ -288,8 +287,7 @@ def rope_frequencies(config: Config, device: torch.device, window: int | None = 
     """Radians per position: theta_i = base ** (-2 i / d) for pair i (Su et al. 2021, section 3.2.2).
 
     Differs from llama: a base for each kind of layer, and linear scaling, which slows every pair alike.
-    Why two bases: the slowest pair turns once in 2 pi base positions, or nearly. Within a window of 1,024
-    tokens 10,000 tells places apart; 1,000,000 does over 131,072.
+    Why two bases: the slowest pairs tell far places apart, of which a window has none.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim  # (d // 2,)
     base, factor = (config.local_rope_base, 1.0) if window else (config.rope_base, config.rope_factor)

@@ -100,25 +100,25 @@ def shape_configs(module):
         )
 
 
-def run_windows(model, recorder, B, T, S):
+def run_windows(model, recorder, B, T, S, R):
     """As run_decoder, with caches of two sizes: a window's slots are fewer than the text's."""
-    window, num_slots = model.config.window, 3 * S
+    num_undo = R - model.config.window
     tokens = torch.randint(model.config.vocab_size, (B, T))
     positions = torch.arange(T).expand(B, T)
 
     # A window takes a text in two pieces, and the second one's queries have T - 1 keys.
-    recorder.running(model.config, B=B, T=T, S=T - 1)
+    recorder.running(model.config, B=B, T=T, S=T - 1, R=R)
     model.train()(tokens).sum().backward()
     model.eval()(tokens)
-    recorder.running(model.config, B=B, T=T, S={T - 1, S, num_slots})
-    cache = model.new_cache(B, num_slots, num_undo=S - window)
+    recorder.running(model.config, B=B, T=T, S={T - 1, R, S}, R=R)
+    cache = model.new_cache(B, S, num_undo)
     model(tokens, cache=cache)
-    recorder.running(model.config, B=B, T=1, S={S, num_slots})
+    recorder.running(model.config, B=B, T=1, S={R, S}, R=R)
     model(tokens[:, :1], T - torch.arange(B)[:, None] % 2, cache)
-    recorder.running(model.config, B=B, T=T, S={S, num_slots})
-    cache = model.new_cache(B, num_slots, num_undo=S - window)
+    recorder.running(model.config, B=B, T=T, S={R, S}, R=R)
+    cache = model.new_cache(B, S, num_undo)
     model(tokens, positions, cache)
     model(tokens, positions + T, cache)
 
 
-SHAPES = Case(shape_configs, run_windows, {"B": 19, "T": 23, "S": 29})
+SHAPES = Case(shape_configs, run_windows, {"B": 19, "T": 23, "S": 59, "R": 29})
