@@ -38,6 +38,8 @@ class HFType:
     generation: tuple = ("bos_token_id", "eos_token_id", "pad_token_id")
     # (config.json, names of the file's tensors) -> the fields of ours that these two settle together
     from_names: Callable = lambda hf_config, names: {}
+    # The field of config.json that describes our model, where the file describes a larger one.
+    part: str = ""
     # Two tables may take a model_type if one of them is read only where --model asks for it.
     by_name_only: bool = False
 
@@ -46,6 +48,7 @@ class HFType:
 MAY_BE_NULL = {
     "decoder_vocab_size",
     "head_dim",
+    "layer_types",
     "mlp_only_layers",
     "n_inner",
     "num_key_value_heads",
@@ -85,6 +88,7 @@ DECODER = {"is_encoder_decoder": (False,), "pruned_heads": ({},)}
 
 def read_config(hf_type, hf_config, allow=()):
     """Our flat config. allow: fields that no list knows and that the caller takes to be harmless."""
+    hf_config = with_part(hf_type, hf_config)
     refuse_fields(hf_type, hf_config, allow)
     theirs = {
         name: checked_value(name, hf_config.get(name, default), default)
@@ -100,6 +104,14 @@ def read_config(hf_type, hf_config, allow=()):
     for ours, source in hf_type.used.items():
         config[ours] = source(theirs) if callable(source) else theirs[source]
     return {**config, **hf_type.fixed}
+
+
+def with_part(hf_type, hf_config):
+    """The fields of the part that is our model, and those that stand around it."""
+    part = hf_config.get(hf_type.part) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"config.json: {hf_type.part} is {part!r}, where an object was expected")
+    return {**part, **{name: value for name, value in hf_config.items() if name != hf_type.part}}
 
 
 def refuse_fields(hf_type, hf_config, allow):

@@ -123,30 +123,6 @@ class TestGptOss(DecoderProof):
 
     # The cache, of which the windows' part is a ring --------------------------------------------------------
 
-    def test_going_back_is_calling_with_smaller_positions(self, model):
-        """After a rejected draft; the ring keeps as many tokens more as num_undo says."""
-        tokens, draft = random_tokens(model, 2, 40), random_tokens(model, 2, 6, seed=1)
-        cache = model.new_cache(2, 46, num_undo=6)
-        model(tokens[:, :30], cache=cache)
-        model(draft, torch.arange(30, 36).expand(2, -1), cache)
-        again = model(tokens[:, 30:], torch.arange(30, 40).expand(2, -1), cache)
-        assert_close(again, model(tokens)[:, 30:])
-
-    def test_ragged_batch_equals_alone(self, model):
-        """Rows of different lengths; a pad's position is -1, and it is not kept."""
-        lengths, tokens = torch.tensor([31, 4, 17]), random_tokens(model, 3, 40)
-        cache = model.new_cache(3, 44)
-        places = torch.arange(31).expand(3, -1)
-        first = model(tokens[:, :31], places.where(places < lengths[:, None], -1), cache)
-        steps = []
-        for n in range(5):
-            positions = (lengths + n)[:, None]
-            steps.append(model(tokens.gather(1, positions), positions, cache))
-        for row, length in enumerate(lengths.tolist()):
-            alone = model(tokens[row : row + 1, : length + 5])[0]
-            assert_close(first[row, :length], alone[:length])
-            assert_close(torch.stack([step[row, 0] for step in steps]), alone[length:])
-
     def test_a_text_of_twenty_windows(self, model):
         """Written in chunks shorter and longer than the ring, in a cache whose windows do not grow."""
         length = 20 * WINDOW
