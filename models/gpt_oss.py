@@ -17,8 +17,7 @@ Papers: OpenAI 2025 (gpt-oss model card, section 2), Xiao et al. 2023 (sinks), P
     logits (B, T, V) = lm_head(hidden)
 
 The 20B has 20.9 billion parameters, of which a token reads 3.6. In the cache a token takes 2 K d = 1,024
-numbers a layer: at 131,072 tokens the 12 full layers keep 3.2 GB in bf16, the 12 windows 4.7 MB. It is used
-as in llama.py, but that pads have position -1, and that a ring forgets (`hidden`).
+numbers a layer: at 131,072 tokens the 12 full layers keep 3.2 GB in bf16, the 12 windows 4.7 MB.
 
 Shapes: B batch, T positions in this call, S positions attended, W slots of a layer's cache, t tokens: B T.
 Proof: tests/test_gpt_oss.py, against `transformers`. Picture: python show_structure.py gpt-oss-20b
@@ -84,7 +83,12 @@ class Model(nn.Module):
         self.final_norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, tokens, positions: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
@@ -211,8 +215,8 @@ def can_see(positions: Tensor, held: Tensor, window: int | None) -> Tensor:
             [0, 0, 1, 1, 0]])
     """
     behind = positions[:, None, :, None] - held[:, None, None]  # (B, 1, T, S)
-    mask = (behind >= 0) & (held >= 0)[:, None, None]  # (B, 1, T, S)
-    return mask if window is None else mask & (behind < window)  # (B, 1, T, S)
+    near = behind >= 0 if window is None else (behind >= 0) & (behind < window)  # (B, 1, T, S)
+    return near & (held >= 0)[:, None, None]  # (B, 1, T, S)
 
 
 class Experts(nn.Module):
@@ -307,10 +311,7 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x1_i, x2_i) of a head, features i and i + d/2, in its plane (Su et al. 2021, eq. 34).
-
-    Differs from qwen3_moe: it says there why only the distance of two tokens counts then.
-    """
+    """Turn each pair of a head, features i and i + d/2. Differs from qwen3_moe: it says there why."""
     x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 

@@ -10,6 +10,13 @@ A group of four in int4, from its smallest weight to its largest in 15 steps:
 
     weights -.6 .13 .3 .9  ->  scale .1, zero .2, codes 0 7 9 15  ->  -.6 .1 .3 .9
 
+And one form that is not made here but kept as it was published (gpt-oss): 4-bit floats in groups of 32,
+
+    mxfp4, an exponent for a group of a row:     w = 2 ** (scale - 127) * number[q]    q in 0 .. 15
+
+whose numbers are 0 .5 1 1.5 2 3 4 6 and the same below zero. In 4 bits they are finer near 0, where most
+weights are. It takes 4.25 bits a weight, int4 in groups of 32 takes 5.
+
 A row of 4096 takes 8192 bytes in bf16, 4096 + 2 in int8, 2048 + 128 * 4 in int4 with groups of 32. A group
 has a zero of its own because 16 levels are few: its smallest and largest weight are seldom opposites.
 
