@@ -19,7 +19,7 @@ Papers: OpenAI 2025 (gpt-oss model card, section 2), Xiao et al. 2023 (sinks), P
 The 20B has 20.9 billion parameters, of which a token reads 3.6. In the cache a token takes 2 K d = 1,024
 numbers a layer: at 131,072 tokens the 12 full layers keep 3.2 GB in bf16, the 12 windows 4.7 MB.
 
-Shapes: B batch, T positions in this call, S positions attended, W slots of a layer's cache, t tokens: B T.
+Shapes: B batch, T positions in this call, S positions attended, s slots of a layer's cache, t tokens: B T.
 Proof: tests/test_gpt_oss.py, against `transformers`. Picture: python show_structure.py gpt-oss-20b
 """
 
@@ -189,7 +189,7 @@ class Attention(nn.Module):
         if self.window is not None:
             num_slots = min(num_slots, self.window + max(QUERIES, num_undo))
         shape = (batch_size, self.num_kv_heads, num_slots + 1, self.head_dim)
-        held = torch.full(shape[::2], -1, device=self.sinks.device)  # (B, W)
+        held = torch.full(shape[::2], -1, device=self.sinks.device)  # (B, s)
         return LayerCache(self.sinks.new_zeros(shape), self.sinks.new_zeros(shape), held)
 
 
@@ -317,24 +317,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class LayerCache(NamedTuple):
-    """The keys and values of one layer's past: position p is in slot p % (W - 1), the last slot is for pads.
+    """The keys and values of one layer's past: position p is in slot p % (s - 1), the last slot is for pads.
 
     Differs from qwen3_moe: with a window the slots are a ring, in which the new takes the place of what no
-    one sees any more, and W does not grow with the text. So each slot says what it holds.
+    one sees any more, and s does not grow with the text. So each slot says what it holds.
     """
 
-    k: Tensor  # (B, K, W, d)
-    v: Tensor  # (B, K, W, d)
-    held: Tensor  # (B, W): the position of the token in each slot, -1 where there is none
+    k: Tensor  # (B, K, s, d)
+    v: Tensor  # (B, K, s, d)
+    held: Tensor  # (B, s): the position of the token in each slot, -1 where there is none
 
     def write(self, k: Tensor, v: Tensor, positions: Tensor):
         num_slots = self.held.shape[1] - 1
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]  # (B, 1)
         slots = torch.where(positions >= 0, positions % num_slots, num_slots)  # (B, T)
         # Indexed by (B, 1) and (B, T), the first two left sides are (B, T, K, d).
-        self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, W, d)
-        self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, W, d)
-        self.held[rows, slots] = positions  # (B, W)
+        self.k[rows, :, slots] = k.transpose(1, 2)  # (B, K, s, d)
+        self.v[rows, :, slots] = v.transpose(1, 2)  # (B, K, s, d)
+        self.held[rows, slots] = positions  # (B, s)
 
 
 # Differs from transformer: there is no memory, only the past.
@@ -343,7 +343,7 @@ Cache = tuple[LayerCache, ...]  # one per layer
 
 def check_positions(positions: Tensor, cache: Cache, window: int):
     """A ring forgets: a row may begin only where the window before it is still there."""
-    start, held = positions[:, :1], cache[0].held  # (B, 1), (B, W)
+    start, held = positions[:, :1], cache[0].held  # (B, 1), (B, s)
     num_there = ((held >= 0) & (held < start) & (held > start - window)).sum(dim=1)  # (B,)
     if (num_there < start[:, 0].clamp(max=window - 1)).any():
         raise ValueError("a row begins where its window is overwritten: give new_cache a larger num_undo")

@@ -451,28 +451,28 @@ def shape_configs(module):
     )
 
 
-def run_windows(model, recorder, B, T, S, W, t):
-    """Whole passes, a prompt into a cache, a token and then several behind it; W is a ring's or a text's."""
+def run_windows(model, recorder, B, T, S, s, t):
+    """Whole passes, a prompt into a cache, a token and then several behind it; s is a ring's or a text's."""
     tokens = torch.randint(model.config.vocab_size, (B, T))
-    slots = {W, 4 * T + 1}
+    slots = {s, 101}
 
     def running(T, S):
-        recorder.running(model.config, B=B, T=T, S=S, W=slots, t=B * T)
+        recorder.running(model.config, B=B, T=T, S=S, s=slots, t=B * T)
 
     running(T, {T})
     model.train()(tokens).sum().backward()
     model.eval()(tokens)
-    cache = model.new_cache(B, 4 * T, num_undo=W - 1 - model.config.window)
+    cache = model.new_cache(B, 100)
     model(tokens, cache=cache)
-    running(1, {W + 1, 4 * T + 1})
+    running(1, slots)
     model(tokens[:, :1], torch.full((B, 1), T), cache)
-    running(T, {W + T, 4 * T + 1})
+    running(T, slots)
     model(tokens, torch.arange(T + 1, 2 * T + 1).expand(B, T), cache)
 
 
 SHAPES = Case(
     shape_configs,
     run_windows,
-    {"B": 7, "T": 13, "S": 24, "W": 11, "t": 91},
+    {"B": 7, "T": 13, "S": 24, "s": 6 + page.QUERIES + 1, "t": 91},
     same={("B", "T")},  # t
 )
