@@ -13,7 +13,7 @@ Papers: Yang et al. 2025 (Qwen3, section 2), Shazeer et al. 2017 (experts), Fedu
       hidden = final_norm(x)
     logits (B, T, V) = lm_head(hidden)
 
-To write a token, 30B-A3B reads 3.0 of its 30.5 billion parameters. The cache is that of qwen3.py.
+Of 30.5 billion parameters 30B-A3B reads 3.0 to write a token. The cache is that of qwen3.py.
 
 Shapes: B batch, T positions in this call, S positions attended (T, or with `positions` all slots of the
     cache), t tokens of a call (B T), f features inside a feed-forward.
@@ -202,7 +202,8 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.num_active, self.normalize = config.num_active_experts, config.normalize_weights
+        self.num_experts, self.num_active = config.num_experts, config.num_active_experts
+        self.normalize = config.normalize_weights
         self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
         widths = config.d_model, config.d_expert
         self.experts = nn.ModuleList(FeedForward(*widths) for _ in range(config.num_experts))
@@ -224,11 +225,10 @@ class Experts(nn.Module):
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
         order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
-        counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
+        counts = F.one_hot(chosen, self.num_experts).sum(dim=(0, 1))  # (E,)
         groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
-        # Whom no token chose is not read. While torch.export traces, no count is known: all run.
-        traces = torch.compiler.is_compiling()
-        out = [expert(group) for expert, group in groups if traces or len(group)]
+        # Whom no token chose does not run; while a tracer is at work, who knows no count, all do.
+        out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]
         return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
 
 

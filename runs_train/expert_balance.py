@@ -5,17 +5,16 @@ layer's weights are dead. So a training loss gets another term (Fedus et al. 202
 
     balance = E * sum over experts of share_e * prob_e
 
-share_e is how many of the tokens chose expert e, prob_e the mean probability that the router gave it. Equal
-shares, A / E of the tokens for each of E experts, and equal probabilities, 1 / E, give A, the least for given
-shares that follow the probabilities; all tokens at the same A experts give up to E. A count has no gradient.
-The gradient comes through prob: it lowers the probability of whom many chose, in proportion.
+share_e is the part of the tokens that chose expert e, prob_e the mean probability that the router gave it.
+With equal shares, A / E each, and equal probabilities, 1 / E, the sum gives A; with all tokens at the same A
+experts up to E. A count has no gradient. It comes through prob: whom many chose, loses probability.
 
 Two experts, three tokens, one choice each; all choose expert 0, with probability 0.9, 0.8, 0.7:
 
     share 1, 0    prob 0.8, 0.2    balance = 2 * (1 * 0.8 + 0 * 0.2) = 1.6
 
-Nothing here knows a model. A module with a `router`, whose output are logits for its `experts`, and with
-num_active of them for a token, is watched.
+Nothing here knows a model. A module that has `experts` and calls its `router` for their logits is watched. (A
+page that keeps experts busy by a bias of its own reads the router's weight itself, and is left alone.)
 Shapes: t tokens of a batch, E experts, A of them active.
 Proof: tests/test_train_language_model.py, against `transformers`.
 """
@@ -43,7 +42,7 @@ class Routers:
         self.terms = {}
         for name, module in model.named_modules():
             if hasattr(module, "router") and hasattr(module, "experts"):
-                module.router.register_forward_hook(self.watch(name, module.num_active))
+                module.router.register_forward_hook(self.watch(name, model.config.num_active_experts))
 
     def watch(self, name, num_active):
         def note(router, inputs, logits):

@@ -122,6 +122,18 @@ class TestQwen3Moe(DecoderProof):
         torch.testing.assert_close(ffn(x), alone)
 
 
+def test_probabilities_are_in_fp32():
+    """In bf16 the numbers that a softmax adds up are rounded first; the weights are rounded last alone."""
+    ffn = build_model(*load_config("tiny-moe-python"), device="cpu").layers[0].ffn
+    ffn.bfloat16().router.weight.data.normal_()
+    tokens = torch.randn(40, 128).bfloat16()
+    probs = ffn.router(tokens).float().softmax(dim=-1)
+    expected, chosen = probs.topk(4)
+    weights, numbers = ffn.route(tokens)
+    assert weights.dtype == torch.bfloat16 and torch.equal(numbers, chosen)
+    assert torch.equal(weights, (expected / expected.sum(dim=-1, keepdim=True)).bfloat16())
+
+
 # As published -----------------------------------------------------------------------------------------------
 
 # config.json of Qwen3-30B-A3B, the sizes made small.

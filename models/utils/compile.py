@@ -167,7 +167,7 @@ def compile_decoding(model, widths=(1,), report=print):
     """
     if next(model.parameters()).device.type == "cpu":
         arrange(model, report)
-    stack_experts(model)
+    stack_experts(model, report)
     return CompiledDecoder(model, widths, report)
 
 

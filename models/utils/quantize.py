@@ -27,7 +27,8 @@ Which layers: every module called Linear, torch's and transformer_lm's, unless i
 (torch's int8 kernel reads past the end of such rows). Where no group size fits a width, int4 becomes int8.
 Embeddings stay as they are, and so does a head that is tied to them. A copy of it in int8 would be less to
 read per token, but more to hold: tiny-llama-python-draft would be larger in int8 than it is in bf16.
-(compile.py, which is after speed, makes one.) Experts that share one tensor of three dimensions stay too.
+(compile.py, which is after speed, makes one.) So does the router of a layer with experts: it is small, and
+where it errs a token goes to others. Experts that share one tensor of three dimensions stay too.
 
 Rounding to the nearest of 16 even levels between a group's ends (RTN) lets its two most extreme weights
 choose the levels of all. search_int4 chooses them by the weights' squared error, which falls by 8% in
@@ -400,6 +401,7 @@ def plan_layers(model, quantization):
     if quantization.kind == "mxfp4":
         return {name: (MXFP4Linear, 32) for name in layers_in_blocks(model)}, []
     embeddings = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
+    routers = [m.router for m in model.modules() if hasattr(m, "experts") and hasattr(m, "router")]
     plan, notes = {}, []
     for name, module in model.named_modules():
         if type(module).__name__ != "Linear":
@@ -408,6 +410,8 @@ def plan_layers(model, quantization):
         sizes = [g for g in GROUP_SIZES if g <= (quantization.group_size or 0) and width % g == 0]
         if id(module.weight) in embeddings:
             notes.append(f"{name} keeps its precision (it is the embedding's matrix)")
+        elif any(module is router for router in routers):
+            notes.append(f"{name} keeps its precision (it chooses experts)")
         elif width % 16:
             notes.append(f"{name} keeps its precision (its width {width} is no multiple of 16)")
         elif quantization.kind == "int8":
@@ -476,7 +480,12 @@ def quantize_layer(linear, layer_class, group_size=None, device="cpu", dtype=Non
 
 def calibrate(model, plan, windows):
     """{name: X^T X} of the layers of a plan that are int4, from what the model does with a text."""
-    return input_products(model.eval(), [name for name in plan if plan[name][0] is Int4Linear], windows)
+    names = [name for name in plan if plan[name][0] is Int4Linear]
+    products = input_products(model.eval(), names, windows)
+    if windows and (unread := [name for name in names if name not in products]):
+        which = f"{len(unread)} of {len(names)} layers, as {unread[0]}"
+        report(f"--calibrate: the text has nothing for {which}; they are quantized without it")
+    return products
 
 
 def parts_of(plan, name, shape, dtype):

@@ -1,8 +1,8 @@
 """The experts of a layer in a compiled step: one product takes every row to the expert that it chose.
 
-A page runs experts one by one, each with the tokens that chose it: a loop whose length the data decide. A
-step is compiled with all its shapes fixed. So there the loop is turned inside out. What an expert does is done
-once, to all rows at the same time, and each of its linear layers is asked which matrix a row belongs to:
+A page runs experts one by one, each with the tokens that chose it: a loop as long as the data say. A step is
+compiled with all its shapes fixed. So there the loop is turned inside out. What an expert does is done once,
+to all rows at the same time, and each of its linear layers is asked which matrix a row belongs to:
 
     page                              step
     for each expert that was chosen   gate = all rows, each times the gate_proj of its expert
@@ -38,10 +38,14 @@ from models.utils.kernels.tiled_linear import TiledLinear
 from models.utils.quantize import Int8Linear, add_bias
 
 
-def stack_experts(model):
+def stack_experts(model, report=print):
     """Let a step that is traced run all experts of a layer at once; the weights have their places by now."""
     for module in routed(model):
-        module.stacked = StackedExperts(module.experts)
+        try:
+            module.stacked = StackedExperts(module.experts)
+        except TypeError as error:
+            report(f"experts as they are written: {error}")
+            return
         module.run = either(module.run, module.stacked)
 
 
@@ -81,7 +85,7 @@ class StackedExperts(nn.Module):
             if kind:
                 self.expert.set_submodule(name, kind([expert.get_submodule(name) for expert in experts]))
         if left := [name for name, _ in self.expert.named_parameters()]:
-            raise TypeError(f"experts are compiled where all they have is linear layers, not {left[0]}")
+            raise TypeError(f"they have {left[0]} besides their linear layers")
 
     def forward(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         rows = tokens.repeat_interleave(chosen.shape[1], dim=0)  # (r, D)
