@@ -5,7 +5,6 @@
 
 import copy
 import json
-import math
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGe
 
 from conversion.convert import convert
 from conversion.tables import from_hf_config
-from models import build_model, load_config, load_model
-from models import gemma3 as page
+from models import build_model, config_from_dict, load_config, load_model
 from models.utils.errors import UserError
 from runs_ar.generate import generate, prefill
 from runs_ss.speculate import ModelDrafter, speculate
@@ -76,7 +74,7 @@ class TestGemma3(DecoderProof):
     no_effect = {"max_seq_len": "the length that training reached; RoPE has no table that could end"}
 
     def test_the_norm_is_the_oracles_to_the_bit(self, pair):
-        """In bf16, where it matters that 1 + weight is a sum in fp32, and that only the product is rounded."""
+        """In bf16, where it matters that 1 + weight is a sum in fp32, and that the product alone is rounded."""
         oracle, model = (copy.deepcopy(model).bfloat16() for model in pair)
         x = torch.randn(2, 9, 48).bfloat16()
         theirs, ours = oracle.model.layers[0].input_layernorm, model.layers[0].attn_norm
@@ -223,6 +221,138 @@ def test_drafting_at_twenty_windows_writes_what_plain_decoding_writes():
     assert accepted > 50
 
 
+# Published configs ------------------------------------------------------------------------------------------
+
+# As the files say it, in the old spelling of 1B and the new one of 270M, with sizes cut and nothing else.
+SIZES = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 88, "head_dim": 20, "sliding_window": 8}
+ONE_BILLION = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window_pattern": 6,
+    "use_cache": True,
+    **SIZES,
+}
+LAYER_TYPES = ["sliding_attention"] * 5 + ["full_attention"] + ["sliding_attention"]
+NEW_SPELLING = {
+    "_sliding_window_pattern": 6,
+    "layer_types": LAYER_TYPES,
+    "rope_parameters": {
+        "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "use_bidirectional_attention": False,
+}
+OLD_NAMES = ("rope_local_base_freq", "rope_scaling", "rope_theta", "sliding_window_pattern")
+PUBLISHED = {
+    "1b": ONE_BILLION,
+    "270m": {name: x for name, x in ONE_BILLION.items() if name not in OLD_NAMES} | NEW_SPELLING,
+    "linear": {**ONE_BILLION, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+}
+
+
+def save(oracle, folder, config):
+    """A checkpoint with the weights of the oracle, and this config.json."""
+    oracle.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, progress=False)
+    return load_model(folder)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config(tmp_path, name):
+    """Five windows and a full layer, and a window again; two bases; 40 tokens are five windows."""
+    config = Gemma3TextConfig(**PUBLISHED[name], attn_implementation="eager")
+    assert config.layer_types == LAYER_TYPES
+    oracle = redraw(Gemma3ForCausalLM(config))
+    model = save(oracle, tmp_path, PUBLISHED[name])
+    tokens = random_tokens(model, 2, 40)
+    with torch.no_grad():
+        assert_close(model(tokens), oracle(tokens).logits)
+    assert model.config.rope_factor == (8.0 if name == "linear" else 1.0)
+
+
+def test_the_text_part_of_what_reads_images_too(tmp_path, capsys):
+    """Heads and head_dim are left to the defaults, as in 4B; tensors have their old names, then the new."""
+    text = {"hidden_size": 40, "intermediate_size": 88, "model_type": "gemma3_text", "num_hidden_layers": 7}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 8, "vocab_size": 101}
+    seen = {"hidden_size": 24, "intermediate_size": 32, "model_type": "siglip_vision_model", "patch_size": 7}
+    seen |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 14}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": seen, "mm_tokens_per_image": 4}
+    theirs = Gemma3Config(**copy.deepcopy(config), attn_implementation="eager")
+    oracle = Gemma3ForConditionalGeneration(theirs).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    model = save(oracle, tmp_path / "old", config)
+    assert (model.config.num_heads, model.config.num_kv_heads, model.config.head_dim) == (8, 4, 256)
+    assert "tensors of what reads images, where models/gemma3.py reads text alone" in capsys.readouterr().err
+    tokens = random_tokens(model, 2, 30)
+    with torch.no_grad():
+        assert_close(model(tokens), oracle(tokens).logits)
+
+    state = {}
+    for name, tensor in load_file(tmp_path / "old" / "model.safetensors").items():
+        new = name.replace("language_model.model.", "language_model.")
+        state[f"model.{new}"] = tensor
+    (tmp_path / "new").mkdir()
+    save_file(state, tmp_path / "new" / "model.safetensors")
+    (tmp_path / "new" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "new", progress=False)
+    again = load_model(tmp_path / "new").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_not_implemented_is_refused_by_name():
+    layers = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for change, message in [
+        ({"layer_types": layers, "num_hidden_layers": 4}, "layer_types is not 4 layers of which every nth"),
+        ({"layer_types": ["full_attention"] * 7}, "full_every must leave layers of both kinds"),
+        ({"sliding_window_pattern": 9}, "full_every must leave layers of both kinds"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "rope_scaling has rope_type 'yarn'"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "linear has factor, rope_theta; amiss here: factor",
+        ),
+        ({"rope_scaling": {**linear, "beta": 1}}, "amiss here: beta"),
+        ({"rope_parameters": {"sliding_attention": linear}}, "of sliding_attention has rope_type 'linear'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters has rope_type, where",
+        ),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'"),
+        ({"model_type": "gemma3", "text_config": [1]}, "text_config is .1., where an object was expected"),
+        ({"sliding_window": None}, "sliding_window is None, where a positive integer was expected"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            config_from_dict(from_hf_config({**ONE_BILLION, **change})[1], "config.json")
+
+
 # Numbers ----------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +369,7 @@ def test_drafting_at_twenty_windows_writes_what_plain_decoding_writes():
 def test_parameter_counts(name, published):
     """As the safetensors of the published checkpoints sum up; from 4B on with what reads images.
 
-    That is SigLIP with 416,866,032 parameters, a norm of its 1,152 features, and a matrix that makes D of them.
+    That is SigLIP with 416,866,032 parameters, a norm of its 1,152 features, a matrix that makes D of them.
     """
     model = build_model(*load_config(f"gemma-3-{name}"))
     seeing = 416_866_032 + 1152 + 1152 * model.config.d_model if name in ("4b", "12b", "27b") else 0
