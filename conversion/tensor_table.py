@@ -124,9 +124,7 @@ class Layout:
     without_prefix: Callable = lambda config: False  # our config -> whether transformers leaves it out
     old_endings: dict = field(default_factory=dict)  # how names ended in old files -> how they end today
     inside: dict = field(default_factory=dict)  # how names begin where ours is a part of more -> how else
-    left_out: dict = field(
-        default_factory=dict
-    )  # how the names of such other parts begin -> what they are for
+    left_out: dict = field(default_factory=dict)  # how those of other parts begin -> what these do
     skipped: dict = field(default_factory=dict)  # what a file may hold that is no parameter, and why
     computed: dict = field(default_factory=dict)  # the same, with a Computed to which it must be equal
     tied: Callable = lambda config: {}  # our config -> {tensor of ours: the one of ours that it shares}

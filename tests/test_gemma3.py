@@ -74,7 +74,7 @@ class TestGemma3(DecoderProof):
     no_effect = {"max_seq_len": "the length that training reached; RoPE has no table that could end"}
 
     def test_the_norm_is_the_oracles_to_the_bit(self, pair):
-        """In bf16, where it matters that 1 + weight is a sum in fp32, and that the product alone is rounded."""
+        """In bf16, where it matters that 1 + weight is in fp32, and that the product alone is rounded."""
         oracle, model = (copy.deepcopy(model).bfloat16() for model in pair)
         x = torch.randn(2, 9, 48).bfloat16()
         theirs, ours = oracle.model.layers[0].input_layernorm, model.layers[0].attn_norm

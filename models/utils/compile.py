@@ -206,7 +206,7 @@ class CompiledDecoder:
         self.model, self.widths, self.report = model, sorted(widths), report
         self.steps = {}
         self.takes_pads = None if self.widths[-1] > 1 else False
-        # A model that forgets, a state or a window, takes them everywhere: at position -1, where they do nothing.
+        # One that forgets (a state, a window) takes them anywhere: at position -1, where they do nothing.
         self.names_pads = "num_undo" in inspect.signature(model.new_cache).parameters
 
     def __getattr__(self, name):

@@ -81,8 +81,9 @@ def trace(model):
         unfold(experts, folds)
         if count(2) is None:
             fold_experts(model, folds)
-    # The record of a loop over time is as long as the text; what cannot be counted may be one.
-    if count(2) != count(3) or count(2) is None:
+    # The record of a loop over time is as long as the text, that of a window takes long texts in pieces; what
+    # cannot be counted may be such a loop.
+    if count(2) is None or not count(2) == count(3) == count(sizes["T"]):
         sizes.few_tokens()
     program = exported(*call_of(model, page, sizes, known, kept), page)
     ops = fold_time(ops_of(program, page, sizes), page, model, sizes["T"])
