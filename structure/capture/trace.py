@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.utils.errors import UserError
 from structure.capture.folding import Folds, Loop, fold_experts, fold_layers, fold_time, unfold
@@ -84,6 +85,7 @@ def trace(model):
     # The record of a loop over time is as long as the text, that of a window takes long texts in pieces; what
     # cannot be counted may be such a loop.
     if count(2) is None or not count(2) == count(3) == count(sizes["T"]):
+        sizes.taken |= {n for tensor in tree_leaves(cache) if hasattr(tensor, "shape") for n in tensor.shape}
         sizes.few_tokens()
     program = exported(*call_of(model, page, sizes, known, kept), page)
     ops = fold_time(ops_of(program, page, sizes), page, model, sizes["T"])
