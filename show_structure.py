@@ -8,6 +8,7 @@
     python show_structure.py --compare gpt2 llama-3-8b          two pictures as one; --html: as a page
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
     python show_structure.py llama-3.1-405b --json    all of it, for a program
+    python show_structure.py llama-3.1-8b --rope      how far RoPE's pairs reach, and what scaling does
 
 Nothing is drawn by hand: the model stands on torch's meta device, where weights have shapes and take no
 memory, and torch.export records what it does. A new file in models/ has its diagram without another line.
@@ -31,6 +32,7 @@ from models.utils.files import one_line, read_json
 # a list of names and the answer to a typo need not wait.
 
 IMAGES = Path(__file__).parent / "structure_images"
+ROPE = "-rope"  # behind the name of a picture of RoPE
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
@@ -45,6 +47,8 @@ def main(argv=None):
         compare(*map(load, args.compare), args.out, args.html, args.dark)
     elif not args.name:
         print(what_there_is())
+    elif args.rope:
+        draw_rope(args.name, args.set, args.out, args.dark)
     else:
         show(load(args.name, args.set), args)
 
@@ -95,6 +99,8 @@ def compare(first, second, out=None, html=False, dark=False):
 def draw_all():
     """Draw anew all that lies in structure_images/."""
     subjects = {}
+    for name, dark in rope_images():
+        draw_rope(name, dark=dark)
     for names, dark, html in images():
         subjects |= {name: load(name) for name in names if name not in subjects}
         shown = [subjects[name] for name in names]
@@ -119,6 +125,13 @@ def images(folder=IMAGES):
     return found
 
 
+def rope_images(folder=IMAGES):
+    """(name of the config, whether it is dark) of each picture of RoPE in a folder."""
+    stems = [path.stem for path in sorted(folder.glob("*.png"))]
+    named = [(stem.removesuffix("-dark").removesuffix(ROPE), stem) for stem in stems if ROPE in stem]
+    return [(name, stem.endswith("-dark")) for name, stem in named if name in config_names()]
+
+
 def pairs(stem):
     """Every way to read "gpt2-llama-3-8b" as two names."""
     return [(stem[:n], stem[n + 1 :]) for n, sign in enumerate(stem) if sign == "-"]
@@ -129,6 +142,18 @@ def draw(subject, out=None, dark=False):
 
     path = out or IMAGES / f"{file_name(subject[1]['name'])}.png"
     save(picture, picture.draw(*subject, dark=dark), path, dark)
+
+
+def draw_rope(name, changes=(), out=None, dark=False):
+    """How far each pair of a head reaches: of a model's config alone, so that nothing is captured."""
+    shown, fields, where = read(name, changes)
+    model_name, config = checked_config(fields, where)
+
+    from structure import rope
+    from structure.picture import picture
+
+    path = out or IMAGES / f"{file_name(shown)}{ROPE}.png"
+    save(picture, rope.draw(shown, model_name, config, dark), path, dark)
 
 
 def file_name(name):
@@ -158,13 +183,8 @@ def written(path):
 
 def load(name, changes=()):
     """(box, info) of a config in configs/, of a JSON file, of a checkpoint, or of a model in some size."""
-    name, fields, where = find(name)
-    fields = {**fields, **changed(changes, fields)}
-    check_sizes(fields, where)
-    try:
-        model_name, config = config_from_dict(fields, where)
-    except UserError as error:
-        raise UserError(f"{error}{numbers_of(str(error), fields)}") from None
+    shown, fields, where = read(name, changes)
+    model_name, config = checked_config(fields, where)
 
     from structure.capture.capture import capture
     from structure.facts import describe
@@ -175,7 +195,22 @@ def load(name, changes=()):
         raise UserError(
             f"{where}: too large to be drawn ({one_line(error)[:80]}); give smaller sizes"
         ) from None
-    return box, describe(" ".join([name, *changes]), model_name, config, box)
+    return box, describe(shown, model_name, config, box)
+
+
+def read(name, changes=()):
+    """(how a picture calls it, its config's fields with the changes, what an error calls it)."""
+    name, fields, where = find(name)
+    return " ".join([name, *changes]), {**fields, **changed(changes, fields)}, where
+
+
+def checked_config(fields, where):
+    """(name in models/, Config) of fields that may be built."""
+    check_sizes(fields, where)
+    try:
+        return config_from_dict(fields, where)
+    except UserError as error:
+        raise UserError(f"{error}{numbers_of(str(error), fields)}") from None
 
 
 def find(name):
@@ -299,6 +334,7 @@ def parse(argv):
     add("--html", action="store_true", help="write a page instead of a picture")
     add("--table", action="store_true", help="print the numbers as text")
     add("--json", action="store_true", help="print everything as one JSON object")
+    add("--rope", action="store_true", help="draw the tokens that each pair of a head takes for a full turn")
 
     add = parser.add_argument_group("table").add_argument
     add("--batch", type=int, default=1, metavar="N", help="rows; default: %(default)s")
@@ -314,11 +350,13 @@ def checked(args):
         raise UserError("NAME, --all and --compare exclude each other; give one of them")
     if args.set and not args.name:
         raise UserError("--set goes with NAME")
-    if args.all and (args.out or args.dark or args.html or args.table or args.json):
+    if args.all and (args.out or args.dark or args.html or args.table or args.json or args.rope):
         raise UserError("--all draws pictures into structure_images/; leave out the other options")
-    if args.compare and (args.table or args.json):
-        raise UserError("--compare makes a picture, or with --html a page; leave out --table and --json")
-    if (args.html or args.table or args.json or args.out or args.dark) and not any(given):
+    if args.compare and (args.table or args.json or args.rope):
+        raise UserError(
+            "--compare makes a picture, or with --html a page; leave out --table, --json and --rope"
+        )
+    if (args.html or args.table or args.json or args.rope or args.out or args.dark) and not any(given):
         raise UserError("say which model: give its NAME; without options the names are listed")
     if (args.table or args.json) and (args.out or args.dark):
         raise UserError("--table and --json print what they say; leave out --out and --dark")

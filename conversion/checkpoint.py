@@ -34,6 +34,7 @@ class Checkpoint:
     folder: Path
     model_name: str  # of models/
     config: object
+    fields: dict  # all of its config.json
     stored: Quantization | None  # how its weights are stored
     device: torch.device
     dtype: torch.dtype  # of the weights that are no codes
@@ -53,7 +54,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, self.fields)
 
     @cached_property
     def model(self):
@@ -130,7 +131,9 @@ def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(),
     device = device if isinstance(device, torch.device) else choose_device(device)
     windows = calibration_windows(calibration, folder, model_name, config)
     dtype = dtype or fast_dtype(folder, device, keep=stored or quantization)
-    return Checkpoint(folder, model_name, config, stored, device, dtype, quantization, widths, windows)
+    return Checkpoint(
+        folder, model_name, config, fields, stored, device, dtype, quantization, widths, windows
+    )
 
 
 def fast_dtype(folder, device, keep=False):

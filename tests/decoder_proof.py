@@ -102,8 +102,9 @@ class DecoderProof(ModelProof):
         changed = tokens.clone()
         changed[0, 17] = (changed[0, 17] + 1) % model.config.vocab_size
         before, after = model(tokens), model(changed)
-        assert torch.equal(before[:, :17], after[:, :17])
-        assert not torch.allclose(before[:, 17:], after[:, 17:])
+        # Not to the last digit: an expert that reads another number of tokens may multiply in another order.
+        assert_close(before[:, :17], after[:, :17])
+        assert not torch.allclose(before[:, 17:], after[:, 17:], atol=1e-3)
 
     def test_a_prefill_does_not_depend_on_the_size_of_the_cache(self, model):
         """Nothing but the cache itself has a dimension of num_slots while a fresh cache is filled."""

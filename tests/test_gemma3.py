@@ -176,6 +176,14 @@ class TestGemma3(DecoderProof):
             with pytest.raises(ValueError, match="goes back to where its window is lost; .* larger num_undo"):
                 model(tokens[:, :1], places - 1 - torch.tensor([[0], [num_undo]]), cache)
 
+    def test_going_back_twice_is_refused_too(self, model):
+        """Five tokens back, one read; five more back would find what the tokens further on have replaced."""
+        tokens, cache = random_tokens(model, 1, 60), model.new_cache(1, 60, num_undo=5)
+        model(tokens[:, :50], cache=cache)
+        model(tokens[:, 45:46], torch.tensor([[45]]), cache)
+        with pytest.raises(ValueError, match="goes back to where its window is lost"):
+            model(tokens[:, 41:42], torch.tensor([[41]]), cache)
+
     def test_going_back_is_free_while_nothing_is_written_over(self, model):
         tokens, cache = random_tokens(model, 2, 60), model.new_cache(2, 60)
         model(tokens[:, :9], cache=cache)

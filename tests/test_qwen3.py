@@ -82,6 +82,12 @@ class TestQwen3(DecoderProof):
         tokens = random_tokens(model, 2, 40)
         assert_close(model(tokens), oracle(tokens).logits)
 
+    def test_a_factor_of_one_scales_nothing(self, tmp_path):
+        oracle = self.oracle(rope_parameters={**YARN, "factor": 0.8})
+        model = self.zoo(oracle, tmp_path)
+        tokens = random_tokens(model, 2, 40)
+        assert_close(model(tokens), oracle(tokens).logits)
+
     def test_the_base_config_meets_all_three_kinds_of_pairs(self, model):
         ratio = plain_frequencies(model.config) / page.rope_frequencies(model.config, "cpu")
         assert (ratio == 1).any() and (ratio == 4).any() and ((ratio > 1.01) & (ratio < 3.99)).any()

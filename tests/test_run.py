@@ -95,6 +95,21 @@ def test_it_prints_the_prompt_and_the_oracle_s_continuation(name, request, start
     assert "of weights (float32)" in output.err
 
 
+def test_config_json_is_opened_once(llama, start):
+    options = ["--prompt", "def", "--max-new-tokens", "2"]
+    start(llama[1], *options)  # converted, if it was not
+    program = (
+        "import os, sys, run\n"
+        "opened = []\n"
+        "note = lambda event, args: event == 'open' and opened.append(os.path.basename(str(args[0])))\n"
+        "sys.addaudithook(note)\n"
+        f"run.main(['--checkpoint', *{[str(llama[1]), *options]}])\n"
+        "print(opened.count('config.json'))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "1", run.stderr
+
+
 def test_a_checkpoint_is_converted_first_and_only_once(llama, tmp_path, start):
     folder = tmp_path / "copy"
     shutil.copytree(llama[1], folder, ignore=shutil.ignore_patterns("converted"))

@@ -79,6 +79,12 @@ def test_what_all_draws_is_what_lies_there(tmp_path, monkeypatch):
         (("pythia-70m", "gpt2"), False, True),
     ]
     drawn = []
+    (tmp_path / "gpt2-rope.png").write_text("")
+    (tmp_path / "notes-rope.png").write_text("")
+    (tmp_path / "pythia-70m-rope-dark.png").write_text("")
+    ropes = show_structure.rope_images(tmp_path)
+    assert ropes == [("gpt2", False), ("pythia-70m", True)]
+    monkeypatch.setattr(show_structure, "rope_images", list)
     monkeypatch.setattr(show_structure, "images", lambda: found)
     monkeypatch.setattr(show_structure, "load", lambda name: (name, {"name": name}))
     monkeypatch.setattr(show_structure, "draw", lambda subject, dark: drawn.append((subject[0], dark)))
@@ -180,7 +186,7 @@ def test_two_models(capsys, tmp_path, options):
         (["--set", "d_model=3"], "--set goes with NAME"),
         (["gpt2", "--all"], "NAME, --all and --compare exclude each other"),
         (["--all", "--table"], "--all draws pictures"),
-        (["--compare", "gpt2", "llama-3-8b", "--json"], "leave out --table and --json"),
+        (["--compare", "gpt2", "llama-3-8b", "--json"], "leave out --table, --json and --rope"),
         (["--compare", "gpt2", "lama-3-8b"], "did you mean 'llama-3-8b'"),
         (["--table"], "say which model"),
         (["gpt2", "--table", "--length", "0"], "--length is 0; give more than 0"),
@@ -194,6 +200,10 @@ def test_two_models(capsys, tmp_path, options):
         (["gpt2", "--table", "--out", "table.txt"], "--table and --json print .* leave out --out"),
         (["gpt2", "--html", "--dark"], "--dark is for pictures"),
         (["--dark"], "say which model"),
+        (["--rope"], "say which model"),
+        (["--all", "--rope"], "--all draws pictures"),
+        (["gpt2", "--rope"], "models/gpt2.py has no RoPE"),
+        (["llama-3-8b", "--rope", "--table"], "not allowed with"),
         (["gpt2", "--out", "tests"], "--out tests: is a folder"),
         (["gpt2", "--tabel"], "unrecognized arguments: --tabel; see: python show_structure.py --help"),
     ],

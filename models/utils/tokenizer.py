@@ -37,11 +37,14 @@ from models.utils.tokenizers.settings import Settings
 from models.utils.tokenizers.tiktoken_ranks import RANK_LINE, TiktokenTokenizer
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a checkpoint: `checkpoints/NAME`, its `converted/`, or any folder that has one."""
+def load_tokenizer(folder, config=None):
+    """The tokenizer of a checkpoint: `checkpoints/NAME`, its `converted/`, or any folder that has one.
+
+    config: the fields of the folder's config.json, from whoever has read them already.
+    """
     folder = tokenizer_folder(Path(folder))
     with reading(folder, "fetch the tokenizer's files again"):
-        return choose_tokenizer(folder, Settings(folder))
+        return choose_tokenizer(folder, Settings(folder, config))
 
 
 def choose_tokenizer(folder, settings):

@@ -20,7 +20,7 @@ class Settings:
     model_ids      "bos_token" -> id from generation_config.json or config.json, which name ids only
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, model_config=None):
         self.folder = folder
         config = read_json_if_there(folder / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:
@@ -28,7 +28,7 @@ class Settings:
         with reading(folder / "tokenizer_config.json"):
             self.read(config, read_json_if_there(folder / "added_tokens.json"))
             self.chat_template = read_chat_template(folder, config.get("chat_template"))
-        self.model_ids = read_model_ids(folder)
+        self.model_ids = read_model_ids(folder, model_config)
 
     def read(self, config, added_tokens):
         self.tokenizer_class = config.get("tokenizer_class")
@@ -70,11 +70,10 @@ def read_json_if_there(path):
     return read_json(path) if path.is_file() else {}
 
 
-def read_model_ids(folder):
+def read_model_ids(folder, config=None):
     """The BOS and EOS ids that the model's own files name; of several EOS ids the first."""
-    config = read_json_if_there(folder / "config.json") | read_json_if_there(
-        folder / "generation_config.json"
-    )
+    config = read_json_if_there(folder / "config.json") if config is None else config
+    config = config | read_json_if_there(folder / "generation_config.json")
     ids = {}
     for name in ("bos_token", "eos_token"):
         value = config.get(f"{name}_id")
