@@ -42,6 +42,7 @@ class Op:
     frames: tuple = ()  # of the model's file, outermost first
     path: str = ""  # of a parameter or an input: its name
     written: "Op | None" = None  # of what writes in place: the op that made what it writes into
+    whole: bool = False  # whether it makes whole numbers: positions, say
     loop: Loop | None = None  # the loop over time that it is in; of its T rounds one remains
 
 
@@ -220,6 +221,7 @@ def ops_of(program, page, sizes):
         if not isinstance(values, (list, tuple)) or not isinstance(values[0], torch.Tensor):
             continue
         op = Op(node.name, target_of(node), tuple(sizes.fixed(size) for size in values[0].shape))
+        op.whole = not values[0].is_floating_point()
         op.arguments = [ops[argument.name] for argument in node.all_input_nodes if argument.name in ops]
         if node.op == "placeholder":
             op.target = "parameter" if node.name in parameters else "input"
