@@ -90,6 +90,8 @@ def convert(
     source = open_source(folder, allow, meta, model)
     match = match_tensors(source)
     stop_if(match.problems, folder)
+    for what, count in match.left_out.items():
+        print(f"{folder}: left out: {count} tensors of what {what}", file=sys.stderr)
     usual = usual_place(folder)
     model_name, config = config_from_dict(source.config, source.where)
     windows = calibration_windows(calibration, folder, model_name, config)

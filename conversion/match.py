@@ -1,7 +1,7 @@
 """The tensors of a checkpoint beside those our model wants: what to move, and what stands against it."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ class Match:
     moves: list
     problems: list  # what has to be settled before anything is written
     rows: list  # of the table that --inspect prints
+    left_out: Counter  # of tensors of other parts, by what they are for
 
 
 def match_tensors(source):
@@ -57,6 +58,10 @@ def match_tensors(source):
                 f"{stored[name]} does not hold {computed.what}, with which {source.where} computes"
             )
     skipped = {name: reason for name, reason in skipped.items() if name in stored}
+    left_out = {
+        name: what for name in stored for part, what in layout.left_out.items() if name.startswith(part)
+    }
+    skipped |= left_out
     found = {name: entries[at] for name, at in stored.items() if name not in skipped}
     problems += compare(expected, found, {step.theirs for step in steps if step.row in layout.codes})
     page = f"conversion/tables/{config['model']}.py"
@@ -75,7 +80,7 @@ def match_tensors(source):
     ]
     rows += [(name, shown(found[name]), "?", "", "") for name in found if name not in expected]
     rows += [("?", "", name, str(wanted[name]), "") for name in unfilled]
-    return Match(moves, problems, rows)
+    return Match(moves, problems, rows, Counter(left_out.values()))
 
 
 def wanted_shapes(config, where, stored=None):

@@ -160,6 +160,8 @@ class Layout:
     prefix: str = ""  # left out where a checkpoint holds the model without its head
     without_prefix: Callable = lambda config: False  # our config -> whether transformers leaves it out
     old_endings: dict = field(default_factory=dict)  # how names ended in old files -> how they end today
+    inside: dict = field(default_factory=dict)  # how names begin where ours is a part of more -> how else
+    left_out: dict = field(default_factory=dict)  # how those of other parts begin -> what these do
     skipped: dict = field(default_factory=dict)  # what a file may hold that is no parameter, and why
     computed: dict = field(default_factory=dict)  # the same, with a Computed to which it must be equal
     tied: Callable = lambda config: {}  # our config -> {tensor of ours: the one of ours that it shares}
@@ -183,6 +185,8 @@ class Layout:
         """The name in our table of a tensor that a file may store under an old one, or without the prefix."""
         ending = next((old for old in self.old_endings if stored.endswith(old)), "")
         name = stored.removesuffix(ending) + self.old_endings.get(ending, "")
+        beginning = next((part for part in self.inside if name.startswith(part)), "")
+        name = self.inside.get(beginning, "") + name.removeprefix(beginning)
         return self.prefix + name if name not in known and self.prefix + name in known else name
 
     def saved_name(self, theirs, config):

@@ -346,4 +346,5 @@ def place_pads(positions: Tensor, cache: Cache, window: int) -> Tensor:
     furthest = torch.where(start == 0, last, torch.maximum(last, before))  # (B, 1)
     for layer in cache:
         layer.furthest.copy_(furthest)
-    return torch.where(positions < 0, (furthest + 1).clamp(max=num_slots - 1), positions)
+    next_token = (torch.where(last < 0, before, last) + 1).clamp(max=num_slots - 1)
+    return torch.where(positions < 0, next_token, positions)

@@ -7,12 +7,20 @@ from conversion.tables.qwen3 import LAYOUT as QWEN3_LAYOUT
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
-IMAGES = "reads images, and models/gemma3.py reads text"
+# What reads images too has the text model as a part, under one of two names, and others beside it.
+PARTS = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+OTHERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 # Here post_attention_layernorm does stand behind attention, and the norm before the feed-forward has a name.
 LAYOUT = Layout(
     prefix="model.",
     tied=lambda config: {"lm_head.weight": "token_embed.weight"},
+    inside=PARTS,
+    left_out=dict.fromkeys(OTHERS, "reads images, where models/gemma3.py reads text alone"),
     rows=[row for row in QWEN3_LAYOUT.rows if "ffn_norm" not in row.ours]
     + table("""
         layers.{n}.attn_out_norm.weight      model.layers.{n}.post_attention_layernorm.weight
