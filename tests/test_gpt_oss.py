@@ -136,6 +136,13 @@ class TestGptOss(DecoderProof):
         slots = [layer.k.shape[2] for layer in cache]
         assert slots == [WINDOW + 4 + 1, length + 1, WINDOW + 4 + 1]
 
+    def test_pads_are_not_kept(self, model):
+        """Not where a token stands that is still seen: of a ring of 11 slots the last holds position 32."""
+        tokens, cache = random_tokens(model, 1, 34), model.new_cache(1, 40)
+        model(tokens[:, :33], cache=cache)
+        model(tokens[:, :3], torch.full((1, 3), -1), cache)
+        assert_close(model(tokens[:, 33:], torch.tensor([[33]]), cache), model(tokens)[:, 33:])
+
     def test_a_row_that_begins_where_the_ring_has_forgotten_is_refused(self, model):
         cache = model.new_cache(2, 40, num_undo=2)
         model(random_tokens(model, 2, 30), cache=cache)
