@@ -399,7 +399,7 @@ def plan_layers(model, quantization):
     It depends on names and shapes alone: the writer and the reader of a checkpoint compute the same plan.
     """
     if quantization.kind == "mxfp4":
-        return {name: (MXFP4Linear, 32) for name in layers_in_blocks(model)}, []
+        return dict.fromkeys(layers_in_blocks(model), (MXFP4Linear, 32)), []
     embeddings = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
     routers = [m.router for m in model.modules() if hasattr(m, "experts") and hasattr(m, "router")]
     plan, notes = {}, []
