@@ -334,7 +334,9 @@ class Recurrent(nn.Module):
     def hidden(self, tokens, positions=None, cache=None):
         states, x = [cache.layers[0].state], self.token_embed(tokens)
         for t in range(tokens.shape[1]):
-            states.append(torch.tanh(self.mix(states[-1]) + x[:, t]))
+            moved = torch.tanh(self.mix(states[-1]) + x[:, t])
+            is_pad = positions is not None and positions[:, t, None] < 0
+            states.append(moved if is_pad is False else torch.where(is_pad, states[-1], moved))
         cache.layers[0].state.copy_(states[-1])
         return torch.stack(states[1:], dim=1)
 
@@ -343,7 +345,7 @@ class Recurrent(nn.Module):
 
 
 @needs_compiler
-def test_a_cache_is_any_nest_of_tensors_and_a_state_takes_no_pads(said):
+def test_a_cache_is_any_nest_of_tensors_and_pads_move_no_state(said):
     model = Recurrent()
     compiled = compile_decoding(copy.deepcopy(model), (1, 3), said.append)
     cache, expected = compiled.new_cache(2, 20, num_undo=0), model.new_cache(2, 20)

@@ -94,6 +94,7 @@ SMALL = {
     "d_expert": 28,
     "rotary_dim": 4,
     "d_state": 7,
+    "full_every": 2,
     "num_experts": 5,
     "num_active_experts": 2,
     "num_groups": 1,
