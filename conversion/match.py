@@ -1,7 +1,7 @@
 """The tensors of a checkpoint beside those our model wants: what to move, and what stands against it."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ class Match:
     moves: list
     problems: list  # what has to be settled before anything is written
     rows: list  # of the table that --inspect prints
+    left_out: Counter  # of tensors of other parts, by what they are for
 
 
 def match_tensors(source):
@@ -39,7 +40,7 @@ def match_tensors(source):
     num_layers = layer_count(config)
     if num_layers > len(entries):
         raise UserError(f"{source.where}: {num_layers} layers, but there are {len(entries)} tensors in all")
-    wanted = wanted_shapes(config, source.where)
+    wanted = wanted_shapes(config, source.where, source.stored)
     steps = plan(layout, config, wanted)
     expected = {step.theirs: their_shape(step, wanted, config) for step in steps}
     skipped = layout.skipped_names(num_layers)
@@ -57,8 +58,12 @@ def match_tensors(source):
                 f"{stored[name]} does not hold {computed.what}, with which {source.where} computes"
             )
     skipped = {name: reason for name, reason in skipped.items() if name in stored}
+    left_out = {
+        name: what for name in stored for part, what in layout.left_out.items() if name.startswith(part)
+    }
+    skipped |= left_out
     found = {name: entries[at] for name, at in stored.items() if name not in skipped}
-    problems += compare(expected, found)
+    problems += compare(expected, found, {step.theirs for step in steps if step.row in layout.codes})
     page = f"conversion/tables/{config['model']}.py"
     problems += [f"our {name} {wanted[name]} has no row in {page}, so nothing fills it" for name in unfilled]
 
@@ -75,13 +80,16 @@ def match_tensors(source):
     ]
     rows += [(name, shown(found[name]), "?", "", "") for name in found if name not in expected]
     rows += [("?", "", name, str(wanted[name]), "") for name in unfilled]
-    return Match(moves, problems, rows)
+    return Match(moves, problems, rows, Counter(left_out.values()))
 
 
-def wanted_shapes(config, where):
-    """The shape of every tensor of our model by its name; a tied tensor is none of its own."""
+def wanted_shapes(config, where, stored=None):
+    """The shape of every tensor of our model by its name; a tied tensor is none of its own.
+
+    stored: the Quantization of codes that are kept, see build_model.
+    """
     model_name, built = config_from_dict(config, where)
-    state = build_model(model_name, built).state_dict()
+    state = build_model(model_name, built, stored=stored).state_dict()
     tied = LAYOUTS[model_name].tied(config)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
@@ -113,8 +121,8 @@ def tied_problems(source, name, original):
     return [f"{name} differs from {original}, though {source.where.name} says that they are tied"]
 
 
-def compare(expected, found):
-    """What keeps the tensors found from being those expected, a phrase each."""
+def compare(expected, found, codes=()):
+    """What keeps the tensors found from being those expected, a phrase each; codes: those that are bytes."""
     problems = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in found]
     problems += [
         f"{name} {entry.shape} has no place in the model"
@@ -124,7 +132,7 @@ def compare(expected, found):
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             problems.append(f"{name} has shape {found[name].shape}, where the config asks for {shape}")
-        elif name in found and found[name].dtype not in DTYPE_NAMES.values():
+        elif name in found and not (found[name].dtype in DTYPE_NAMES.values()) ^ (name in codes):
             problems.append(f"{name} is stored as {found[name].dtype}, which is not supported")
     return problems
 
@@ -187,7 +195,10 @@ def ranges(numbers):
 
 
 def forward(step, config, tensors):
-    return step.transform.forward(tensors[0], config)
+    try:
+        return step.transform.forward(tensors[0], config)
+    except ValueError as error:
+        raise UserError(f"{step.theirs}: {error}") from None
 
 
 def inverse(step, config, tensors):

@@ -418,7 +418,7 @@ def test_another_spelling_is_taken(kind, field, spelling, tmp_path):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_transform_and_its_inverse_cancel(name):
-    config = {"head_dim": 6, "num_heads": 4, "patch_size": 3}
+    config = {"head_dim": 6, "num_heads": 4, "patch_size": 3, "rotary_dim": 6, "d_latent": 18}
     shape = {"squares_to_rows": (24, 4, 3, 3), "row_to_vector": (1, 36)}.get(name, (24, 36))
     theirs = torch.arange(math.prod(shape)).view(shape)
     forward, inverse = TRANSFORMS[name]

@@ -52,7 +52,7 @@ from models.utils.kernels.row_attention import MAX_QUERIES, attention_fits, load
 from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
 from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, tile_layers
 from models.utils.machine import instructions
-from models.utils.quantize import Int4Linear, Int8Linear, prepare, quantize_layer
+from models.utils.quantize import Int4Linear, Int8Linear, MXFP4Linear, prepare, quantize_layer
 from models.utils.stacked_experts import stack_experts, without_single_experts
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
@@ -173,7 +173,7 @@ def compile_decoding(model, widths=(1,), report=print):
 
 def arrange(model, report):
     """Layers and weights of a model on the CPU in the form that a step reads fastest."""
-    if any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules()):
+    if any(isinstance(module, (Int8Linear, Int4Linear, MXFP4Linear)) for module in model.modules()):
         untie_head(model)
         reason = tile_layers(model)
         if reason:
@@ -210,6 +210,8 @@ class CompiledDecoder:
         self.model, self.widths, self.report = model, sorted(widths), report
         self.steps = {}
         self.takes_pads = None if self.widths[-1] > 1 else False
+        # One that forgets (a state, a window) takes them anywhere: at position -1, where they do nothing.
+        self.names_pads = "num_undo" in inspect.signature(model.new_cache).parameters
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -235,7 +237,8 @@ class CompiledDecoder:
             width = next(wider for wider in self.widths if wider >= tokens.shape[1])
             step, pads = self.steps.get((width, *shapes_of(cache))), width - tokens.shape[1]
         # Behind the model's context there are no positions, and so no place for pads.
-        if pads and not (self.takes_pads and positions.max() + pads < self.model.config.max_seq_len):
+        has_place = self.takes_pads and positions.max() + pads < self.model.config.max_seq_len
+        if pads and not (self.names_pads or has_place):
             step = None
         if step is None:
             return self.model(tokens, positions, cache)
@@ -243,6 +246,7 @@ class CompiledDecoder:
             return step(tokens, positions, tensors_of(cache))
         # Pads stand behind the last token, which does not see them, in slots that are written again.
         last = positions[:, -1:] + torch.arange(1, pads + 1, device=positions.device)
+        last = last.fill_(-1) if self.names_pads else last
         padded, places = F.pad(tokens, (0, pads)), torch.cat([positions, last], dim=1)
         return step(padded, places, tensors_of(cache))[:, : tokens.shape[1]]
 
