@@ -97,7 +97,7 @@ def configs(folder):
     for name in config_names():
         model_name, _ = load_config(name)
         everything, active = num_parameters(name)
-        counted = f"{everything:,}" + (f", {active:,} for a token" if active < everything else "")
+        counted = f"{everything:,}" + (f" ({active:,} for a token)" if active < everything else "")
         rows.append((name, link(model_name, f"models/{model_name}.py", folder), kind_of(model_name), counted))
     return table(("config", "model", "kind", "parameters"), rows)
 
