@@ -4,7 +4,7 @@ A page writes new keys and values with `cache.write(k, v, positions)` and reads 
 What stands behind that is here a pool of blocks for all texts, and for each row of the batch a table that
 says which blocks hold its text (blocks.py):
 
-    pool    (N blocks, block_size, K, d)
+    pool    (N blocks, K, block_size, d)
     table   row 0: 7 2 9      position p of row 0 is in block table[0, p // block_size],
             row 1: 7 4 0                              at place p % block_size
 
@@ -22,11 +22,13 @@ import inspect
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from models.utils.errors import UserError
+from models.utils.kernels.row_attention import attention_fits, row_attention
 from models.utils.machine import available_memory, spoken_bytes
 from runs_ar.generate import keeps_states
 from runs_serve.blocks import NOBODY
@@ -35,32 +37,38 @@ from runs_serve.blocks import NOBODY
 class PagedTensor:
     """One tensor of a layer's cache, (B, K, S, d), whose slots lie in blocks.
 
-    It is no tensor, but torch treats it as one: what an operation is given is gathered before.
+    It is no tensor, but torch takes it for one. Attention of a few queries reads the blocks where they lie;
+    whatever else is done with it gathers them first.
     """
 
     def __init__(self, pool: Tensor, table: Tensor):
-        self.pool, self.table = pool, table  # (N, block_size, K, d), (B, n)
+        self.pool, self.table = pool, table  # (N, K, block_size, d), (B, n)
+        self.dtype, self.device = pool.dtype, pool.device
 
     @property
     def shape(self):
-        block_size, K, d = self.pool.shape[1:]
+        K, block_size, d = self.pool.shape[1:]
         return torch.Size((len(self.table), K, self.table.shape[1] * block_size, d))
 
     def gathered(self):
-        return self.pool[self.table].flatten(1, 2).transpose(1, 2)  # (B, K, S, d)
+        K = self.pool.shape[1]
+        heads = torch.arange(K, device=self.table.device)[:, None]  # (K, 1)
+        places = self.table[:, None] * K + heads  # (B, K, n): of a block's part for a head
+        return self.pool.flatten(0, 1)[places].flatten(2, 3)  # (B, K, S, d)
 
     def write(self, new: Tensor, positions: Tensor):
         """new (B, K, T, d) goes to its slots; a pad's position is -1, and its block nobody's."""
-        block_size = self.pool.shape[1]
+        block_size = self.pool.shape[2]
         blocks = self.table.gather(1, positions.clamp(min=0) // block_size)  # (B, T)
         blocks = blocks.masked_fill(positions < 0, NOBODY)
-        self.pool[blocks, positions % block_size] = new.transpose(1, 2)  # (N, block_size, K, d)
+        # Indexed by (B, T) twice, the left side is (B, T, K, d).
+        self.pool[blocks, :, positions % block_size] = new.transpose(1, 2)  # (N, K, block_size, d)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = pytree.tree_map(
-            lambda x: x.gathered() if isinstance(x, cls) else x, (args, kwargs or {})
-        )
+        if function is F.scaled_dot_product_attention:
+            return attend(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(gather_paged, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def __getattr__(self, name):
@@ -68,6 +76,20 @@ class PagedTensor:
 
     def __getitem__(self, index):
         return self.gathered()[index]
+
+
+def gather_paged(value):
+    return value.gathered() if isinstance(value, PagedTensor) else value
+
+
+def attend(q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """scaled_dot_product_attention; k and v may be paged."""
+    if isinstance(k, PagedTensor) and isinstance(v, PagedTensor) and attention_fits(q, k, mask):
+        return row_attention(q, k.pool, v.pool, mask, scale, k.table)
+    k, v = gather_paged(k), gather_paged(v)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 class PagedLayer:
@@ -96,7 +118,7 @@ class LayerMemory:
         for name in paged:
             _, K, _, d = getattr(layer, name).shape
             # One block more than there are: nobody's.
-            shape = (num_blocks + 1, block_size, K, d)
+            shape = (num_blocks + 1, K, block_size, d)
             self.pools[name] = torch.zeros(shape, dtype=getattr(layer, name).dtype, device=device)
         self.names = layer._fields if paged else ()
         self.fresh = (

@@ -166,21 +166,29 @@ def small_engine(name="llama", **options):
     return Engine(model_named(name), **{"num_blocks": 40, "block_size": 4} | options)
 
 
-def test_what_is_written_in_blocks_is_read_as_from_a_cache():
+@pytest.mark.parametrize("d", [3, 16])
+def test_what_is_written_in_blocks_is_read_as_from_a_cache(d):
     """The numbers themselves, to the bit, whatever order the blocks are in; a pad leaves no trace."""
-    pool, table = torch.zeros(6, 4, 2, 3), torch.tensor([[5, 2], [1, NOBODY]])
-    slots = torch.randn(2, 2, 8, 3)
+    pool, table = torch.zeros(6, 2, 4, d), torch.tensor([[5, 2], [1, NOBODY]])
+    slots = torch.randn(2, 2, 8, d)
     paged = PagedTensor(pool, table)
     for start, end in [(0, 3), (3, 4)]:
         paged.write(slots[:, :, start:end], torch.arange(start, end).expand(2, -1))
     paged.write(slots[:, :, 4:5], torch.tensor([[4], [-1]]))
     assert paged.shape == slots.shape
     assert torch.equal(paged[:, :, :4], slots[:, :, :4]) and torch.equal(paged[:1, :, 4], slots[:1, :, 4])
-    assert torch.equal(pool[[2, 3, 4], 1:], torch.zeros(3, 3, 2, 3))
-    queries, mask = torch.randn(2, 4, 1, 3), torch.ones(2, 1, 1, 8, dtype=torch.bool)
+    assert torch.equal(pool[[2, 3, 4], :, 1:], torch.zeros(3, 2, 3, d))
+
+
+@pytest.mark.parametrize("d", [3, 16])
+def test_attention_over_blocks_is_attention(d):
+    """By torch, which gathers them, and where heads are wide enough by the kernel, which does not."""
+    k, v = (PagedTensor(torch.randn(6, 2, 4, d), torch.tensor([[5, 2], [1, 3]])) for _ in range(2))
+    q, mask = torch.randn(2, 4, 1, d), torch.arange(8) <= torch.tensor([[7], [3]])[:, None, None]
     attend = torch.nn.functional.scaled_dot_product_attention
-    expected = attend(queries, paged.gathered(), paged.gathered(), mask, enable_gqa=True)
-    assert torch.equal(attend(queries, paged, paged, mask, enable_gqa=True), expected)
+    expected = attend(q, k.gathered(), v.gathered(), mask, enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(attend(q, k, v, mask, enable_gqa=True, scale=0.3), expected)
+    torch.testing.assert_close(attend(q, k.gathered(), v, mask, enable_gqa=True, scale=0.3), expected)
 
 
 def test_a_shared_prompt_is_read_once():

@@ -51,13 +51,14 @@ def attention_fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     return few and known and masked and q.device.type == "cpu" and load_row_attention() is None
 
 
-def row_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+def row_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None, table=None):
     """scaled_dot_product_attention with enable_gqa, for what attention_fits() has seen.
 
     q (B, H, T, d), k and v (B, K, S, d), mask (B, 1, T, S), where True is attended to -> (B, H, T, d)
+    table (B, n): k and v are a memory of blocks instead, (N, K, S / n, d), of which row b has table[b].
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return torch.ops.zoo.row_attention(q, k, v, mask, scale)
+    return torch.ops.zoo.row_attention(q, k, v, mask, scale, table)
 
 
 def load_row_attention():
@@ -65,5 +66,5 @@ def load_row_attention():
     return load_library(SOURCE, shape_of)
 
 
-def shape_of(q, k, v, mask, scale):
+def shape_of(q, k, v, mask, scale, table=None):
     return q.new_empty(q.shape)
