@@ -45,12 +45,8 @@ class Engine:
         chunk=256,  # tokens of prompts that a step reads
         max_draft_tokens=4,
     ):
-        self.model, self.tokenizer, self.chunk, self.max_draft_tokens = (
-            model,
-            tokenizer,
-            chunk,
-            max_draft_tokens,
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.chunk, self.max_draft_tokens = chunk, max_draft_tokens
         context = model.config.max_seq_len
         self.max_tokens = min(context, max_tokens or context)
         plan = Plan(model, self.max_tokens, block_size, max_draft_tokens)

@@ -24,8 +24,6 @@ This page knows blocks and no tensors. Proof: tests/test_serve.py.
 from collections import deque
 from dataclasses import dataclass, field
 
-import torch
-
 from runs_serve.request import Request
 from runs_ss.lookup import Index
 
@@ -41,7 +39,7 @@ class Sequence:
     first: "Sequence | None" = None  # the first choice, whose blocks the others begin with
     tokens: list = field(default_factory=list)  # the prompt and what was written
     stream: object = None  # a TextStream, where there is a tokenizer
-    generator: torch.Generator | None = None
+    generator: object = None  # of the numbers that its tokens are drawn by
     index: Index = field(default_factory=Index)  # what followed which tokens: to draft by
     drafts: list = field(default_factory=list)  # what may follow, read in this step to be checked
     num_cached: int = 0  # so many of its tokens the model has read
