@@ -219,6 +219,25 @@ def test_choices_share_the_prompt_up_to_its_last_block_which_each_copies():
     assert engine.statistics()["num_tokens_found"] == 26 and len(copies) >= 2
 
 
+def test_a_prompt_of_whole_blocks_may_come_again():
+    """All of it is known then, but the last token is read again: somebody must say what follows it."""
+    engine, request = small_engine(), Request(TEXTS[0], 5)
+    for _ in range(2):
+        engine.add(request)
+        (completion,) = drain(engine).values()
+        assert_as_alone("llama", request, 0, completion.tokens)
+    assert len(TEXTS[0]) % 4 == 0 and engine.statistics()["num_tokens_found"] == len(TEXTS[0]) - 4
+
+
+def test_a_block_with_a_name_is_not_written_on():
+    blocks = Blocks(num_blocks=2, block_size=2)
+    named, nameless = blocks.take(), blocks.take()
+    blocks.give_name(named, blocks.names_of([1, 2])[0])
+    assert not blocks.is_private(named) and blocks.is_private(nameless)
+    blocks.share(nameless)
+    assert not blocks.is_private(nameless)
+
+
 def test_what_was_not_used_for_the_longest_time_makes_room():
     blocks = Blocks(num_blocks=3, block_size=2)
     names = blocks.names_of([1, 2, 3, 4, 5, 6])
