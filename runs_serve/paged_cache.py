@@ -34,6 +34,22 @@ from runs_ar.generate import keeps_states
 from runs_serve.blocks import NOBODY
 
 
+class Rows:
+    """The blocks of each row of a batch, and where in them its new tokens go."""
+
+    def __init__(self, table: Tensor, block_size: int):
+        self.table, self.block_size = table, block_size  # (B, n)
+        self.positions = self.places = None
+
+    def places_of(self, positions: Tensor):
+        """(blocks, places in them), each (B, T), once for all layers; of a pad (-1) the block is nobody's."""
+        if positions is not self.positions:
+            blocks = self.table.gather(1, positions.clamp(min=0) // self.block_size)  # (B, T)
+            blocks = blocks.masked_fill(positions < 0, NOBODY)
+            self.positions, self.places = positions, (blocks, positions % self.block_size)
+        return self.places
+
+
 class PagedTensor:
     """One tensor of a layer's cache, (B, K, S, d), whose slots lie in blocks.
 
@@ -41,8 +57,8 @@ class PagedTensor:
     whatever else is done with it gathers them first.
     """
 
-    def __init__(self, pool: Tensor, table: Tensor):
-        self.pool, self.table = pool, table  # (N, K, block_size, d), (B, n)
+    def __init__(self, pool: Tensor, rows: Rows):
+        self.pool, self.rows, self.table = pool, rows, rows.table  # (N, K, block_size, d), Rows, (B, n)
         self.dtype, self.device = pool.dtype, pool.device
 
     @property
@@ -57,12 +73,10 @@ class PagedTensor:
         return self.pool.flatten(0, 1)[places].flatten(2, 3)  # (B, K, S, d)
 
     def write(self, new: Tensor, positions: Tensor):
-        """new (B, K, T, d) goes to its slots; a pad's position is -1, and its block nobody's."""
-        block_size = self.pool.shape[2]
-        blocks = self.table.gather(1, positions.clamp(min=0) // block_size)  # (B, T)
-        blocks = blocks.masked_fill(positions < 0, NOBODY)
+        """new (B, K, T, d) goes to the slots of its positions (B, T)."""
+        blocks, places = self.rows.places_of(positions)
         # Indexed by (B, T) twice, the left side is (B, T, K, d).
-        self.pool[blocks, :, positions % block_size] = new.transpose(1, 2)  # (N, K, block_size, d)
+        self.pool[blocks, :, places] = new.transpose(1, 2)  # (N, K, block_size, d)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -131,12 +145,12 @@ class LayerMemory:
         for own, fresh in self.pairs(self.fresh):
             own[place : place + 1] = fresh
 
-    def lend(self, table, places):
+    def lend(self, rows, places):
         """(what the page is given for these rows, what must be put back)."""
         lent = pytree.tree_map(lambda own: own[places], self.places)
         if not self.pools:
             return lent, lent
-        fields = lent | {name: PagedTensor(pool, table) for name, pool in self.pools.items()}
+        fields = lent | {name: PagedTensor(pool, rows) for name, pool in self.pools.items()}
         return PagedLayer({name: fields[name] for name in self.names}), lent
 
     def put_back(self, lent, places):
@@ -151,7 +165,8 @@ class Memory:
     """The memory of all layers, for `num_places` texts at once, of at most plan.num_slots tokens."""
 
     def __init__(self, plan, num_blocks, num_places):
-        self.device, self.is_all_paged = plan.device, plan.bytes_per_place == 0
+        self.device, self.block_size = plan.device, plan.block_size
+        self.is_all_paged = plan.bytes_per_place == 0
         layers = plan.layers if self.is_all_paged else plan.new_cache()
         sizes = (num_blocks, plan.block_size, num_places, self.device)
         self.layers = [LayerMemory(layer, names, *sizes) for layer, names in zip(layers, plan.paged)]
@@ -162,7 +177,8 @@ class Memory:
         width = max(map(len, tables))
         padded = [table + [NOBODY] * (width - len(table)) for table in tables]
         table = torch.tensor(padded, dtype=torch.long, device=self.device)  # (B, n)
-        lent = [layer.lend(table, places) for layer in self.layers]
+        rows = Rows(table, self.block_size)
+        lent = [layer.lend(rows, places) for layer in self.layers]
         yield tuple(cache for cache, _ in lent)
         for layer, (_, own) in zip(self.layers, lent):
             layer.put_back(own, places)

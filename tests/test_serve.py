@@ -19,7 +19,7 @@ from runs_ar.generate import TextStream, generate_text
 from runs_serve import paged_cache
 from runs_serve.blocks import NOBODY, Blocks
 from runs_serve.engine import Engine
-from runs_serve.paged_cache import PagedTensor, Plan
+from runs_serve.paged_cache import PagedTensor, Plan, Rows
 from runs_serve.request import ERROR, LENGTH, STOP, Completion, Request
 from tests import tiny_checkpoints
 from tests.serving import SAMPLINGS, alone, assert_as_alone, check_accounts, model_named
@@ -169,9 +169,9 @@ def small_engine(name="llama", **options):
 @pytest.mark.parametrize("d", [3, 16])
 def test_what_is_written_in_blocks_is_read_as_from_a_cache(d):
     """The numbers themselves, to the bit, whatever order the blocks are in; a pad leaves no trace."""
-    pool, table = torch.zeros(6, 2, 4, d), torch.tensor([[5, 2], [1, NOBODY]])
+    pool, rows = torch.zeros(6, 2, 4, d), Rows(torch.tensor([[5, 2], [1, NOBODY]]), block_size=4)
     slots = torch.randn(2, 2, 8, d)
-    paged = PagedTensor(pool, table)
+    paged = PagedTensor(pool, rows)
     for start, end in [(0, 3), (3, 4)]:
         paged.write(slots[:, :, start:end], torch.arange(start, end).expand(2, -1))
     paged.write(slots[:, :, 4:5], torch.tensor([[4], [-1]]))
@@ -183,7 +183,8 @@ def test_what_is_written_in_blocks_is_read_as_from_a_cache(d):
 @pytest.mark.parametrize("d", [3, 16])
 def test_attention_over_blocks_is_attention(d):
     """By torch, which gathers them, and where heads are wide enough by the kernel, which does not."""
-    k, v = (PagedTensor(torch.randn(6, 2, 4, d), torch.tensor([[5, 2], [1, 3]])) for _ in range(2))
+    rows = Rows(torch.tensor([[5, 2], [1, 3]]), block_size=4)
+    k, v = (PagedTensor(torch.randn(6, 2, 4, d), rows) for _ in range(2))
     q, mask = torch.randn(2, 4, 1, d), torch.arange(8) <= torch.tensor([[7], [3]])[:, None, None]
     attend = torch.nn.functional.scaled_dot_product_attention
     expected = attend(q, k.gathered(), v.gathered(), mask, enable_gqa=True, scale=0.3)
