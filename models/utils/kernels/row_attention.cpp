@@ -68,12 +68,18 @@ INLINE void exponential(Floats& x) {
   x = reinterpret_cast<Floats>(reinterpret_cast<Ints>(series) + (n << 23));  // its exponent grows by n
 }
 
-// Where the slots of one row's head lie: in pieces of `size` slots, one behind the other or where a table says.
+// Where the slots of one row's head lie: in pieces of `size` slots, each at an offset of its own. What comes
+// next cannot be foreseen by the processor, and so is asked for while a piece is read.
 struct Slots {
-  int64_t size, distance, first;  // distance: in numbers, from a piece to the next one of the memory
-  const int64_t* table;           // of this row, or null
+  int64_t size;
+  std::vector<int64_t> offsets;
 
-  int64_t piece(int64_t s) const { return first + (table ? table[s / size] : s / size) * distance; }
+  template <typename T>
+  const T* piece(const T* memory, size_t n, int64_t d) const {
+    if (n + 1 < offsets.size())
+      for (int64_t i = 0; i < size * d; i += 64 / sizeof(T)) __builtin_prefetch(memory + offsets[n + 1] + i);
+    return memory + offsets[n];
+  }
 };
 
 // One head of some queries: out[m] = sum over s of p[m][s] v[s], with p[m] = softmax of q[m] . k[s] over s.
@@ -83,9 +89,9 @@ void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, i
   const int64_t width = (num_slots + LANES - 1) / LANES * LANES;  // of a row of p
   float totals[ROWS];
 
-  for (int64_t start = 0; start < num_slots; start += slots.size) {
-    const T* piece = k + slots.piece(start);
-    const int64_t end = std::min(start + slots.size, num_slots);
+  for (size_t n = 0; n < slots.offsets.size(); n++) {
+    const T* piece = slots.piece(k, n, d);
+    const int64_t start = n * slots.size, end = std::min(start + slots.size, num_slots);
     for (int64_t s = start; s < end; s++, piece += d) {
       Floats sums[ROWS] = {}, keys, query;
       for (int64_t i = 0; i < d; i += LANES) {
@@ -116,9 +122,9 @@ void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, i
 
   for (int64_t i = 0; i < d; i += LANES) {
     Floats sums[ROWS] = {}, values;
-    for (int64_t start = 0; start < num_slots; start += slots.size) {
-      const T* piece = v + slots.piece(start) + i;
-      const int64_t end = std::min(start + slots.size, num_slots);
+    for (size_t n = 0; n < slots.offsets.size(); n++) {
+      const T* piece = (i ? v + slots.offsets[n] : slots.piece(v, n, d)) + i;
+      const int64_t start = n * slots.size, end = std::min(start + slots.size, num_slots);
       for (int64_t s = start; s < end; s++, piece += d) {
         load(values, piece);
         for (int m = 0; m < ROWS; m++) sums[m] += p[m * width + s] * values;
@@ -161,8 +167,9 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
       for (int64_t i = 0; i < num_queries * d; i++) scaled[i] = scale * queries[n * num_queries * d + i];
       // Heads of a group read one k and v. With a table, the row's number is in it, else in the memory.
       const int64_t row = n / H, pair = n % H / group;
-      const Slots slots{size, K * size * d, (table ? pair : row * K + pair) * size * d,
-                        table ? table + row * (S / size) : nullptr};
+      Slots slots{size, {}};
+      for (int64_t s = 0; s < num_slots; s += size)
+        slots.offsets.push_back(((table ? table[row * (S / size) + s / size] : row) * K + pair) * size * d);
       some_queries<T>(num_queries, scaled.data(), keys, values, rows, S, num_slots, slots, d, probs.data(),
                       outputs + n * num_queries * d);
     }
