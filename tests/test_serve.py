@@ -314,6 +314,15 @@ def test_who_stops_listening_frees_the_place():
     assert not engine.has_work and engine.blocks.num_in_use == 0
 
 
+@pytest.mark.parametrize("name", [*DECODERS, "recurrence"])
+def test_who_takes_a_place_finds_it_empty(name):
+    """One text at a time, each in the place and the blocks of the one before it."""
+    engine = small_engine(name, max_running=1, num_blocks=10)
+    requests = [Request(TEXTS[0], 12), Request(TEXTS[1], 9), Request(TEXTS[0][1:4], 12)]
+    for number, (completion,) in enumerate(engine.generate(requests)):
+        assert_as_alone(name, requests[number], 0, completion.tokens)
+
+
 def test_nan_in_one_text_harms_no_other():
     """Its blocks are used again, and what is masked in them is multiplied by 0."""
     model = copy.deepcopy(model_named("llama"))
