@@ -173,6 +173,12 @@ def layer_count(config):
     return max(config[name] for name in config if re.fullmatch(r"num_(\w+_)?layers", name))
 
 
+def expert_count(config):
+    """What {e} runs up to; a section of the config may say it, and none of a model without experts."""
+    groups = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return max(group.get("num_experts") or 0 for group in groups)
+
+
 def plan(layout, config, names):
     """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
     steps = []
@@ -188,7 +194,7 @@ def plan(layout, config, names):
 def marks(template, config):
     """Everything that {n}, {e} and {p} of a template stand for, a dict per tensor."""
     layers = range(layer_count(config)) if "{n}" in template else [0]
-    experts = range(config["num_experts"]) if "{e}" in template else [0]
+    experts = range(expert_count(config)) if "{e}" in template else [0]
     parts = ["weight", "bias"] if "{p}" in template else [""]
     return [{"{n}": str(n), "{e}": str(e), "{p}": part} for n in layers for e in experts for part in parts]
 
