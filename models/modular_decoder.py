@@ -71,6 +71,19 @@ Registry = SimpleNamespace(**{kind: Components(kind) for kind in KINDS})
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's change of the slow RoPE frequencies, for texts longer than those of pre-training."""
+
+    factor: float  # what the slow frequencies are divided by: 8 in Llama 3.1, 32 in the small Llama 3.2
+    low_freq_factor: float  # slow: fewer turns than this in original_max_seq_len positions (1)
+    high_freq_factor: float  # fast, and left alone: more turns than this (4)
+    original_max_seq_len: int  # the context of pre-training (8,192)
+
+    def __post_init__(self):
+        assert self.low_freq_factor < self.high_freq_factor, "low_freq_factor must be below high_freq_factor"
+
+
+@dataclass(frozen=True)
 class Config:
     """The [model] of a .cfg as JSON, which the zoo's configs and converted checkpoints hold.
 
@@ -140,15 +153,17 @@ class TransformerDecoder(nn.Module):
             self.lm_head.weight = self.token_embed.weight
 
     @classmethod
-    def from_config(cls, config: "str | Path | dict", model_section: str = "model", empty_init: bool = False):
+    def from_config(cls, config: "str | Path | dict", model_section="model", empty_init=False):
         """The model of a .cfg, given as a path or as text; empty_init: on the meta device, without memory."""
-        return make_model(read_section(config, model_section), model_section, empty_init)
+        with torch.device("meta") if empty_init else nullcontext():
+            model = build(read_section(config, model_section), model_section)
+        if not empty_init:
+            model.init_weights()
+        return model
 
     form_config = from_config  # as OSC-Transformers, which has such files, spells it
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: "Cache | None" = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.compute_logits(self.hidden(tokens, positions, cache))  # (B, T, V)
 
@@ -161,8 +176,7 @@ class TransformerDecoder(nn.Module):
         positions: Tensor | None = None,  # (B, T) or None
         cache: "Cache | None" = None,
     ) -> Tensor:
-        """What lm_head reads; as in llama.py, positions are slots of the cache, and without them these tokens
-        are a text's first."""
+        """What lm_head reads. As in llama.py, positions are slots of the cache; None: a text's first."""
         B, T = tokens.shape
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")
@@ -225,7 +239,7 @@ class TransformerDecoderBuilder:
     set_sampler = partialmethod(set_part, "sampler")
 
     def build(self, empty_init: bool = False) -> TransformerDecoder:
-        return make_model(self.sections, "model", empty_init)
+        return TransformerDecoder.from_config({"model": self.sections}, empty_init=empty_init)
 
 
 class Layer(nn.Module):
@@ -286,44 +300,34 @@ class PagedAttention(nn.Module):
     ):
         super().__init__()
         H, K, d = num_heads, num_query_groups or num_heads, head_dim or in_dim // num_heads
-        if H % K or d % 2:
+        if H % K or (rope_base and d % 2):
             raise ValueError(f"num_query_groups {K} must divide num_heads {H}, and head_dim {d} be even")
+        check_widths(d, {name: norm for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)) if norm})
         self.in_dim, self.num_heads, self.num_kv_heads, self.head_dim = in_dim, H, K, d
+        self.rope_base, self.rope_scaling = rope_base, read_scaling(rope_scaling)
         self.q_proj = nn.Linear(in_dim, H * d, bias=q_bias)
         self.k_proj = nn.Linear(in_dim, K * d, bias=k_bias)
         self.v_proj = nn.Linear(in_dim, K * d, bias=v_bias)
         self.o_proj = nn.Linear(H * d, in_dim, bias=o_bias)
         self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
-        check_widths(d, {"q_norm": self.q_norm, "k_norm": self.k_norm})
-        check_fields(rope_frequencies, {"head_dim": d, "base": 1.0, **(rope_scaling or {})}, "rope_scaling")
-        self.frequencies = rope_base and partial(rope_frequencies, d, rope_base, **(rope_scaling or {}))
         self.mask = None  # None: all tokens up to a query's own
 
-    def prepare(
-        self,
-        positions: Tensor,  # (B, T)
-        num_slots: int | None,
-    ) -> Context:
+    def prepare(self, positions: Tensor, num_slots: int | None) -> Context:
         """num_slots: of the cache that is attended to; None: these tokens are a text's first."""
         cos = sin = mask = None
-        if self.frequencies:
-            cos, sin = rope(positions, self.frequencies)  # each (B, 1, T, d // 2)
+        if self.rope_base:
+            cos, sin = rope(positions, self)  # each (B, 1, T, d // 2)
         if num_slots is not None or self.mask:
             mask = (self.mask or sparse_mask)(positions, num_slots or positions.shape[1])  # (B, 1, T, S)
         return Context(positions, cos, sin, mask, reads_cache=num_slots is not None)
 
-    def forward(
-        self,
-        x: Tensor,  # (B, T, D)
-        context: Context,
-        cache: "LayerCache | None",
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, cache: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.frequencies:
+        if self.rope_base:
             q, k = turn(q, context.cos, context.sin), turn(k, context.cos, context.sin)
 
         if cache is not None:
@@ -381,35 +385,29 @@ def sparse_mask(positions: Tensor, num_slots: int, window=None, stride=None, num
     return seen & (back >= 0)
 
 
-def rope(positions: Tensor, frequencies) -> tuple[Tensor, Tensor]:
+def rope(positions: Tensor, attn: PagedAttention) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every rotation angle, position times frequency, in fp32.
 
-    Differs from llama: the frequencies are those of a component.
+    Differs from llama: the numbers are those of a component.
     """
-    angles = positions[:, None, :, None].float() * frequencies(device=positions.device)  # (B, 1, T, d // 2)
+    theta = rope_frequencies(attn, positions.device)  # (d // 2,)
+    angles = positions[:, None, :, None].float() * theta  # (B, 1, T, d // 2)
     return angles.cos(), angles.sin()
 
 
-def rope_frequencies(
-    head_dim: int,
-    base: float,
-    factor: float = 1.0,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 4.0,
-    original_max_seq_len: int = 8192,
-    device: "torch.device | None" = None,
-) -> Tensor:
-    """Radians per position: base ** (-2 i / d) for pair i, the slow ones divided by Llama 3.1's `factor`.
+def rope_frequencies(attn: PagedAttention, device: torch.device) -> Tensor:
+    """Radians per position: theta_i = base ** (-2 i / d) for pair i, the slow ones as Llama 3.1 slows them.
 
-    Differs from llama: it is told its numbers one by one, and a factor of 1 scales nothing.
+    Differs from llama: the numbers are those of a component.
     """
-    exponent = torch.arange(0, head_dim, 2, device=device).float() / head_dim  # (d // 2,)
-    theta = 1.0 / base**exponent
-    if factor == 1:
+    exponent = torch.arange(0, attn.head_dim, 2, device=device).float() / attn.head_dim  # (d // 2,)
+    theta, scaling = 1.0 / attn.rope_base**exponent, attn.rope_scaling
+    if scaling is None:
         return theta
-    turns = original_max_seq_len * theta / (2 * math.pi)
-    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return keep * theta + (1 - keep) * theta / factor
+    turns = scaling.original_max_seq_len * theta / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * theta + (1 - keep) * theta / scaling.factor
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -422,14 +420,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class SwiGLU(nn.Module):
     """silu(gate_proj(x)) * up_proj(x), then down_proj, as in llama.py (Shazeer 2020, eq. 6)."""
 
-    def __init__(
-        self,
-        in_dim: int,
-        hidden_dim: int,
-        gate_bias: bool = False,
-        up_bias: bool = False,
-        down_bias: bool = False,
-    ):
+    def __init__(self, in_dim: int, hidden_dim: int, gate_bias=False, up_bias=False, down_bias=False):
         super().__init__()
         self.in_dim = in_dim
         self.gate_proj = nn.Linear(in_dim, hidden_dim, bias=gate_bias)
@@ -445,7 +436,7 @@ class SwiGLU(nn.Module):
 class GELU(nn.Module):
     """Two maps and the exact GELU between them, as in gpt_neox.py (Hendrycks and Gimpel 2016)."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, up_bias: bool = False, down_bias: bool = False):
+    def __init__(self, in_dim: int, hidden_dim: int, up_bias=False, down_bias=False):
         super().__init__()
         self.in_dim = in_dim
         self.up_proj = nn.Linear(in_dim, hidden_dim, bias=up_bias)
@@ -534,10 +525,10 @@ def LMHead(in_dim: int, out_dim: int, bias: bool = False) -> nn.Linear:
 
 @Registry.sampler.register("SimpleSampler")
 class SimpleSampler:
-    """A token from each row of logits: the most probable, or with a temperature a draw from the softmax.
+    """The most probable token of each row or, with a temperature, a draw from the softmax.
 
-    Why noise is a draw: where each logit gets a -log(Exponential) of its own added, the probability that it
-    becomes the largest is that of the softmax (Gumbel). models/utils/sampling.py has what run.py offers.
+    Why noise draws: with -log(Exponential) added to each logit, the largest is one drawn from the softmax
+    (Gumbel). What run.py offers is in models/utils/sampling.py.
     """
 
     def __init__(self, top_k: int | None = None):
@@ -605,20 +596,12 @@ def kind_at(place: str) -> str:
     return "normalization" if name.endswith("norm") else "feedforward" if name == "expert" else name
 
 
-def make_model(section: dict, where: str, empty_init: bool) -> nn.Module:
-    with torch.device("meta") if empty_init else nullcontext():
-        model = build(section, where)
-    if not empty_init:
-        model.init_weights()
-    return model
-
-
 def build(section: dict, where: str):
     """What a section names, made of its other fields; sections among them are built first."""
     component, fields = read_fields(section, where)
     try:
         made = component(**fields)
-    except ValueError as error:
+    except (ValueError, AssertionError) as error:
         raise ValueError(f"[{where}] {error}") from None
     if "in_dim" in fields:
         made.in_dim = fields["in_dim"]  # for check_widths; a component of your own need not keep it
@@ -656,7 +639,9 @@ def check_fields(component, fields: dict, where: str):
     for name, value in fields.items():
         if name not in known:
             raise ValueError(f"[{where}] unknown field {name!r}; {component.__name__} has {', '.join(known)}")
-        kinds = set(get_args(known[name].annotation) or [known[name].annotation])
+        wanted = known[name].annotation
+        wanted = type(known[name].default) if wanted is inspect.Parameter.empty else wanted
+        kinds = set(get_args(wanted) or [wanted])
         fits = type(value) in kinds or (type(value) is int and float in kinds)
         if type(value) in PLAIN and kinds <= PLAIN | {nn.Module} and not fits:
             said = " or ".join(sorted(kind.__name__ for kind in kinds))
@@ -666,6 +651,13 @@ def check_fields(component, fields: dict, where: str):
     for name, parameter in known.items():
         if parameter.default is parameter.empty and name not in fields:
             raise ValueError(f"[{where}] {name} is missing; {component.__name__} needs it")
+
+
+def read_scaling(fields: dict | None) -> RopeScaling | None:
+    if fields is None:
+        return None
+    check_fields(RopeScaling, fields, "rope_scaling")
+    return RopeScaling(**fields)
 
 
 def check_widths(width: int, parts: dict[str, nn.Module]):

@@ -5,6 +5,7 @@ A decoder of other components has no model_type there, and is not written in tha
 """
 
 import inspect
+from types import SimpleNamespace
 
 from conversion.config_fields import DECODER, HFType, read_config, spellings, words
 from conversion.tables import llama, qwen3
@@ -17,10 +18,9 @@ from models.utils.errors import UserError
 
 def frequencies(config):
     """(d // 2,) of RoPE, scaled as the page scales them."""
-    attention = complete(config["attention"], config["d_model"])
-    return page.rope_frequencies(
-        attention["head_dim"], attention["rope_base"], **(attention["rope_scaling"] or {})
-    )
+    section = complete(config["attention"], config["d_model"])
+    attn = SimpleNamespace(**section | {"rope_scaling": page.read_scaling(section["rope_scaling"])})
+    return page.rope_frequencies(attn, "cpu")
 
 
 LAYOUT = Layout(
