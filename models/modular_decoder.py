@@ -163,7 +163,12 @@ class TransformerDecoder(nn.Module):
 
     form_config = from_config  # as OSC-Transformers, which has such files, spells it
 
-    def forward(self, tokens: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T)
+        positions: Tensor | None = None,  # (B, T) or None
+        cache: "Cache | None" = None,
+    ) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.compute_logits(self.hidden(tokens, positions, cache))  # (B, T, V)
 
@@ -318,7 +323,7 @@ class PagedAttention(nn.Module):
         if self.rope_base:
             cos, sin = rope(positions, self)  # each (B, 1, T, d // 2)
         if num_slots is not None or self.mask:
-            mask = (self.mask or sparse_mask)(positions, num_slots or positions.shape[1])  # (B, 1, T, S)
+            mask = (self.mask or causal_mask)(positions, num_slots or positions.shape[1])  # (B, 1, T, S)
         return Context(positions, cos, sin, mask, reads_cache=num_slots is not None)
 
     def forward(self, x: Tensor, context: Context, cache: "LayerCache | None") -> Tensor:
@@ -328,7 +333,7 @@ class PagedAttention(nn.Module):
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, d)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope_base:
-            q, k = turn(q, context.cos, context.sin), turn(k, context.cos, context.sin)
+            q, k = rotated(q, context.cos, context.sin), rotated(k, context.cos, context.sin)
 
         if cache is not None:
             cache.write(k, v, context.positions)
@@ -352,7 +357,7 @@ def SparseAttention(
     multiple of `stride` back, and the first `num_global` of the text. A row for each query, # = attend:
 
     >>> def drawn(**options):
-    ...     mask = sparse_mask(torch.arange(7)[None], 7, **options)[0, 0]
+    ...     mask = causal_mask(torch.arange(7)[None], 7, **options)[0, 0]
     ...     return ["".join(" #"[sees] for sees in row) + "|" for row in mask.int()]
     >>> patterns = {"window": 2}, {"window": 1, "stride": 3}, {"window": 1, "num_global": 2}
     >>> for rows in zip(*(drawn(**options) for options in patterns)):
@@ -369,12 +374,15 @@ def SparseAttention(
     hides, which shows what such a model knows; speed takes kernels that leave out what is hidden.
     """
     check_widths(in_dim, {"attention": attention})
-    attention.mask = partial(sparse_mask, window=window, stride=stride, num_global=num_global)
+    attention.mask = partial(causal_mask, window=window, stride=stride, num_global=num_global)
     return attention
 
 
-def sparse_mask(positions: Tensor, num_slots: int, window=None, stride=None, num_global=None) -> Tensor:
-    """Without options causal_mask of llama.py: a token attends to all slots up to its own."""
+def causal_mask(positions: Tensor, num_slots: int, window=None, stride=None, num_global=None) -> Tensor:
+    """A token attends to the slots up to its own, or to some of them.
+
+    Differs from qwen3: it has the patterns of SparseAttention.
+    """
     slots = torch.arange(num_slots, device=positions.device)  # (S,)
     back = positions[:, None, :, None] - slots  # (B, 1, T, S)
     seen = back < (window or num_slots)
@@ -410,7 +418,7 @@ def rope_frequencies(attn: PagedAttention, device: torch.device) -> Tensor:
     return keep * theta + (1 - keep) * theta / scaling.factor
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (x1_i, x2_i) of a head turned in its plane; rotate of llama.py says why."""
     x1, x2 = x.chunk(2, dim=-1)  # each (..., d // 2)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)

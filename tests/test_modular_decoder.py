@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from contextlib import contextmanager
 
 import confection
@@ -357,6 +358,21 @@ def test_a_component_of_ten_lines_is_named_in_a_file():
     assert_close(own(tokens), built_in(tokens))
 
 
+def test_the_component_in_the_readme(tmp_path, monkeypatch):
+    readme = (CONFIGS_FOLDER.parent / "models" / "README.md").read_text()
+    code = re.search(r"^```python\n(import torch\nfrom models.modular_decoder.*?)^```$", readme, re.M | re.S)[
+        1
+    ]
+    (tmp_path / "mine.cfg").write_text(CFG.replace("RMSNorm", "DyT").replace("eps", "alpha"))
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "readme"}
+    with registry_of_this_test():
+        exec(compile(code, "models/README.md", "exec"), names)
+    model = names["model"]
+    assert type(model.layers[1].ffn_norm) is names["DyT"] and model.final_norm.alpha == 0.001
+    assert model(random_tokens(model, 2, 5)).shape == (2, 5, 61)
+
+
 # What is wrong with a file ----------------------------------------------------------------------------------
 
 
@@ -645,7 +661,7 @@ class TestSparse:
 def test_sparse_masks_by_the_definition(window, stride, num_global):
     """Child et al. 2019, section 4.2 (strided), and Beltagy et al. 2020, section 3.1, token by token."""
     places = torch.tensor([[0, 1, 7, 8], [11, 2, 3, 19]])
-    mask = page.sparse_mask(places, 20, window, stride, num_global)
+    mask = page.causal_mask(places, 20, window, stride, num_global)
     assert mask.shape == (2, 1, 4, 20)
     for row, query in [(row, query) for row in range(2) for query in range(4)]:
         place = places[row, query].item()
@@ -657,7 +673,7 @@ def test_sparse_masks_by_the_definition(window, stride, num_global):
 
 def test_without_options_the_mask_is_llamas():
     places = torch.tensor([[0, 5], [3, 9]])
-    assert torch.equal(page.sparse_mask(places, 12), llama_page.causal_mask(places, 12))
+    assert torch.equal(page.causal_mask(places, 12), llama_page.causal_mask(places, 12))
 
 
 def test_a_strided_model_attends_by_its_mask():
@@ -669,9 +685,9 @@ def test_a_strided_model_attends_by_its_mask():
     x, positions = torch.randn(2, T, 24), torch.arange(T).expand(2, T)
     context = attn.prepare(positions, None)
     q, k, v = (proj(x).view(2, T, -1, 10).transpose(1, 2) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-    q, k = (page.turn(part, context.cos, context.sin) for part in (attn.q_norm(q), attn.k_norm(k)))
+    q, k = (page.rotated(part, context.cos, context.sin) for part in (attn.q_norm(q), attn.k_norm(k)))
     k, v = (part.repeat_interleave(2, dim=1) for part in (k, v))
-    scores = (q @ k.mT / 10**0.5).masked_fill(~page.sparse_mask(positions, T, 2, 3, 1), -torch.inf)
+    scores = (q @ k.mT / 10**0.5).masked_fill(~page.causal_mask(positions, T, 2, 3, 1), -torch.inf)
     expected = attn.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attn(x, context, None), expected, rtol=1e-5, atol=1e-5)
 

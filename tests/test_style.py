@@ -17,7 +17,7 @@ FILES = sorted(path.name for path in MODELS.glob("*.py") if path.name != "__init
 
 MAX_COLUMNS, MAX_DOCSTRING, MAX_FUNCTION, MAX_NESTING = 110, 30, 30, 2
 # Options make the first longer than the others' 350, the second has components instead of one of each.
-MAX_LINES = {"transformer.py": 450, "modular_decoder.py": 670}
+MAX_LINES = {"transformer.py": 450, "modular_decoder.py": 680}
 # It reads files, in the words of those files, and has a sampler among its components.
 HAS_A_REGISTRY = {"modular_decoder.py"}
 
