@@ -214,9 +214,9 @@ class TransformerDecoder(nn.Module):
 
 
 class Model(TransformerDecoder):
-    """The same decoder, as the rest of the zoo asks for one.
+    """The same decoder, made of a Config, as the rest of the zoo asks for it.
 
-    Differs from qwen3: it is made of sections.
+    Differs from qwen3: its Config becomes sections, and these become parts.
     """
 
     def __init__(self, config: Config):
@@ -315,7 +315,7 @@ class PagedAttention(nn.Module):
         self.v_proj = nn.Linear(in_dim, K * d, bias=v_bias)
         self.o_proj = nn.Linear(H * d, in_dim, bias=o_bias)
         self.q_norm, self.k_norm = q_norm or nn.Identity(), k_norm or nn.Identity()
-        self.mask = None  # None: all tokens up to a query's own
+        self.mask = None  # all tokens up to a query's own, unless SparseAttention says otherwise
 
     def prepare(self, positions: Tensor, num_slots: int | None) -> Context:
         """num_slots: of the cache that is attended to; None: these tokens are a text's first."""
@@ -544,7 +544,7 @@ class SimpleSampler:
 
     def __call__(self, logits: Tensor, temperature: float = 0.0) -> Tensor:
         if self.top_k:
-            least = logits.topk(self.top_k).values[..., -1:]  # (B, 1)
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]  # (B, 1)
             logits = logits.masked_fill(logits < least, -math.inf)
         if temperature:
             logits = logits.float() / temperature - torch.empty_like(logits).exponential_().log()
