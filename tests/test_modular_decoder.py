@@ -766,4 +766,6 @@ def run_shapes(model, recorder, B, T, S, t, **letters):
 
 
 SIZES = {"B": 7, "T": 11, "S": 17, "H": 78, "K": 13, "d": 20, "f": 56, "E": 5, "A": 3, "t": 77}
-SHAPES = Case(shape_configs, run_shapes, SIZES, same={("B", "T")})
+# forward meets positions with T = 1 alone, where B is t.
+TRUE_TOO = {("(B, T) or None", "(t, T) or None")}
+SHAPES = Case(shape_configs, run_shapes, SIZES, same={("B", "T")}, true_too=TRUE_TOO)
