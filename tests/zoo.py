@@ -104,6 +104,9 @@ SMALL = {
     "num_labels": 5,
     "original_max_seq_len": 16,
 }
+# The same in the words of .cfg files, for the sections of a config; in_dim is that of a norm of q or k.
+WORDS = {"num_query_groups": "num_kv_heads", "hidden_dim": "d_ff", "in_dim": "head_dim"}
+SMALL |= {theirs: SMALL[ours] for theirs, ours in WORDS.items()}
 LARGEST = 8
 
 
@@ -128,13 +131,22 @@ def small_configs(model_name, **sizes):
     configs = []
     for name in configs_of(model_name):
         fields = small_fields(config_to_dict(*load_config(name)))
-        fields |= {field: size for field, size in sizes.items() if field in fields}
+        fields = resized(fields, sizes)
         if "vocab_size" in sizes:
             fields |= {field: sizes["vocab_size"] - 1 for field in fields if field.endswith("_id")}
         config = config_from_dict(fields, f"the small {name}")[1]
         if config not in configs:
             configs.append(config)
     return configs
+
+
+def resized(fields, sizes):
+    """The fields with other sizes, where a config has them; the same size in a section of it, too."""
+    new = {}
+    for name, value in fields.items():
+        size = sizes.get(name, sizes.get(WORDS.get(name), value))
+        new[name] = resized(value, sizes) if isinstance(value, dict) else size
+    return new
 
 
 def small_config(model_name, **sizes):
