@@ -16,8 +16,8 @@ MODELS = ROOT / "models"
 FILES = sorted(path.name for path in MODELS.glob("*.py") if path.name != "__init__.py")
 
 MAX_COLUMNS, MAX_DOCSTRING, MAX_FUNCTION, MAX_NESTING = 110, 30, 30, 2
-# Options make the first longer than the others' 350; the second has components instead of one of each; the third
-# a second form of attention, two kinds of experts, and a layer ahead.
+# Options make the first longer than the others' 350; the second has components instead of one of each, the
+# third a second form of attention, two kinds of experts, and a layer ahead.
 MAX_LINES = {"transformer.py": 450, "modular_decoder.py": 680, "deepseek_v3.py": 480}
 # It reads files, in the words of those files, and has a sampler among its components.
 HAS_A_REGISTRY = {"modular_decoder.py"}
