@@ -1,0 +1,255 @@
+"use strict";
+// The live picture: /live sends what the engine has done since the last time and how its memory looks now.
+//
+//   {"steps": [[[sequence, "prefill" or "decode", tokens], ...], ...],      a list for each step since
+//    "rows": [{"id", "state", "prompt", "tokens", "stored", "blocks"}],     waiting or running, in order
+//    "kept": [block, ...],                      free blocks that a prompt may still find again
+//    "totals": {"generated", "reused", "preempted"}}
+
+const HUES = [
+  ["#4c86c0", "#76a9da"], ["#d9822b", "#e8a45c"], ["#4f9a63", "#7fbd90"], ["#b0609b", "#d28fc1"], ["#7a70c4", "#a49ce0"],
+  ["#35908c", "#66b5b1"], ["#c4545c", "#e58a90"], ["#97762b", "#cbaa5c"], ["#6f8a26", "#a7c25a"], ["#7d6a5d", "#b5a194"],
+];
+const NUM_STEPS = 110;
+const MOST_BLOCKS = 4096; // more squares than that nobody tells apart
+const LINGER = 1500; // milliseconds for which a finished sequence stays to be seen
+
+const numbers = {}; // of colours: sequence -> index in HUES
+const elements = new Map(); // sequence -> its line
+const history = []; // [milliseconds, tokens generated] of the last two seconds
+let squares = []; // the pool
+let live = null; // the last event
+let isPaused = false;
+
+const colour = (id) => `light-dark(${HUES[(numbers[id] ?? 0) % HUES.length].join(", ")})`;
+
+// A new sequence takes the first colour that nobody has, so that two of a picture are told apart.
+function giveColours(rows) {
+  const present = new Set([...rows.map((row) => String(row.id)), ...[...elements.keys()].map(String)]);
+  for (const id of Object.keys(numbers)) if (!present.has(id)) delete numbers[id];
+  for (const { id } of rows) {
+    if (id in numbers) continue;
+    const taken = new Set(Object.values(numbers));
+    let n = 0;
+    while (taken.has(n) && n < HUES.length) n++;
+    numbers[id] = n < HUES.length ? n : id % HUES.length;
+  }
+}
+
+function show(event) {
+  live = event;
+  giveColours(event.rows);
+  const fed = new Map();
+  for (const step of event.steps) for (const [id, , count] of step) fed.set(id, (fed.get(id) ?? 0) + count);
+  for (const step of event.steps) showStep(step);
+  showRows(event.rows, fed);
+  showPool(event, fed);
+  showNumbers(event);
+}
+
+// Steps --------------------------------------------------------------------------------------------------------
+
+function showStep(work) {
+  const column = make("div", "step");
+  const total = work.reduce((sum, [, , count]) => sum + count, 0);
+  column.total = total;
+  for (const [id, kind, count] of work) {
+    const part = make("i", kind);
+    part.style.setProperty("--hue", colour(id));
+    part.style.flexGrow = count;
+    column.append(part);
+  }
+  column.title = spokenStep(work);
+  $("#steps").append(column);
+  while ($("#steps").children.length > NUM_STEPS) $("#steps").firstChild.remove();
+  $("#step-says").textContent = column.title;
+  // Heights by the square root: one token beside a chunk of a hundred is still to be seen.
+  const columns = [...$("#steps").children];
+  const most = Math.max(12, ...columns.map((each) => each.total));
+  for (const each of columns) each.style.height = `${100 * Math.sqrt(each.total / most)}%`;
+}
+
+function spokenStep(work) {
+  const prompts = work.filter(([, kind]) => kind === "prefill").map(([id, , count]) => `${count} of the prompt of #${id}`);
+  const decoded = work.length - prompts.length;
+  return [...prompts, ...(decoded ? [`one new token for each of ${decoded}`] : [])].join(", ");
+}
+
+// Sequences ----------------------------------------------------------------------------------------------------
+
+function showRows(rows, fed) {
+  const owners = ownersOf(rows);
+  for (const row of rows) {
+    if (!elements.has(row.id)) elements.set(row.id, newLine(row));
+    const line = elements.get(row.id);
+    $("#rows").append(line); // in the engine's order
+    $(".state", line).textContent = fed.has(row.id) && row.stored < row.prompt ? "prefill" : row.state;
+    $(".count", line).textContent = `${row.prompt} + ${Math.max(0, row.tokens - row.prompt)}`;
+    const table = $(".table", line);
+    while (table.children.length > row.blocks.length) table.lastChild.remove();
+    row.blocks.forEach((block, place) => {
+      if (!table.children[place]) table.append(newBlock());
+      paint(table.children[place], block, [[row, place]], owners[block].length > 1, fed);
+    });
+  }
+  const present = new Set(rows.map((row) => row.id));
+  for (const [id, line] of elements) if (!present.has(id) && !line.classList.contains("gone")) leave(id, line);
+}
+
+function newLine({ id, prompt }) {
+  const line = make("div", "sequence");
+  line.dataset.id = id;
+  line.style.setProperty("--hue", colour(id));
+  line.append(make("span", "name", `#${id}`), make("span", "state"), make("span", "table"), make("span", "count"));
+  $(".count", line).title = "tokens of the prompt + new tokens";
+  return line;
+}
+
+function leave(id, line) {
+  line.classList.add("gone");
+  $(".state", line).textContent = "finished";
+  setTimeout(() => { line.remove(); elements.delete(id); }, LINGER);
+}
+
+// Blocks -------------------------------------------------------------------------------------------------------
+
+function newBlock() {
+  const square = make("span", "block");
+  square.append(make("span", "fill"));
+  return square;
+}
+
+// [[row, which of its blocks], ...] for each block that is in use.
+function ownersOf(rows) {
+  const owners = {};
+  for (const row of rows) row.blocks.forEach((block, place) => (owners[block] ??= []).push([row, place]));
+  return owners;
+}
+
+// How much of a block is filled, and whether the last steps wrote there.
+function paint(square, block, owners, isShared, fed, isKept = false) {
+  const size = info.block_size;
+  const share = Math.max(0, ...owners.map(([row, place]) => Math.min(1, (row.stored - place * size) / size)));
+  const isFed = owners.some(([row, place]) => {
+    const first = row.stored - (fed.get(row.id) ?? 0);
+    return fed.has(row.id) && place >= Math.floor(first / size) && place <= Math.floor((row.stored - 1) / size);
+  });
+  square.className = ["block", isShared && "shared", isFed && "fed", isKept && "kept"].filter(Boolean).join(" ");
+  square.dataset.block = block;
+  square.firstChild.style.width = `${100 * share}%`;
+  if (owners.length) square.style.setProperty("--hue", colour(owners[0][0].id));
+  const who = owners.map(([row]) => `#${row.id}`).join(", ");
+  square.title = `block ${block}: ${who || (isKept ? "free, but remembered" : "free")}`;
+}
+
+function showPool({ rows, kept }, fed) {
+  const count = Math.min(info.num_blocks, MOST_BLOCKS);
+  if (squares.length !== count) {
+    squares = Array.from({ length: count }, newBlock);
+    $("#pool").replaceChildren(...squares);
+    $("#pool").style.setProperty("--side", count > 1600 ? "8px" : count > 400 ? "12px" : "18px");
+  }
+  const owners = ownersOf(rows), remembered = new Set(kept);
+  squares.forEach((square, block) => {
+    const mine = owners[block] ?? [];
+    paint(square, block, mine, mine.length > 1, fed, !mine.length && remembered.has(block));
+  });
+}
+
+// Pointing at a sequence lights its blocks, pointing at a block its sequences.
+function light({ target }) {
+  for (const each of all(".lit", $("#engine"))) each.classList.remove("lit");
+  const line = target.closest?.(".sequence"), square = target.closest?.(".block");
+  if (!live || !(line || square)) return;
+  const block = square && Number(square.dataset.block);
+  for (const row of live.rows) {
+    if (line ? row.id === Number(line.dataset.id) : row.blocks.includes(block)) {
+      elements.get(row.id)?.classList.add("lit");
+      for (const each of row.blocks) if (!square || each === block) squares[each]?.classList.add("lit");
+    }
+  }
+}
+$("#engine").addEventListener("pointerover", light);
+
+// Numbers ------------------------------------------------------------------------------------------------------
+
+function showNumbers({ rows, totals }) {
+  const now = performance.now();
+  history.push([now, totals.generated]);
+  while (history.length > 2 && now - history[0][0] > 2000) history.shift();
+  const [before, generated] = history[0];
+  const speed = now > before ? (1000 * (totals.generated - generated)) / (now - before) : 0;
+  const used = new Set(rows.flatMap((row) => row.blocks)).size;
+  const waiting = rows.filter((row) => row.state === "waiting").length;
+  const shown = {
+    "tokens a second": speed.toFixed(speed < 10 ? 1 : 0),
+    running: rows.length - waiting,
+    waiting,
+    [`of ${info.num_blocks} blocks in use`]: used,
+    "prompt tokens found again": totals.reused,
+  };
+  if (!$("#numbers").children.length)
+    for (const name of Object.keys(shown)) {
+      const box = make("div", "number");
+      box.append(make("b"), make("span", "", name));
+      $("#numbers").append(box);
+    }
+  Object.values(shown).forEach((value, n) => { $("#numbers").children[n].firstChild.textContent = value; });
+}
+
+// Experiments --------------------------------------------------------------------------------------------------
+
+const CODE = `import os\n\n\nclass Stack:\n    """A list that grows and shrinks at one end."""\n\n    def __init__(self):\n        self.items = []\n\n` +
+  `    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n            raise IndexError("empty")\n        return self.items.pop()\n\n`;
+const STARTS = ["def read(path):", "class Queue:\n    def", "import sys\n\nfor line in", "try:\n    value =", "def test_", "async def main():", "with open(", "if __name__"];
+
+async function drain(body) {
+  let first;
+  const started = new Promise((resolve) => { first = resolve; });
+  const done = (async () => {
+    try {
+      const asked = { model: info.model, stream: true, temperature: 0.8, ...body };
+      for await (const event of events(await ask("v1/completions", asked))) first(event);
+    } catch (error) {
+      remark(error.message, true);
+    }
+    first();
+  })();
+  await started;
+  return done;
+}
+
+const EXPERIMENTS = {
+  many: () => STARTS.forEach((prompt, n) => drain({ prompt: CODE.slice(0, n * 45) + prompt, max_tokens: most(40 + 24 * ((3 * n) % 8)) })),
+  async same() {
+    await Promise.race([drain({ prompt: CODE + STARTS[0], max_tokens: most(160) }), new Promise((resolve) => setTimeout(resolve, 700))]);
+    for (const start of STARTS.slice(1, 4)) drain({ prompt: CODE + start, max_tokens: most(120) });
+  },
+  long() {
+    for (const prompt of STARTS.slice(0, 3)) drain({ prompt, max_tokens: most(180) });
+    const long = CODE.repeat(40).slice(0, Math.min(6000, Math.floor(info.context * 1.5)));
+    setTimeout(() => drain({ prompt: long, max_tokens: most(40) }), 500);
+  },
+  samples: () => drain({ prompt: CODE + "def ", n: 4, max_tokens: most(120), temperature: 1 }),
+};
+const most = (count) => Math.min(count, info.max_tokens);
+
+for (const button of all("[data-try]")) button.addEventListener("click", () => EXPERIMENTS[button.dataset.try]());
+$("#pause").addEventListener("click", () => {
+  isPaused = !isPaused;
+  $("#pause").setAttribute("aria-pressed", isPaused);
+  $("#pause").textContent = isPaused ? "frozen" : "freeze";
+});
+
+// The feed -----------------------------------------------------------------------------------------------------
+
+(async () => {
+  await ready;
+  if (info.kind !== "decoder") return;
+  for (;;) {
+    try {
+      for await (const event of events(await ask("live"))) if (!isPaused) show(event);
+    } catch { /* the server went away, or wants its key: try again */ }
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
+})();
