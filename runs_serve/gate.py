@@ -7,7 +7,7 @@
     body             of at most max_body bytes; what comes beyond is read and forgotten, so that the client
                      gets to the answer, which says so
 
-An ASGI application is one function (scope, receive, send); this one calls another with a `receive` of its own.
+An ASGI application is a function (scope, receive, send); this one calls another, with a `receive` of its own.
 https://asgi.readthedocs.io/en/latest/specs/www.html
 Proof: tests/test_app.py.
 """
@@ -26,7 +26,7 @@ MOST_FORGOTTEN = 2**28  # bytes of a body that is too large; of more the end is 
 
 class Gate:
     def __init__(self, app, endpoints, count, api_key=None, hosts=None, max_body=2**20):
-        """hosts: names that this server answers to; None: any. count(endpoint, status) hears of each answer."""
+        """hosts: names that it answers to; None: any. count(endpoint, status) hears of each answer."""
         self.app, self.endpoints, self.count = app, endpoints, count
         self.api_key, self.hosts, self.max_body = api_key, hosts, max_body
 

@@ -1,8 +1,8 @@
 """What the server counts, in Prometheus' text format, which is lines of `name{labels} value`.
 
-    # HELP zoo_tokens_total Tokens read as prompts, and written.
+    # HELP zoo_tokens_total Tokens that the model has read, and made.
     # TYPE zoo_tokens_total counter
-    zoo_tokens_total{kind="prompt"} 1250
+    zoo_tokens_total{kind="read"} 1250
 
 A counter only grows; whoever watches takes differences and so knows rates. A gauge is what there is now. A
 histogram counts in bins that contain each other: le="0.1" holds all that took at most 0.1 seconds.
@@ -50,18 +50,16 @@ class Metrics:
     """Written by the event loop alone, so that no lock is needed."""
 
     def __init__(self):
-        self.requests = Counter()  # (endpoint, HTTP status); 499: the client went away before its answer
-        self.tokens = Counter({"prompt": 0, "generated": 0})
-        self.first_token, self.per_token = Histogram(SECONDS), Histogram(SECONDS)
+        self.requests = Counter()  # (endpoint, HTTP status)
         self.batch = Histogram(ROWS)
-        self.num_steps = 0
+        self.first_token, self.per_token = Histogram(SECONDS), Histogram(SECONDS)
 
-    def text(self, engine=None):
-        """The page that /metrics shows; engine: the one that writes, where the model is a decoder."""
+    def text(self, statistics=None):
+        """What /metrics shows; statistics: of the engine, where the model is a decoder."""
         requests = [({"endpoint": e, "status": s}, n) for (e, s), n in sorted(self.requests.items())]
         families = [("zoo_requests_total", "counter", "Answers, by endpoint and HTTP status.", requests)]
-        if engine is not None:
-            families += self.of_engine(engine)
+        if statistics:
+            families += self.of_engine(statistics)
         lines = []
         for name, kind, about, samples in families:
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
@@ -71,22 +69,25 @@ class Metrics:
                 lines += [f"{name}{labelled(labels)} {value}" for labels, value in samples]
         return "\n".join(lines) + "\n"
 
-    def of_engine(self, engine):
-        scheduler, blocks = engine.scheduler, engine.blocks
-        tokens = [({"kind": kind}, count) for kind, count in self.tokens.items()]
-        here = [({"state": "running"}, len(scheduler.running)), ({"state": "waiting"}, len(scheduler.waiting))]
-        held = {"in_use": blocks.num_in_use, "kept": len(blocks.unused), "free": len(blocks.free)}
-        yield "zoo_tokens_total", "counter", "Tokens read as prompts, and written.", tokens
-        yield "zoo_steps_total", "counter", "Steps of the engine.", [({}, self.num_steps)]
+    def of_engine(self, numbers):
+        """The same of the engine that writes, from its statistics()."""
+        states = {
+            "in_use": numbers["num_blocks_in_use"],
+            "kept": numbers["num_blocks_known"],
+            "free": numbers["num_blocks"] - numbers["num_blocks_in_use"] - numbers["num_blocks_known"],
+        }
+        blocks = [({"state": state}, count) for state, count in states.items()]
+        here = [({"state": state}, numbers[f"num_{state}"]) for state in ("running", "waiting")]
+        tokens = [({"kind": kind}, numbers[f"num_tokens_{kind}"]) for kind in ("read", "made")]
+        prefix = [({"kind": kind}, numbers[f"num_tokens_{kind}"]) for kind in ("sought", "found")]
+        steps, preempted = [({}, numbers["num_steps"])], [({}, numbers["num_preempted"])]
+        yield "zoo_tokens_total", "counter", "Tokens that the model has read, and made.", tokens
+        yield "zoo_prefix_tokens_total", "counter", "Tokens of prompts sought and found in blocks.", prefix
+        yield "zoo_steps_total", "counter", "Steps of the engine.", steps
+        yield "zoo_preemptions_total", "counter", "Texts that had to wait again as blocks ran out.", preempted
         yield "zoo_sequences", "gauge", "Texts that are being written, and that wait for a place.", here
+        yield "zoo_blocks", "gauge", "Blocks: in use, kept for a prompt that begins alike, free.", blocks
         yield "zoo_batch_rows", "histogram", "Texts that a step worked on.", self.batch
-        yield "zoo_blocks", "gauge", "Blocks of keys and values.", [({"state": s}, n) for s, n in held.items()]
-        found = [({}, scheduler.num_tokens_found)]
-        yield "zoo_prefix_hit_tokens_total", "counter", "Prompt tokens found in blocks, not computed.", found
-        sought = [({}, scheduler.num_tokens_sought)]
-        yield "zoo_prefix_sought_tokens_total", "counter", "Prompt tokens looked up in blocks.", sought
-        sent_away = [({}, scheduler.num_preempted)]
-        yield "zoo_preemptions_total", "counter", "Texts that had to wait again as blocks ran out.", sent_away
         yield "zoo_time_to_first_token_seconds", "histogram", "From request to first token.", self.first_token
         yield "zoo_time_per_token_seconds", "histogram", "From a text's token to its next.", self.per_token
 

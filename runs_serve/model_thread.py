@@ -78,7 +78,7 @@ class ModelThread:
 
     # In the event loop --------------------------------------------------------------------------------------
 
-    def start(self):
+    async def start(self):
         self.loop = asyncio.get_running_loop()
         self.thread.start()
 
@@ -107,6 +107,12 @@ class ModelThread:
         self.inbox.put(("look", None))
         return watcher
 
+    def stop_watching(self):
+        for watcher in self.watchers:
+            while watcher.full():
+                watcher.get_nowait()
+            watcher.put_nowait(None)
+
     def deliver(self, events, num_rows):
         """What a step made, to whoever waits for it."""
         now, streams = time.monotonic(), {}
@@ -114,11 +120,9 @@ class ModelThread:
             streams.setdefault(stream, []).append(event)
             first = stream.last == stream.submitted
             (self.metrics.first_token if first else self.metrics.per_token).add(now - stream.last)
-            self.metrics.tokens["generated"] += event.token is not None
         for stream, those in streams.items():
             stream.last = now
             stream.put(those)
-        self.metrics.num_steps += 1
         self.metrics.batch.add(num_rows)
 
     def show(self, picture):

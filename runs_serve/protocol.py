@@ -32,10 +32,10 @@ MAX_LOGPROBS = 20  # alternatives shown at each token
 MAX_INPUTS = 256  # texts of one request for embeddings
 DEFAULT_MAX_TOKENS = 16  # of a completion, as the protocol has it; a chat's answer ends where it ends
 
-IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_options "
-    "prompt_cache_retention parallel_tool_calls verbosity reasoning_effort moderation".split()
-)
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "moderation", "parallel_tool_calls"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "reasoning_effort", "verbosity"),
+}
 # What may be said of a field that is not done here: null, or one of these.
 NOT_HERE = {
     "frequency_penalty": (0,),
@@ -143,9 +143,13 @@ class CompletionRequest(Writing):
     @model_validator(mode="after")
     def what_goes_together(self):
         if len(self.prompt) * self.n > MAX_CHOICES:
-            raise ValueError(f"{len(self.prompt)} prompts times n = {self.n} is more than {MAX_CHOICES} texts")
+            raise ValueError(
+                f"{len(self.prompt)} prompts times n = {self.n} is more than {MAX_CHOICES} texts"
+            )
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo and logprobs: the prompt's own probabilities are not kept; give one of them")
+            raise ValueError(
+                "echo and logprobs: the prompt's own probabilities are not kept; give one of them"
+            )
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""From what a client asks of a decoder to requests of the engine, and from its events to what the client reads.
+"""From what a client asks to requests of the engine, and from the engine's events to what the client reads.
 
     messages --template--> token ids --> requests --> engine --> events --> chunks of a stream, or one answer
 
@@ -8,10 +8,8 @@ Proof: tests/test_app.py.
 import dataclasses
 import random
 
-from models.utils.errors import UserError
-from models.utils.sampling import Sampling
 from runs_ar.chat import end_of_turn_ids
-from runs_ar.generate import check_prompts, check_vocabulary, generation_defaults
+from runs_ar.generate import check_prompts, generation_defaults
 from runs_serve.protocol import Answer, ChatRequest, Refused, usage
 from runs_serve.request import ERROR, STOP, Request
 
@@ -23,8 +21,10 @@ BROKEN = "the model failed at this text; others go on"
 class Writer:
     """What a checkpoint brings along to write: its tokenizer, its defaults, how its turns end."""
 
-    def __init__(self, checkpoint, max_tokens):
+    def __init__(self, checkpoint, max_tokens, max_slots):
+        """max_tokens: new ones in a text; max_slots: what the engine's memory holds of one."""
         self.config, self.tokenizer, self.max_tokens = checkpoint.config, checkpoint.tokenizer, max_tokens
+        self.context = min(self.config.max_seq_len, max_slots)
         self.sampling, self.eos_ids = generation_defaults(checkpoint.folder, self.tokenizer)
         self.chats = self.tokenizer.chat_template is not None
         self.turn_ids = self.eos_ids | (end_of_turn_ids(self.tokenizer) if self.chats else frozenset())
@@ -56,15 +56,14 @@ class Writer:
         ]
 
     def num_new_tokens(self, prompt, asked):
-        context = self.config.max_seq_len
-        if len(prompt) >= context:
-            message = f"the prompt has {len(prompt)} tokens, the model's context only {context}; shorten it"
+        if len(prompt) >= self.context:
+            message = f"the prompt has {len(prompt)} tokens, the context only {self.context}; shorten it"
             raise Refused(message, code="context_length_exceeded")
         check_prompts(self.config, [prompt])
         if (asked.most_tokens or 0) > self.max_tokens:
             message = f"max_tokens is {asked.most_tokens}; this server writes at most {self.max_tokens}"
             raise Refused(message, param="max_tokens")
-        return min(asked.most_tokens or self.max_tokens, context - len(prompt))
+        return min(asked.most_tokens or self.max_tokens, self.context - len(prompt))
 
     def sampling_of(self, asked):
         """The checkpoint's own values where the request says nothing, as in run.py."""

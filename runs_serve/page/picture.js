@@ -4,7 +4,7 @@
 //   {"steps": [[[sequence, "prefill" or "decode", tokens], ...], ...],      a list for each step since
 //    "rows": [{"id", "state", "prompt", "tokens", "stored", "blocks"}],     waiting or running, in order
 //    "kept": [block, ...],                      free blocks that a prompt may still find again
-//    "totals": {"generated", "reused", "preempted"}}
+//    "totals": {"num_tokens_made", ...}}        the engine's statistics
 
 const HUES = [
   ["#4c86c0", "#76a9da"], ["#d9822b", "#e8a45c"], ["#4f9a63", "#7fbd90"], ["#b0609b", "#d28fc1"], ["#7a70c4", "#a49ce0"],
@@ -21,18 +21,17 @@ let squares = []; // the pool
 let live = null; // the last event
 let isPaused = false;
 
-const colour = (id) => `light-dark(${HUES[(numbers[id] ?? 0) % HUES.length].join(", ")})`;
+const colour = (id) => `light-dark(${HUES[numbers[id] ?? 0].join(", ")})`;
 
 // A new sequence takes the first colour that nobody has, so that two of a picture are told apart.
 function giveColours(rows) {
-  const present = new Set([...rows.map((row) => String(row.id)), ...[...elements.keys()].map(String)]);
+  const present = new Set([...rows.map((row) => row.id), ...elements.keys()]);
   for (const id of Object.keys(numbers)) if (!present.has(id)) delete numbers[id];
   for (const { id } of rows) {
     if (id in numbers) continue;
-    const taken = new Set(Object.values(numbers));
-    let n = 0;
-    while (taken.has(n) && n < HUES.length) n++;
-    numbers[id] = n < HUES.length ? n : id % HUES.length;
+    const taken = Object.values(numbers);
+    const free = HUES.findIndex((_, n) => !taken.includes(n));
+    numbers[id] = free >= 0 ? free : taken.length % HUES.length;
   }
 }
 
@@ -138,21 +137,24 @@ function paint(square, block, owners, isShared, fed, isKept = false) {
   square.dataset.block = block;
   square.firstChild.style.width = `${100 * share}%`;
   if (owners.length) square.style.setProperty("--hue", colour(owners[0][0].id));
+  if (owners.length > 1) square.style.setProperty("--other", colour(owners.at(-1)[0].id));
+  else square.style.removeProperty("--other");
   const who = owners.map(([row]) => `#${row.id}`).join(", ");
-  square.title = `block ${block}: ${who || (isKept ? "free, but remembered" : "free")}`;
+  square.title = `block ${block}: ${who || (isKept ? "free, but kept" : "free")}`;
 }
 
 function showPool({ rows, kept }, fed) {
   const count = Math.min(info.num_blocks, MOST_BLOCKS);
   if (squares.length !== count) {
-    squares = Array.from({ length: count }, newBlock);
+    squares = Array.from({ length: count }, newBlock); // of block 1, 2, ...
     $("#pool").replaceChildren(...squares);
     $("#pool").style.setProperty("--side", count > 1600 ? "8px" : count > 400 ? "12px" : "18px");
   }
-  const owners = ownersOf(rows), remembered = new Set(kept);
-  squares.forEach((square, block) => {
+  const owners = ownersOf(rows), known = new Set(kept);
+  squares.forEach((square, n) => {
+    const block = n + 1;
     const mine = owners[block] ?? [];
-    paint(square, block, mine, mine.length > 1, fed, !mine.length && remembered.has(block));
+    paint(square, block, mine, mine.length > 1, fed, !mine.length && known.has(block));
   });
 }
 
@@ -163,9 +165,9 @@ function light({ target }) {
   if (!live || !(line || square)) return;
   const block = square && Number(square.dataset.block);
   for (const row of live.rows) {
-    if (line ? row.id === Number(line.dataset.id) : row.blocks.includes(block)) {
+    if (line ? row.id === line.dataset.id : row.blocks.includes(block)) {
       elements.get(row.id)?.classList.add("lit");
-      for (const each of row.blocks) if (!square || each === block) squares[each]?.classList.add("lit");
+      for (const each of row.blocks) if (!square || each === block) squares[each - 1]?.classList.add("lit");
     }
   }
 }
@@ -175,10 +177,10 @@ $("#engine").addEventListener("pointerover", light);
 
 function showNumbers({ rows, totals }) {
   const now = performance.now();
-  history.push([now, totals.generated]);
+  history.push([now, totals.num_tokens_made]);
   while (history.length > 2 && now - history[0][0] > 2000) history.shift();
   const [before, generated] = history[0];
-  const speed = now > before ? (1000 * (totals.generated - generated)) / (now - before) : 0;
+  const speed = now > before ? (1000 * (totals.num_tokens_made - generated)) / (now - before) : 0;
   const used = new Set(rows.flatMap((row) => row.blocks)).size;
   const waiting = rows.filter((row) => row.state === "waiting").length;
   const shown = {
@@ -186,7 +188,7 @@ function showNumbers({ rows, totals }) {
     running: rows.length - waiting,
     waiting,
     [`of ${info.num_blocks} blocks in use`]: used,
-    "prompt tokens found again": totals.reused,
+    "prompt tokens reused": totals.num_tokens_found,
   };
   if (!$("#numbers").children.length)
     for (const name of Object.keys(shown)) {

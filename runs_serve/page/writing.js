@@ -232,6 +232,7 @@ for (const input of all("input[type=range]")) {
   show();
 }
 for (const radio of all("input[name=mode]")) radio.addEventListener("change", changeMode);
+$("#tools").addEventListener("submit", (event) => event.preventDefault());
 $("#theme").addEventListener("click", () => {
   const isDark = getComputedStyle(document.body).colorScheme === "dark" ||
     (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
@@ -247,6 +248,7 @@ const ready = (async () => {
   $("#key").hidden = !info.needs_key;
   const modes = info.kind === "encoder" ? ["embed"] : info.chats ? ["continue", "chat"] : ["continue"];
   for (const label of all(".modes label")) label.hidden = !modes.includes(label.dataset.for);
+  $(".modes").hidden = modes.length === 1;
   $(`input[value=${modes[0]}]`).checked = true;
   for (const each of all("[data-fact]")) each.textContent = info[each.dataset.fact] ?? "";
   if (info.max_tokens) $("input[name=max_tokens]").max = Math.min(info.max_tokens, 512);
