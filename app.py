@@ -11,6 +11,7 @@ the server once all answers are complete, a second one at once. runs_serve/READM
 """
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -74,10 +75,14 @@ def ended_by_ctrl_c(Server):
             if not self.should_exit:
                 report("\nending once all answers are complete; Ctrl-C again ends at once")
             super().handle_exit(number, frame)
+            if self.force_exit:  # what is broken off now is nobody's mistake
+                logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
 
         async def shutdown(self, sockets=None):
             self.service.stop_watching()
             await super().shutdown(sockets)
+            if self.force_exit:
+                await self.service.stop()
 
     return Ending
 

@@ -85,7 +85,7 @@ class ModelThread:
     async def stop(self):
         """Ends after the step that is being made."""
         self.inbox.put(("stop", None))
-        await asyncio.to_thread(self.thread.join)
+        await asyncio.to_thread(self.thread.join, timeout=5)
 
     async def submit(self, requests):
         """A Stream of the answers, once the engine has taken the requests; its UserError if it does not."""

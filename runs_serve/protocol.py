@@ -212,17 +212,23 @@ def is_ids(value):
 
 
 def spoken(message):
-    """A message with its content as one text; the protocol also has it as a list of parts."""
-    content = message.get("content")
+    """A message as {role, content, perhaps name}, its content one text; the protocol also has it in parts.
+
+    An answer that comes back has fields of its own, such as tool_calls; nothing may be in them.
+    """
+    message = {name: value for name, value in message.items() if value not in (None, [])}
     if not isinstance(message.get("role"), str):
         raise ValueError('a message is an object like {"role": "user", "content": "Hi"}')
+    if strange := sorted(set(message) - {"role", "content", "name"}):
+        raise ValueError(f"{strange[0]} of a message: this server does not do that; leave it out")
+    content = message.get("content", "")
     if isinstance(content, list):
-        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise ValueError("this model reads text; a content is a text, or parts of type text")
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str | None):
-        raise ValueError("a content is a text, or parts of type text")
-    return {**message, "content": content}
+    if not isinstance(content, str) or not isinstance(message.get("name", ""), str):
+        raise ValueError("a content is a text, or parts of type text; a name is a text")
+    return message | {"content": content}
 
 
 # What is answered -------------------------------------------------------------------------------------------
