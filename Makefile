@@ -1,11 +1,12 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
 # make check  ruff, then the tests                       make clean  forget the virtual environment
+# make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
 # make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run test check mutants clean
+.PHONY: run test check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
@@ -17,6 +18,9 @@ check: $(VENV)/installed-test
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest -n auto --dist loadfile
+
+soak: $(VENV)/installed-test
+	SOAK=10000 $(PYTHON) -m pytest -n auto tests/test_serve.py -k whatever_the_others_do
 
 mutants: $(VENV)/installed-test
 	$(PYTHON) tests/mutants.py $(FILES)

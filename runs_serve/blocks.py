@@ -1,4 +1,4 @@
-"""Who has which block: memory cut into blocks of a few tokens, so that nobody has to know how long a text will be.
+"""Who has which block: memory in blocks of a few tokens, so that nobody must know how long a text will be.
 
     tokens   a b c d e f g h i j        blocks of 4 tokens
     blocks   [7: a b c d] [2: e f g h] [9: i j . .]         the table of this text: 7, 2, 9
@@ -17,7 +17,7 @@ No tensor is in here: block 3 is the number 3. Block 0 is nobody's: what must be
 never read goes there.
 Paper: Kwon et al. 2023, Efficient Memory Management for Large Language Model Serving with PagedAttention
 (arXiv:2309.06180).
-Proof: tests/test_serve_blocks.py.
+Proof: tests/test_serve.py.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ class Blocks:
             self.name_of[block], self.block_of[name] = name, block
 
     def forget(self, blocks):
-        """Those of them that nobody uses now, without their names: what they hold is not to be found again."""
+        """Those of them that nobody uses now; what they hold is not to be found again."""
         unused = [block for block in blocks if self.num_users[block] == 0]
         for block in unused:
             if block in self.unused:
@@ -101,12 +101,12 @@ class Blocks:
                 self.free.append(block)
         return unused
 
-    def names_of(self, tokens):
-        """The names of all full blocks of a text, in their order."""
-        names, name = [], b""
-        for end in range(self.block_size, len(tokens) + 1, self.block_size):
-            name = hashlib.sha256(name + repr(tokens[end - self.block_size : end]).encode()).digest()
-            names.append(name)
+    def names_of(self, tokens, known=()):
+        """The names of all full blocks of a text, in their order; known: those of the first ones."""
+        names, size = list(known), self.block_size
+        for start in range(len(names) * size, len(tokens) - size + 1, size):
+            before, own = names[-1] if names else b"", repr(tokens[start : start + size]).encode()
+            names.append(hashlib.sha256(before + own).digest())
         return names
 
     def find(self, names):

@@ -25,51 +25,61 @@ from models.utils.errors import UserError
 from models.utils.sampling import pick, seeded_generators
 from runs_ar.generate import TextStream, check_prompts
 from runs_serve.blocks import NOBODY, Blocks
-from runs_serve.paged_cache import Memory
-from runs_serve.request import ERROR, LENGTH, STOP, Completion, Event
+from runs_serve.paged_cache import Memory, Plan
+from runs_serve.request import ERROR, LENGTH, STOP, Completion, Event, check_request
 from runs_serve.scheduler import Scheduler, Sequence
 
 
 class Engine:
+    """num_blocks: of memory; None: as many as a share of the free memory has room for."""
+
     def __init__(
         self,
         model,
-        tokenizer=None,  # without one, events have no text, and no request stop strings
-        num_blocks=256,
+        tokenizer=None,  # without one, events have no text, and requests no stop strings
+        num_blocks=None,
+        memory_share=0.5,
         block_size=16,  # tokens
         max_running=32,  # texts at once
+        max_tokens=None,  # of a text with its prompt; None: the model's context
         chunk=256,  # tokens of prompts that a step reads
+        max_draft_tokens=4,
     ):
-        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        self.model, self.tokenizer, self.chunk, self.max_draft_tokens = (
+            model,
+            tokenizer,
+            chunk,
+            max_draft_tokens,
+        )
         context = model.config.max_seq_len
-        self.max_slots = min(context, num_blocks * block_size)
-        self.memory = Memory(model, num_blocks, block_size, max_running, self.max_slots)
+        self.max_tokens = min(context, max_tokens or context)
+        plan = Plan(model, self.max_tokens, block_size, max_draft_tokens)
+        num_blocks = num_blocks or plan.num_blocks(memory_share, max_running)
+        self.memory = Memory(plan, num_blocks, max_running)
         self.blocks = Blocks(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, self.memory, max_running, shares=self.memory.is_all_paged)
-        self.num_requests = self.num_steps = self.num_tokens_read = self.num_tokens_made = 0
-        self.last_batch_size = 0
+        self.num_requests = self.num_steps = self.num_tokens_made = 0
+        self.num_drafts = self.num_drafts_accepted = self.last_batch_size = 0
 
     # Requests -----------------------------------------------------------------------------------------------
 
     def add(self, request):
         """Its number; UserError for one that can never be answered. Its tokens come with the next steps."""
+        check_request(request, self.tokenizer)
         check_prompts(self.model.config, [request.prompt])
-        end = min(len(request.prompt) + request.max_new_tokens, self.model.config.max_seq_len)
+        end = min(len(request.prompt) + request.max_new_tokens, self.max_tokens)
         # The last token of a text is never read.
-        if end - 1 > self.max_slots:
+        if len(request.prompt) >= end or self.blocks.num_for(end - 1) > self.blocks.num_blocks:
+            most = min(self.max_tokens, self.blocks.num_blocks * self.blocks.block_size + 1)
             raise UserError(
-                f"{len(request.prompt)} tokens and {request.max_new_tokens} new ones do not fit into "
-                f"{self.blocks.num_blocks} blocks of {self.blocks.block_size}; ask for less, or give more blocks"
+                f"a prompt of {len(request.prompt)} tokens and up to {request.max_new_tokens} new ones are "
+                f"more than the {most} tokens that a text may have here; shorten it, or ask for fewer"
             )
-        if request.stop_strings and self.tokenizer is None:
-            raise UserError("stop strings need a tokenizer, and this engine has none")
         number, first = self.num_requests, None
         self.num_requests += 1
-        generators = seeded_generators(request.seed, request.num_choices)
-        for choice, generator in enumerate(generators):
-            sequence = Sequence(
-                number, choice, request, end, first, list(request.prompt), generator=generator
-            )
+        for choice, generator in enumerate(seeded_generators(request.seed, request.num_choices)):
+            sequence = Sequence(number, choice, request, end, first, list(request.prompt))
+            sequence.generator = generator
             if self.tokenizer:
                 sequence.stream = TextStream(self.tokenizer, request.prompt, request.stop_strings)
             self.scheduler.add(sequence)
@@ -118,44 +128,73 @@ class Engine:
     @torch.inference_mode()
     def step(self):
         """A token for each text that runs, then a chunk of the prompts; the events of both."""
-        events = []
+        events, groups = [], defaultdict(list)
         rows = self.scheduler.to_decode()
-        self.last_batch_size = len(rows)
-        if rows:
-            events += self.read(rows, [1] * len(rows))
+        for sequence in rows:
+            drafts = self.drafts(sequence)
+            groups[len(drafts)].append((sequence, 1, drafts))
+        for group in groups.values():
+            events += self.read(*zip(*group))
         budget = self.chunk
         while budget > 0 and (sequence := self.scheduler.to_read()) is not None:
             count = min(budget, sequence.num_unread)
-            events += self.read([sequence], [count])
+            events += self.read([sequence], [count], [[]])
             budget -= count
-        self.num_steps += 1
+        self.num_steps, self.last_batch_size = self.num_steps + 1, len(rows)
         return events
 
-    def read(self, rows, counts):
-        """One pass of the model: each sequence's next tokens; a new token for those that have read all."""
-        hidden = self.hidden(rows, counts)
-        last = torch.stack([hidden[row, count - 1] for row, count in enumerate(counts)])
-        is_finite = last.isfinite().all(dim=1).tolist()
-        events, done = [], []
-        for row, (sequence, count) in enumerate(zip(rows, counts)):
-            if not is_finite[row]:
-                events.append(self.end_with_error(sequence))
-                continue
-            self.scheduler.note_read(sequence, count)
-            self.num_tokens_read += count
-            if sequence.num_unread == 0:
-                done.append(row)
-        if done:
-            logits = self.model.lm_head(last[done])
-            tokens = self.pick([rows[row] for row in done], logits)
-            for row, token, logit in zip(done, tokens, logits):
-                events.append(self.advance(rows[row], token, logit))
+    def read(self, rows, counts, drafts):
+        """One pass of the model: each sequence's next tokens and its drafts, as many for all rows.
+
+        Where a sequence has read all its tokens, a new one is picked; if that is what was drafted, the draft
+        is read already, and one more is picked.
+        """
+        hidden = self.hidden(rows, counts, drafts)  # (B, T, D)
+        is_finite = hidden[:, -1].isfinite().all(dim=-1).tolist()
+        events = [self.end_with_error(sequence) for sequence, fine in zip(rows, is_finite) if not fine]
+        first = counts[0] - 1  # the place of the last token before the drafts
+        going_on = [row for row, fine in enumerate(is_finite) if fine]
+        for row in going_on:
+            self.scheduler.note_read(rows[row], counts[row])
+        going_on = [row for row in going_on if rows[row].num_unread == 0]
+        logits = self.model.lm_head(hidden[:, first:]) if going_on else None  # (B, 1 + drafts, V)
+        for place in range(1 + len(drafts[0])):
+            if not going_on:
+                break
+            members = [rows[row] for row in going_on]
+            tokens = self.pick(members, logits[going_on, place])
+            events += [
+                self.advance(sequence, token, logits[row, place])
+                for row, sequence, token in zip(going_on, members, tokens)
+            ]
+            going_on = [row for row in going_on if self.accepts(rows[row], drafts[row][place : place + 1])]
         return events
 
-    def hidden(self, rows, counts):
-        """(B, T, D), of each sequence's next `count` tokens."""
-        unread = [sequence.tokens[sequence.num_cached :][:count] for sequence, count in zip(rows, counts)]
-        tokens = torch.tensor(unread, device=self.memory.device)  # (B, T)
+    def drafts(self, sequence):
+        """What may follow, by prompt lookup, if there is room: no text is sent away for a draft."""
+        num = min(sequence.request.num_draft_tokens, self.max_draft_tokens)
+        num = min(num, sequence.end - len(sequence.tokens) - 1)
+        drafts = sequence.index.continuation(sequence.tokens, num) if num > 0 else []
+        if not self.scheduler.take_blocks(sequence, len(sequence.tokens) + len(drafts)):
+            return []
+        self.num_drafts += len(drafts)
+        return drafts
+
+    def accepts(self, sequence, draft):
+        """Whether the token just picked is the draft that was read in its place."""
+        if sequence.place is None or sequence.tokens[-1:] != draft:
+            return False
+        self.num_drafts_accepted += 1
+        self.scheduler.note_read(sequence, 1)
+        return True
+
+    def hidden(self, rows, counts, drafts):
+        """(B, T, D), of each sequence's next `count` tokens and its drafts."""
+        tokens = [
+            sequence.tokens[sequence.num_cached :][:count] + drafted
+            for sequence, count, drafted in zip(rows, counts, drafts)
+        ]
+        tokens = torch.tensor(tokens, device=self.memory.device)  # (B, T)
         starts = torch.tensor([[sequence.num_cached] for sequence in rows], device=tokens.device)
         positions = starts + torch.arange(tokens.shape[1], device=tokens.device)
         is_beginning = len(rows) == 1 and rows[0].num_cached == 0
@@ -202,22 +241,23 @@ class Engine:
     # What is going on ---------------------------------------------------------------------------------------
 
     def statistics(self):
-        """Numbers for /metrics; those that begin with num_ but blocks and queue only ever grow."""
-        scheduler = self.scheduler
+        """Numbers for /metrics: how things stand, then what has been counted since the start."""
+        scheduler, blocks = self.scheduler, self.blocks
         return {
-            "num_waiting": len(scheduler.waiting),
-            "num_running": len(scheduler.running),
-            "batch_size": self.last_batch_size,
-            "num_blocks": self.blocks.num_blocks,
-            "num_blocks_in_use": self.blocks.num_in_use,
-            "num_blocks_known": len(self.blocks.unused),
-            "num_requests": self.num_requests,
-            "num_steps": self.num_steps,
-            "num_tokens_read": self.num_tokens_read,
-            "num_tokens_made": self.num_tokens_made,
-            "num_tokens_sought": scheduler.num_tokens_sought,
-            "num_tokens_found": scheduler.num_tokens_found,
-            "num_preempted": scheduler.num_preempted,
+            "waiting": len(scheduler.waiting),
+            "running": len(scheduler.running),
+            "batch_size": self.last_batch_size,  # of the last step: texts that it decoded
+            "blocks": blocks.num_blocks,
+            "blocks_in_use": blocks.num_in_use,
+            "blocks_known": len(blocks.unused),  # in no use, and found by who has the same prompt
+            "requests_total": self.num_requests,
+            "steps_total": self.num_steps,
+            "tokens_read_total": scheduler.num_read,  # computed; of prompts, and texts as they grow
+            "tokens_found_total": scheduler.num_found,  # not computed: their blocks were known
+            "tokens_made_total": self.num_tokens_made,
+            "preempted_total": scheduler.num_preempted,
+            "drafts_total": self.num_drafts,
+            "drafts_accepted_total": self.num_drafts_accepted,
         }
 
     def picture(self):
@@ -237,7 +277,7 @@ class Engine:
 
 
 def logprobs_of(logits, token, num):
-    """(logprob of the token, the `num` most probable ones as (token, logprob)); None for what nobody asked."""
+    """(logprob of the token, the `num` most probable ones as (token, logprob)); None if nobody asked."""
     if num is None:
         return None, None
     logprobs = logits.float().log_softmax(dim=-1)

@@ -8,10 +8,10 @@ says which blocks hold its text (blocks.py):
     table   row 0: 7 2 9      position p of row 0 is in block table[0, p // block_size],
             row 1: 7 4 0                              at place p % block_size
 
-Not every cache is a slot per position. A window of the last tokens, or a state, has one size however long the
-text grows. `Memory` asks the model itself: it compares the shapes of a cache for n tokens with one for n + 1.
-What grows by a slot is paged; everything else has a place of the sequence's own, which is lent to the page for
-a call and put back.
+Not every cache has a slot for each position. A window of the last tokens, or a state, has one size however
+long the text grows. `Plan` asks the model, by the shapes of a cache for n tokens and of one for n + 1. What
+grows by a slot is paged; everything else has a place for each sequence, lent to the page for a call and put
+back.
 
 Shapes: B rows, T new tokens of a row, K heads of keys and values, S slots (of the longest row), d features,
     N blocks, n blocks of a row.
@@ -26,6 +26,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from models.utils.errors import UserError
+from models.utils.machine import available_memory, spoken_bytes
 from runs_ar.generate import keeps_states
 from runs_serve.blocks import NOBODY
 
@@ -124,23 +126,13 @@ class LayerMemory:
 
 
 class Memory:
-    """The memory of all layers.
+    """The memory of all layers, for `num_places` texts at once, of at most plan.num_slots tokens."""
 
-    num_places: sequences at once; num_slots: tokens of the longest; num_undo: how far back one may go.
-    """
-
-    def __init__(self, model, num_blocks, block_size, num_places, num_slots, num_undo=0):
-        options = {"num_undo": num_undo} if keeps_states(model) else {}
-        with FakeTensorMode(allow_non_fake_inputs=True):  # shapes, and no memory
-            layers, longer = (model.new_cache(1, slots, **options) for slots in (num_slots, num_slots + 1))
-        paged = [paged_fields(*pair, num_slots) for pair in zip(layers, longer)]
-        self.is_all_paged = all(tuple(names) == layer._fields for names, layer in zip(paged, layers) if names)
-        self.is_all_paged = self.is_all_paged and all(paged)
-        if not self.is_all_paged:
-            layers = model.new_cache(1, num_slots, **options)
-        self.device = model.lm_head.weight.device
-        sizes = (num_blocks, block_size, num_places, self.device)
-        self.layers = [LayerMemory(layer, names, *sizes) for layer, names in zip(layers, paged)]
+    def __init__(self, plan, num_blocks, num_places):
+        self.device, self.is_all_paged = plan.device, plan.bytes_per_place == 0
+        layers = plan.layers if self.is_all_paged else plan.new_cache()
+        sizes = (num_blocks, plan.block_size, num_places, self.device)
+        self.layers = [LayerMemory(layer, names, *sizes) for layer, names in zip(layers, plan.paged)]
 
     @contextmanager
     def lend(self, tables, places):
@@ -170,15 +162,49 @@ class Memory:
         return [pool for layer in self.layers for pool in layer.pools.values()]
 
 
+class Plan:
+    """What a model's cache is like, before any memory is taken.
+
+    num_slots: tokens of the longest text; num_undo: how many tokens back a text may go (by rejected drafts).
+    """
+
+    def __init__(self, model, num_slots, block_size, num_undo=0):
+        options = {"num_undo": num_undo} if keeps_states(model) else {}
+        self.num_slots, self.block_size = num_slots, block_size
+        self.device = model.lm_head.weight.device
+        self.new_cache = lambda: model.new_cache(1, num_slots, **options)
+        with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without memory
+            self.layers, longer = self.new_cache(), model.new_cache(1, num_slots + 1, **options)
+        self.paged = [paged_fields(*pair, num_slots) for pair in zip(self.layers, longer)]
+        paged = [getattr(layer, name) for layer, names in zip(self.layers, self.paged) for name in names]
+        self.bytes_per_token = sum(one.nbytes for one in paged) // num_slots
+        all_bytes = sum(one.nbytes for one in pytree.tree_leaves(self.layers))
+        self.bytes_per_place = all_bytes - self.bytes_per_token * num_slots
+
+    def num_blocks(self, share, num_places):
+        """How many blocks a share of the free memory has room for; never more than can be used."""
+        free = available_memory(self.device)
+        room = int(share * free) - self.bytes_per_place * num_places
+        most = num_places * -(-self.num_slots // self.block_size)
+        fit = room // (self.bytes_per_token * self.block_size) if self.bytes_per_token else most
+        if room < 0 or fit < 1:
+            raise UserError(
+                f"{share:.0%} of the {spoken_bytes(free)} that {self.device} has free is too little for "
+                f"{num_places} texts at once; allow fewer at once, or shorter ones, or a larger share"
+            )
+        return min(most, fit)
+
+
 def paged_fields(layer, longer, num_slots):
     """The names of a layer's fields that are slots, (1, K, S, d), if they are what its `write` takes."""
     if not hasattr(layer, "write"):
         return []
-    shapes = {name: (field.shape, getattr(longer, name).shape) for name, field in layer._asdict().items()}
-    names = [name for name, (short, long) in shapes.items() if short != long]
-    takes = len(inspect.signature(layer.write).parameters) - 1  # and the positions
-    is_slot = all(
+    fields = {name: field for name, field in layer._asdict().items() if isinstance(field, Tensor)}
+    grows = [name for name, field in fields.items() if field.shape != getattr(longer, name).shape]
+    shapes = [(fields[name].shape, getattr(longer, name).shape) for name in grows]
+    are_slots = all(
         len(short) == 4 and short[2] == num_slots and long == (*short[:2], num_slots + 1, short[3])
-        for short, long in (shapes[name] for name in names)
+        for short, long in shapes
     )
-    return names if is_slot and len(names) == takes else []
+    num_written = len(inspect.signature(layer.write).parameters) - 1  # the last are the positions
+    return grows if are_slots and len(grows) == num_written else []

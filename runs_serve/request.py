@@ -10,6 +10,7 @@ Proof: tests/test_serve.py.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from models.utils.errors import UserError
 from models.utils.sampling import GREEDY, Sampling
 
 STOP, LENGTH, ERROR = "stop", "length", "error"  # why a text ended
@@ -24,9 +25,7 @@ class Request:
     eos_ids: frozenset = frozenset()
     stop_strings: tuple = ()
     num_choices: int = 1  # how many texts continue this prompt
-    num_logprobs: int | None = (
-        None  # None: no logprobs; 0: of the token itself; n: of the n most probable too
-    )
+    num_logprobs: int | None = None  # 0: of the token itself; n: of the n most probable too
     num_draft_tokens: int = 0  # drafts by prompt lookup (runs_ss/lookup.py), at most so many a step; 0: none
 
 
@@ -61,3 +60,16 @@ class Completion:
         if event.logprob is not None:
             self.logprobs.append(event.logprob)
             self.top_logprobs.append(event.top_logprobs)
+
+
+def check_request(request, tokenizer):
+    """UserError for what no engine can do; the prompt's length is the engine's business."""
+    for name, smallest in (("max_new_tokens", 1), ("num_choices", 1), ("num_draft_tokens", 0)):
+        if getattr(request, name) < smallest:
+            raise UserError(f"{name} is {getattr(request, name)}; give {smallest} or more")
+    if request.num_logprobs is not None and request.num_logprobs < 0:
+        raise UserError(f"num_logprobs is {request.num_logprobs}; give 0 or more")
+    if min(request.prompt, default=0) < 0:
+        raise UserError(f"token {min(request.prompt)} is negative; ids of tokens begin at 0")
+    if request.stop_strings and tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this engine has none")

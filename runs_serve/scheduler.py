@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runs_serve.request import Request
+from runs_ss.lookup import Index
 
 
 @dataclass(eq=False)
@@ -41,11 +42,11 @@ class Sequence:
     tokens: list = field(default_factory=list)  # the prompt and what was written
     stream: object = None  # a TextStream, where there is a tokenizer
     generator: torch.Generator | None = None
+    index: Index = field(default_factory=Index)  # what followed which tokens: to draft by
     num_cached: int = 0  # so many of its tokens the model has read
     table: list = field(default_factory=list)  # its blocks
     names: list = field(default_factory=list)  # of its full blocks
     place: int | None = None  # in the memory that has no blocks
-    finished: bool = False
 
     @property
     def num_unread(self):
@@ -60,7 +61,7 @@ class Scheduler:
         self.blocks, self.memory, self.shares = blocks, memory, shares
         self.waiting, self.running = deque(), []
         self.free_places = deque(range(max_running))
-        self.num_preempted = self.num_tokens_found = self.num_tokens_sought = 0
+        self.num_preempted = self.num_read = self.num_found = 0
 
     def add(self, sequence):
         self.waiting.append(sequence)
@@ -112,8 +113,7 @@ class Scheduler:
         sequence.place = self.free_places.popleft()
         self.memory.begin(sequence.place)
         self.make_room(sequence, len(sequence.tokens))
-        self.num_tokens_found += num_cached
-        self.num_tokens_sought += len(sequence.tokens)
+        self.num_found += num_cached
         return sequence
 
     def known_beginning(self, sequence):
@@ -129,25 +129,27 @@ class Scheduler:
         return table, len(table) * self.blocks.block_size
 
     def make_room(self, sequence, end):
-        """Blocks of its own for the tokens from the next one up to `end`; False if it had to go itself."""
-        blocks, start = self.blocks, sequence.num_cached // self.blocks.block_size
-        while True:
-            shared = [
-                n for n in range(start, len(sequence.table)) if not blocks.is_private(sequence.table[n])
-            ]
-            num_missing = max(0, blocks.num_for(end) - len(sequence.table))
-            if num_missing + len(shared) <= blocks.num_available:
-                break
+        """Blocks for the tokens from the next one up to `end`; False if the sequence itself had to go."""
+        while not self.take_blocks(sequence, end):
             youngest = self.running[-1]
             self.preempt(youngest)
             if youngest is sequence:
                 return False
+        return True
+
+    def take_blocks(self, sequence, end):
+        """Blocks to write the tokens into from the next one up to `end`; False if there are too few."""
+        blocks, table, start = self.blocks, sequence.table, sequence.num_cached // self.blocks.block_size
+        shared = [n for n in range(start, len(table)) if not blocks.is_private(table[n])]
+        num_missing = max(0, blocks.num_for(end) - len(table))
+        if num_missing + len(shared) > blocks.num_available:
+            return False
         for n in shared:
             copy = blocks.take()
-            self.memory.copy_block(sequence.table[n], copy)
-            blocks.release(sequence.table[n])
-            sequence.table[n] = copy
-        sequence.table += [blocks.take() for _ in range(num_missing)]
+            self.memory.copy_block(table[n], copy)
+            blocks.release(table[n])
+            table[n] = copy
+        table += [blocks.take() for _ in range(num_missing)]
         return True
 
     def preempt(self, sequence):
@@ -165,10 +167,9 @@ class Scheduler:
     def note_read(self, sequence, num_tokens):
         """The model has read its next tokens: blocks that are full now get their names."""
         sequence.num_cached += num_tokens
-        if self.shares:
-            known = len(sequence.names)
-            full = sequence.num_cached // self.blocks.block_size
-            if full > known:
-                sequence.names = self.blocks.names_of(sequence.tokens[: sequence.num_cached])
-                for block, name in zip(sequence.table[known:], sequence.names[known:]):
-                    self.blocks.give_name(block, name)
+        self.num_read += num_tokens
+        known, full = len(sequence.names), sequence.num_cached // self.blocks.block_size
+        if self.shares and full > known:
+            sequence.names = self.blocks.names_of(sequence.tokens[: sequence.num_cached], sequence.names)
+            for block, name in zip(sequence.table[known:], sequence.names[known:]):
+                self.blocks.give_name(block, name)
