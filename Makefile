@@ -1,4 +1,5 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
+# make serve  the model behind an address, http://127.0.0.1:8000
 # make check  ruff, then the tests                       make clean  forget the virtual environment
 # make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
 # make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
@@ -6,10 +7,13 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run test check soak mutants clean
+.PHONY: run serve test check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
+
+serve: $(VENV)/installed-serve
+	$(PYTHON) app.py
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n auto --dist loadfile
@@ -36,4 +40,8 @@ $(VENV)/installed-run: requirements.txt
 
 $(VENV)/installed-test: $(VENV)/installed-run tests/requirements.txt
 	$(PYTHON) -m pip install -r tests/requirements.txt
+	touch $@
+
+$(VENV)/installed-serve: $(VENV)/installed-run tests/requirements.txt
+	$(PYTHON) -m pip install --constraint tests/requirements.txt fastapi uvicorn
 	touch $@

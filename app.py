@@ -22,6 +22,7 @@ from models.utils.command_line import DTYPES, QUANTIZED, Parser, positive
 from models.utils.errors import UserError, report, run_main
 
 DEFAULT_CHECKPOINT = "tiny-llama-python"
+NUM_DRAFT_TOKENS = 4  # at most, of --lookup in a step
 
 
 def main(argv=None):
@@ -76,7 +77,7 @@ def ended_by_ctrl_c(Server):
                 report("\nending once all answers are complete; Ctrl-C again ends at once")
             super().handle_exit(number, frame)
             if self.force_exit:  # what is broken off now is nobody's mistake
-                logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
         async def shutdown(self, sockets=None):
             self.service.stop_watching()
@@ -130,11 +131,13 @@ def serve_decoder(args, checkpoint, **options):
     from runs_serve.web import DecoderService
     from runs_serve.writing import Writer
 
-    model = checkpoint.load(num_slots=args.num_blocks * args.block_size)
-    sizes = {"num_blocks": args.num_blocks, "block_size": args.block_size}
-    engine = LiveEngine(model, checkpoint.tokenizer, max_running=args.max_running, **sizes)
-    writer = Writer(checkpoint, args.max_tokens, engine.max_slots)
-    info = {"kind": "decoder", "summary": summary_of(checkpoint), "context": writer.context, **sizes}
+    model = checkpoint.load(num_slots=(args.num_blocks or 0) * args.block_size)
+    sizes = {"num_blocks": args.num_blocks, "block_size": args.block_size, "max_running": args.max_running}
+    engine = LiveEngine(model, checkpoint.tokenizer, **sizes)
+    sizes["num_blocks"] = engine.blocks.num_blocks
+    context = min(engine.max_tokens, sizes["num_blocks"] * sizes["block_size"] + 1)
+    writer = Writer(checkpoint, context, args.max_tokens, NUM_DRAFT_TOKENS if args.lookup else 0)
+    info = {"kind": "decoder", "summary": summary_of(checkpoint), "context": context, **sizes}
     info |= {"chats": writer.chats, "max_tokens": args.max_tokens}
     return DecoderService(engine, writer, args.pace, info=info, **options)
 
@@ -179,6 +182,11 @@ def parse(argv):
     )
     add("--block-size", type=number, default=16, metavar="N", help="tokens in a block; default: %(default)s")
     add("--max-running", type=number, default=16, metavar="N", help="texts in a step; default: %(default)s")
+    add(
+        "--lookup",
+        action="store_true",
+        help="guess tokens from the text so far; the same texts, sooner or not",
+    )
     add("--pace", type=positive(float), metavar="N", help="at most N steps a second, to watch the page at /")
 
     add = parser.add_argument_group("limits").add_argument

@@ -1,8 +1,8 @@
 """What the server counts, in Prometheus' text format, which is lines of `name{labels} value`.
 
-    # HELP zoo_tokens_total Tokens that the model has read, and made.
-    # TYPE zoo_tokens_total counter
-    zoo_tokens_total{kind="read"} 1250
+    # HELP zoo_tokens_made_total Tokens written.
+    # TYPE zoo_tokens_made_total counter
+    zoo_tokens_made_total 1250
 
 A counter only grows; whoever watches takes differences and so knows rates. A gauge is what there is now. A
 histogram counts in bins that contain each other: le="0.1" holds all that took at most 0.1 seconds.
@@ -15,6 +15,22 @@ from collections import Counter
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+ABOUT = {  # the names of Engine.statistics
+    "waiting": "Texts that wait for a place.",
+    "running": "Texts that are being written.",
+    "batch_size": "Texts that the last step decoded.",
+    "blocks": "Blocks of keys and values.",
+    "blocks_in_use": "Blocks that texts use now.",
+    "blocks_known": "Blocks that no text uses, kept for a prompt that begins alike.",
+    "requests_total": "Prompts that were taken on.",
+    "steps_total": "Steps of the engine.",
+    "tokens_read_total": "Tokens that the model has read.",
+    "tokens_found_total": "Tokens that it need not read, as their blocks were known.",
+    "tokens_made_total": "Tokens written.",
+    "preempted_total": "Texts that had to wait again as blocks ran out.",
+    "drafts_total": "Tokens drafted by prompt lookup.",
+    "drafts_accepted_total": "Drafts that the model would have written too.",
+}
 
 
 class Histogram:
@@ -50,46 +66,32 @@ class Metrics:
     """Written by the event loop alone, so that no lock is needed."""
 
     def __init__(self):
-        self.requests = Counter()  # (endpoint, HTTP status)
+        self.answers = Counter()  # (endpoint, HTTP status)
         self.batch = Histogram(ROWS)
         self.first_token, self.per_token = Histogram(SECONDS), Histogram(SECONDS)
 
     def text(self, statistics=None):
         """What /metrics shows; statistics: of the engine, where the model is a decoder."""
-        requests = [({"endpoint": e, "status": s}, n) for (e, s), n in sorted(self.requests.items())]
-        families = [("zoo_requests_total", "counter", "Answers, by endpoint and HTTP status.", requests)]
+        answers = [({"endpoint": e, "status": s}, n) for (e, s), n in sorted(self.answers.items())]
+        families = [("zoo_answers_total", "Answers, by endpoint and HTTP status.", answers)]
+        for name, value in (statistics or {}).items():
+            families.append((f"zoo_{name}", ABOUT.get(name, name.replace("_", " ")), [({}, value)]))
         if statistics:
-            families += self.of_engine(statistics)
+            families += [
+                ("zoo_batch_rows", "Texts that a step worked on.", self.batch),
+                ("zoo_time_to_first_token_seconds", "From request to first token.", self.first_token),
+                ("zoo_time_per_token_seconds", "From a text's token to its next.", self.per_token),
+            ]
         lines = []
-        for name, kind, about, samples in families:
+        for name, about, samples in families:
+            is_histogram = isinstance(samples, Histogram)
+            kind = "histogram" if is_histogram else "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP {name} {about}", f"# TYPE {name} {kind}"]
-            if kind == "histogram":
+            if is_histogram:
                 lines += samples.lines(name)
             else:
                 lines += [f"{name}{labelled(labels)} {value}" for labels, value in samples]
         return "\n".join(lines) + "\n"
-
-    def of_engine(self, numbers):
-        """The same of the engine that writes, from its statistics()."""
-        states = {
-            "in_use": numbers["num_blocks_in_use"],
-            "kept": numbers["num_blocks_known"],
-            "free": numbers["num_blocks"] - numbers["num_blocks_in_use"] - numbers["num_blocks_known"],
-        }
-        blocks = [({"state": state}, count) for state, count in states.items()]
-        here = [({"state": state}, numbers[f"num_{state}"]) for state in ("running", "waiting")]
-        tokens = [({"kind": kind}, numbers[f"num_tokens_{kind}"]) for kind in ("read", "made")]
-        prefix = [({"kind": kind}, numbers[f"num_tokens_{kind}"]) for kind in ("sought", "found")]
-        steps, preempted = [({}, numbers["num_steps"])], [({}, numbers["num_preempted"])]
-        yield "zoo_tokens_total", "counter", "Tokens that the model has read, and made.", tokens
-        yield "zoo_prefix_tokens_total", "counter", "Tokens of prompts sought and found in blocks.", prefix
-        yield "zoo_steps_total", "counter", "Steps of the engine.", steps
-        yield "zoo_preemptions_total", "counter", "Texts that had to wait again as blocks ran out.", preempted
-        yield "zoo_sequences", "gauge", "Texts that are being written, and that wait for a place.", here
-        yield "zoo_blocks", "gauge", "Blocks: in use, kept for a prompt that begins alike, free.", blocks
-        yield "zoo_batch_rows", "histogram", "Texts that a step worked on.", self.batch
-        yield "zoo_time_to_first_token_seconds", "histogram", "From request to first token.", self.first_token
-        yield "zoo_time_per_token_seconds", "histogram", "From a text's token to its next.", self.per_token
 
 
 def labelled(labels):

@@ -97,11 +97,11 @@ class StreamOptions(BaseModel):
 class Writing(Asked):
     """What a completion and a chat have in common. None: as the checkpoint says."""
 
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[str] = []
@@ -159,7 +159,7 @@ class CompletionRequest(Writing):
 
 class ChatRequest(Writing):
     messages: list[dict[str, Any]] = Field(min_length=1, max_length=2048)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

@@ -84,7 +84,7 @@ class Service:
         await self.stop()
 
     def count(self, endpoint, status):
-        self.metrics.requests[endpoint, status] += 1
+        self.metrics.answers[endpoint, status] += 1
 
     async def models(self):
         return {"object": "list", "data": [self.card()]}

@@ -21,10 +21,10 @@ BROKEN = "the model failed at this text; others go on"
 class Writer:
     """What a checkpoint brings along to write: its tokenizer, its defaults, how its turns end."""
 
-    def __init__(self, checkpoint, max_tokens, max_slots):
-        """max_tokens: new ones in a text; max_slots: what the engine's memory holds of one."""
-        self.config, self.tokenizer, self.max_tokens = checkpoint.config, checkpoint.tokenizer, max_tokens
-        self.context = min(self.config.max_seq_len, max_slots)
+    def __init__(self, checkpoint, context, max_tokens, num_draft_tokens=0):
+        """context: tokens of a text with its prompt; max_tokens: new ones; num_draft_tokens: by lookup."""
+        self.config, self.tokenizer = checkpoint.config, checkpoint.tokenizer
+        self.context, self.max_tokens, self.num_draft_tokens = context, max_tokens, num_draft_tokens
         self.sampling, self.eos_ids = generation_defaults(checkpoint.folder, self.tokenizer)
         self.chats = self.tokenizer.chat_template is not None
         self.turn_ids = self.eos_ids | (end_of_turn_ids(self.tokenizer) if self.chats else frozenset())
@@ -51,6 +51,7 @@ class Writer:
                 stop_strings=tuple(asked.stop),
                 num_choices=asked.n,
                 num_logprobs=asked.num_logprobs,
+                num_draft_tokens=self.num_draft_tokens,
             )
             for prompt in prompts
         ]
