@@ -55,6 +55,7 @@ class Engine:
         self.max_tokens = min(context, max_tokens or context)
         plan = Plan(model, self.max_tokens, block_size, max_draft_tokens)
         num_blocks = num_blocks or plan.num_blocks(memory_share, max_running)
+        self.max_slots = min(self.max_tokens, num_blocks * block_size)  # tokens of a text that can be read
         self.memory = Memory(plan, num_blocks, max_running)
         self.blocks = Blocks(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, self.memory, max_running, shares=self.memory.is_all_paged)
@@ -131,43 +132,41 @@ class Engine:
         events, groups = [], defaultdict(list)
         rows = self.scheduler.to_decode()
         for sequence in rows:
-            drafts = self.drafts(sequence)
-            groups[len(drafts)].append((sequence, 1, drafts))
+            sequence.drafts = self.drafts(sequence)
+            groups[len(sequence.drafts)].append(sequence)
         for group in groups.values():
-            events += self.read(*zip(*group))
+            events += self.read(group, [1] * len(group))
         budget = self.chunk
         while budget > 0 and (sequence := self.scheduler.to_read()) is not None:
             count = min(budget, sequence.num_unread)
-            events += self.read([sequence], [count], [[]])
+            events += self.read([sequence], [count])
             budget -= count
         self.num_steps, self.last_batch_size = self.num_steps + 1, len(rows)
         return events
 
-    def read(self, rows, counts, drafts):
-        """One pass of the model: each sequence's next tokens and its drafts, as many for all rows.
+    def read(self, rows, counts):
+        """One pass of the model: each sequence's next `count` tokens and its drafts, as many for all rows.
 
-        Where a sequence has read all its tokens, a new one is picked; if that is what was drafted, the draft
-        is read already, and one more is picked.
+        Where a sequence has read all its tokens, a new one is picked. If that is what was drafted, the draft
+        is read already, and another is picked.
         """
-        hidden = self.hidden(rows, counts, drafts)  # (B, T, D)
+        hidden = self.hidden(rows, counts)  # (B, T, D)
         is_finite = hidden[:, -1].isfinite().all(dim=-1).tolist()
         events = [self.end_with_error(sequence) for sequence, fine in zip(rows, is_finite) if not fine]
-        first = counts[0] - 1  # the place of the last token before the drafts
-        going_on = [row for row, fine in enumerate(is_finite) if fine]
-        for row in going_on:
+        rows_left = [row for row, fine in enumerate(is_finite) if fine]
+        for row in rows_left:
             self.scheduler.note_read(rows[row], counts[row])
-        going_on = [row for row in going_on if rows[row].num_unread == 0]
-        logits = self.model.lm_head(hidden[:, first:]) if going_on else None  # (B, 1 + drafts, V)
-        for place in range(1 + len(drafts[0])):
-            if not going_on:
+        rows_left = [row for row in rows_left if rows[row].num_unread == 0]
+        if not rows_left:
+            return events
+        logits = self.model.lm_head(hidden[:, counts[0] - 1 :])  # (B, 1 + drafts, V)
+        for place in range(logits.shape[1]):
+            tokens = self.pick([rows[row] for row in rows_left], logits[rows_left, place])
+            for row, token in zip(rows_left, tokens):
+                events.append(self.advance(rows[row], token, logits[row, place]))
+            rows_left = [row for row in rows_left if self.accepts(rows[row], place)]
+            if not rows_left:
                 break
-            members = [rows[row] for row in going_on]
-            tokens = self.pick(members, logits[going_on, place])
-            events += [
-                self.advance(sequence, token, logits[row, place])
-                for row, sequence, token in zip(going_on, members, tokens)
-            ]
-            going_on = [row for row in going_on if self.accepts(rows[row], drafts[row][place : place + 1])]
         return events
 
     def drafts(self, sequence):
@@ -180,20 +179,17 @@ class Engine:
         self.num_drafts += len(drafts)
         return drafts
 
-    def accepts(self, sequence, draft):
+    def accepts(self, sequence, place):
         """Whether the token just picked is the draft that was read in its place."""
-        if sequence.place is None or sequence.tokens[-1:] != draft:
+        if sequence.place is None or sequence.tokens[-1:] != sequence.drafts[place : place + 1]:
             return False
         self.num_drafts_accepted += 1
         self.scheduler.note_read(sequence, 1)
         return True
 
-    def hidden(self, rows, counts, drafts):
+    def hidden(self, rows, counts):
         """(B, T, D), of each sequence's next `count` tokens and its drafts."""
-        tokens = [
-            sequence.tokens[sequence.num_cached :][:count] + drafted
-            for sequence, count, drafted in zip(rows, counts, drafts)
-        ]
+        tokens = [row.tokens[row.num_cached :][:count] + row.drafts for row, count in zip(rows, counts)]
         tokens = torch.tensor(tokens, device=self.memory.device)  # (B, T)
         starts = torch.tensor([[sequence.num_cached] for sequence in rows], device=tokens.device)
         positions = starts + torch.arange(tokens.shape[1], device=tokens.device)
@@ -244,20 +240,21 @@ class Engine:
         """Numbers for /metrics: how things stand, then what has been counted since the start."""
         scheduler, blocks = self.scheduler, self.blocks
         return {
-            "waiting": len(scheduler.waiting),
-            "running": len(scheduler.running),
+            "num_waiting": len(scheduler.waiting),
+            "num_running": len(scheduler.running),
             "batch_size": self.last_batch_size,  # of the last step: texts that it decoded
-            "blocks": blocks.num_blocks,
-            "blocks_in_use": blocks.num_in_use,
-            "blocks_known": len(blocks.unused),  # in no use, and found by who has the same prompt
-            "requests_total": self.num_requests,
-            "steps_total": self.num_steps,
-            "tokens_read_total": scheduler.num_read,  # computed; of prompts, and texts as they grow
-            "tokens_found_total": scheduler.num_found,  # not computed: their blocks were known
-            "tokens_made_total": self.num_tokens_made,
-            "preempted_total": scheduler.num_preempted,
-            "drafts_total": self.num_drafts,
-            "drafts_accepted_total": self.num_drafts_accepted,
+            "num_blocks": blocks.num_blocks,
+            "num_blocks_in_use": blocks.num_in_use,
+            "num_blocks_known": len(blocks.unused),  # in no use, and found by who has the same prompt
+            "num_requests": self.num_requests,
+            "num_steps": self.num_steps,
+            "num_tokens_read": scheduler.num_read,
+            "num_tokens_made": self.num_tokens_made,
+            "num_tokens_sought": scheduler.num_sought,  # of texts when they were admitted
+            "num_tokens_found": scheduler.num_found,  # those of them that were not computed again
+            "num_preempted": scheduler.num_preempted,
+            "num_drafts": self.num_drafts,
+            "num_drafts_accepted": self.num_drafts_accepted,
         }
 
     def picture(self):

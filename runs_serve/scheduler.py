@@ -43,6 +43,7 @@ class Sequence:
     stream: object = None  # a TextStream, where there is a tokenizer
     generator: torch.Generator | None = None
     index: Index = field(default_factory=Index)  # what followed which tokens: to draft by
+    drafts: list = field(default_factory=list)  # what may follow, read in this step to be checked
     num_cached: int = 0  # so many of its tokens the model has read
     table: list = field(default_factory=list)  # its blocks
     names: list = field(default_factory=list)  # of its full blocks
@@ -61,7 +62,7 @@ class Scheduler:
         self.blocks, self.memory, self.shares = blocks, memory, shares
         self.waiting, self.running = deque(), []
         self.free_places = deque(range(max_running))
-        self.num_preempted = self.num_read = self.num_found = 0
+        self.num_preempted = self.num_read = self.num_found = self.num_sought = 0
 
     def add(self, sequence):
         self.waiting.append(sequence)
@@ -114,6 +115,7 @@ class Scheduler:
         self.memory.begin(sequence.place)
         self.make_room(sequence, len(sequence.tokens))
         self.num_found += num_cached
+        self.num_sought += len(sequence.tokens)
         return sequence
 
     def known_beginning(self, sequence):
@@ -159,10 +161,12 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def give_back(self, sequence):
+        """Its blocks and its place; what it has read is forgotten."""
         for block in sequence.table:
             self.blocks.release(block)
         self.free_places.append(sequence.place)
-        sequence.table, sequence.names, sequence.num_cached, sequence.place = [], [], 0, None
+        sequence.table, sequence.names, sequence.drafts = [], [], []
+        sequence.num_cached, sequence.place = 0, None
 
     def note_read(self, sequence, num_tokens):
         """The model has read its next tokens: blocks that are full now get their names."""

@@ -145,8 +145,8 @@ def test_every_decoder_is_served(name, num_blocks):
     asked, made, engine = run_schedule(name, options, SCHEDULE)
     check_answers(name, asked, made)
     count = engine.statistics()
-    assert (count["preempted_total"] > 0) == (num_blocks == 10) and count["drafts_accepted_total"] > 0
-    assert (count["tokens_found_total"] > 0) == engine.memory.is_all_paged
+    assert (count["num_preempted"] > 0) == (num_blocks == 10) and count["num_drafts_accepted"] > 0
+    assert (count["num_tokens_found"] > 0) == engine.memory.is_all_paged
 
 
 # Blocks -----------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def test_a_shared_prompt_is_read_once():
         engine.add(Request(prompt + end, 5))
     drain(engine)
     found = 2 * (len(prompt) // 4 * 4)  # by the second and the third, in whole blocks
-    assert engine.statistics()["tokens_found_total"] == found
-    assert engine.statistics()["tokens_read_total"] == sum(drain_alone) - found
+    assert engine.statistics()["num_tokens_found"] == found
+    assert engine.statistics()["num_tokens_read"] == sum(drain_alone) - found
 
 
 def test_choices_share_the_prompt_up_to_its_last_block_which_each_copies():
@@ -208,7 +208,7 @@ def test_choices_share_the_prompt_up_to_its_last_block_which_each_copies():
     for (_, choice), completion in made.items():
         assert_as_alone("llama", request, choice, completion.tokens)
     # Choices 1 and 2 read the prompt's last token for themselves: 13 of its 14 are found.
-    assert engine.statistics()["tokens_found_total"] == 26 and len(copies) >= 2
+    assert engine.statistics()["num_tokens_found"] == 26 and len(copies) >= 2
 
 
 def test_what_was_not_used_for_the_longest_time_makes_room():
