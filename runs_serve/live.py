@@ -21,11 +21,11 @@ class LiveEngine(Engine):
         self.work = []
         return super().step()
 
-    def read(self, rows, counts, *drafts):
+    def read(self, rows, counts):
         for row, count in zip(rows, counts):
             kind = "prefill" if row.num_cached < len(row.request.prompt) else "decode"
             self.work.append([name_of(row.number, row.choice), kind, count])
-        return super().read(rows, counts, *drafts)
+        return super().read(rows, counts)
 
 
 def name_of(number, choice):

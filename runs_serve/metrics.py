@@ -15,22 +15,22 @@ from collections import Counter
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-ABOUT = {  # the names of Engine.statistics
-    "waiting": "Texts that wait for a place.",
-    "running": "Texts that are being written.",
-    "batch_size": "Texts that the last step decoded.",
-    "blocks": "Blocks of keys and values.",
-    "blocks_in_use": "Blocks that texts use now.",
-    "blocks_known": "Blocks that no text uses, kept for a prompt that begins alike.",
-    "requests_total": "Prompts that were taken on.",
-    "steps_total": "Steps of the engine.",
-    "tokens_read_total": "Tokens that the model has read.",
-    "tokens_found_total": "Tokens that it need not read, as their blocks were known.",
-    "tokens_made_total": "Tokens written.",
-    "preempted_total": "Texts that had to wait again as blocks ran out.",
-    "drafts_total": "Tokens drafted by prompt lookup.",
-    "drafts_accepted_total": "Drafts that the model would have written too.",
-}
+# Of the engine: name in Engine.statistics(), name here, what it is. What ends in _total only grows.
+OF_ENGINE = [
+    ("num_waiting", "zoo_waiting", "Texts that wait for a place."),
+    ("num_running", "zoo_running", "Texts that are being written."),
+    ("num_blocks", "zoo_blocks", "Blocks of keys and values."),
+    ("num_blocks_in_use", "zoo_blocks_in_use", "Blocks that texts use now."),
+    ("num_blocks_known", "zoo_blocks_known", "Blocks in no use, kept for a prompt that begins alike."),
+    ("num_steps", "zoo_steps_total", "Steps of the engine."),
+    ("num_tokens_read", "zoo_tokens_read_total", "Tokens that the model has read."),
+    ("num_tokens_made", "zoo_tokens_made_total", "Tokens written."),
+    ("num_tokens_sought", "zoo_tokens_sought_total", "Tokens of texts as they were admitted."),
+    ("num_tokens_found", "zoo_tokens_found_total", "Those of them whose blocks were known: not read again."),
+    ("num_preempted", "zoo_preempted_total", "Texts that had to wait again as blocks ran out."),
+    ("num_drafts", "zoo_drafts_total", "Tokens drafted by prompt lookup."),
+    ("num_drafts_accepted", "zoo_drafts_accepted_total", "Drafts that the model would have written too."),
+]
 
 
 class Histogram:
@@ -74,9 +74,8 @@ class Metrics:
         """What /metrics shows; statistics: of the engine, where the model is a decoder."""
         answers = [({"endpoint": e, "status": s}, n) for (e, s), n in sorted(self.answers.items())]
         families = [("zoo_answers_total", "Answers, by endpoint and HTTP status.", answers)]
-        for name, value in (statistics or {}).items():
-            families.append((f"zoo_{name}", ABOUT.get(name, name.replace("_", " ")), [({}, value)]))
         if statistics:
+            families += [(name, about, [({}, statistics[theirs])]) for theirs, name, about in OF_ENGINE]
             families += [
                 ("zoo_batch_rows", "Texts that a step worked on.", self.batch),
                 ("zoo_time_to_first_token_seconds", "From request to first token.", self.first_token),

@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -31,6 +32,7 @@ import app
 from models.utils.errors import UserError
 from runs_ar.generate import TextStream
 from runs_serve import protocol
+from tests.test_structure_page import FLAGS
 from tests.tiny_checkpoints import EOS, load, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -586,6 +588,157 @@ def test_metrics_are_in_prometheus_format(server):
         bins = [value for sample, value in now.items() if sample.startswith(f"{name}_bucket")]
         assert bins == sorted(bins) and bins[-1] == now[f"{name}_count"] > 0
     assert now['zoo_answers_total{endpoint="/v1/completions",status="200"}'] > 0
+
+
+# The page, in a browser ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(driver):
+    """page(server) opens it; at the end nothing went wrong, and nothing came from elsewhere."""
+    opened = []
+    driver.get_log("browser"), driver.get_log("performance")
+
+    def open_page(server, key=""):
+        opened.append(server.address)
+        driver.get(server.address)
+        wait_for(driver, "return document.body.dataset.kind")
+        driver.execute_script("document.querySelector('#key').value = arguments[0]", key)
+        return driver
+
+    yield open_page
+    driver.get("about:blank")
+    assert driver.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith((*opened, "about:", "data:")) for url in asked), asked
+
+
+def wait_for(driver, script, *arguments):
+    """What a script returns, once that is something."""
+    for _ in range(400):
+        if found := driver.execute_script(script, *arguments):
+            return found
+        time.sleep(0.025)
+    raise AssertionError(f"never true: {script}")
+
+
+def write_on(driver, prompt, **fields):
+    """Press Write, and wait for the end of the text."""
+    driver.execute_script(
+        "for (const [name, value] of Object.entries(arguments[1])) document.forms.ask.elements[name].value = value;"
+        "document.querySelector('#prompt').value = arguments[0]; document.querySelector('#send').click()",
+        prompt, fields,
+    )  # fmt: skip
+    return wait_for(driver, "return !running && document.querySelector('#remark').textContent")
+
+
+def test_the_page_continues_and_chats(page, server, checkpoint, expected):
+    driver = page(server)
+    assert driver.title == "tiny-chat"
+    write_on(driver, PROMPTS[0], temperature=0, max_tokens=24)
+    text = "return document.querySelector('#sheet').textContent"
+    assert driver.execute_script(text) == PROMPTS[0] + expected(PROMPTS[0], 24)[1]
+    driver.find_element("css selector", "[data-for=chat] span").click()
+    write_on(driver, "hello", temperature=0, max_tokens=24)
+    turns = driver.execute_script("return all('.turn').map((turn) => turn.textContent)")
+    ids = checkpoint[1].encode_chat([{"role": "user", "content": "hello"}])
+    assert turns == ["hello", expected(ids, 24)[1].partition("<|end|>")[0]]
+    assert write_on(driver, "x " * 300) == driver.execute_script("return $('.remark.wrong').textContent")
+
+
+def test_the_page_shows_probabilities(page, server, checkpoint, expected):
+    oracle, tokenizer, _ = checkpoint
+    driver = page(server)
+    driver.find_element("css selector", "#probabilities").click()
+    write_on(driver, PROMPTS[1], temperature=0, max_tokens=16)
+    assert driver.execute_script("return all('.token').length") == len(expected(PROMPTS[1], 16)[0])
+    shares = (
+        "$('.token').focus(); return all('#popover:not([hidden]) .choice').map((each) =>"
+        " [each.className, parseFloat($('.bar', each).style.width)])"
+    )
+    shown = driver.execute_script(shares)
+    with torch.no_grad():
+        logits = oracle(torch.tensor([tokenizer.encode(PROMPTS[1])])).logits[0, -1]
+    assert shown[0] == ["choice chosen", pytest.approx(100 * logits.softmax(dim=-1).max().item(), abs=0.01)]
+    assert [share for _, share in shown] == sorted((share for _, share in shown), reverse=True)
+
+
+def test_the_page_draws_the_engine(page, slow):
+    """A text of its own: its line, its blocks, the same in the pool; Stop frees them."""
+    driver = page(slow)
+    driver.execute_script("$('#prompt').value = 'import json'; $('#send').click()")
+    drawn = """
+        const row = live?.rows.find((row) => row.stored > 24);
+        if (!row) return null;
+        const squares = all(`.sequence[data-id="${row.id}"] .block`);
+        return [row, squares.map((each) => [Number(each.dataset.block), parseFloat($('.fill', each).style.width)]),
+            all('#pool .block').filter((each) => each.title.includes('#')).map((each) => Number(each.dataset.block)),
+            all('.step').length, all('.step .decode').length]"""
+    row, squares, in_pool, num_steps, num_decoded = wait_for(driver, drawn)
+    assert [block for block, _ in squares] == row["blocks"] and sorted(in_pool) == sorted(row["blocks"])
+    fills = [min(100, max(0, 100 * (row["stored"] / BLOCK_SIZE - n))) for n in range(len(squares))]
+    assert [fill for _, fill in squares] == pytest.approx(fills)
+    assert num_steps >= row["stored"] - row["prompt"] and num_decoded > 0
+    driver.execute_script("$('#send').click()")
+    assert "its place in the batch is free" in wait_for(driver, "return !running && $('#remark').textContent")
+    wait_for(driver, "return live.rows.length === 0 && all('.sequence:not(.gone)').length === 0")
+    slow.wait_until_idle()
+
+
+def test_shared_blocks_are_hatched_and_kept_ones_grey(page, server):
+    driver = page(server)
+    wait_for(driver, "return live")
+    shown = driver.execute_script("""
+        isPaused = true;
+        const row = {state: 'running', prompt: 16, tokens: 20, stored: 19};
+        show({steps: [[['7', 'prefill', 16], ['8', 'decode', 1]]], kept: [5], totals: live.totals,
+            rows: [{...row, id: '7', blocks: [1, 2, 3]}, {...row, id: '8', blocks: [1, 2, 4]}]});
+        const classes = (selector) => all(selector).map((each) => each.className);
+        return [classes('#pool .block').slice(0, 6), classes('.sequence[data-id="7"] .block'),
+            all('.sequence .name').map((each) => getComputedStyle(each).color), $('#step-says').textContent]""")
+    pool, table, colours, step = shown
+    assert pool == ["block shared fed"] * 2 + ["block fed"] * 2 + ["block kept", "block"]
+    assert [("shared" in each) for each in table] == [True, True, False] and len(set(colours)) == 2
+    assert step == "16 of the prompt of #7, one new token for each of 1"
+
+
+@pytest.mark.parametrize("experiment", ["many", "same", "long", "samples"])
+def test_the_experiments_run(experiment, page, server):
+    driver, before = page(server), server.metrics()
+    driver.execute_script("$(`[data-try=${arguments[0]}]`).click()", experiment)
+    wait_for(driver, "return live?.rows.length >= arguments[0]", {"many": 6}.get(experiment, 3))
+    wait_for(driver, "return live.rows.length === 0")
+    assert driver.execute_script("return $('#remark').textContent") == ""
+    after = server.wait_until_idle()
+    found = after["zoo_tokens_found_total"] > before["zoo_tokens_found_total"]
+    assert found or experiment == "long"
+
+
+def test_the_page_of_an_encoder(page, encoder):
+    driver = page(encoder, key=KEY)
+    sentences = ["Return the list.", "Return the length of the list.", "x"]
+    write_on(driver, "\n".join(sentences))
+    cells = driver.execute_script("return all('.similar td').map((cell) => Number(cell.textContent))")
+    made = encoder.client.embeddings.create(model=encoder.name, input=sentences).data
+    vectors = torch.tensor([each.embedding for each in made])
+    assert cells == pytest.approx((vectors @ vectors.T).flatten().tolist(), abs=0.0006)
 
 
 # Starting ---------------------------------------------------------------------------------------------------

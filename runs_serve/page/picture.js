@@ -4,7 +4,7 @@
 //   {"steps": [[[sequence, "prefill" or "decode", tokens], ...], ...],      a list for each step since
 //    "rows": [{"id", "state", "prompt", "tokens", "stored", "blocks"}],     waiting or running, in order
 //    "kept": [block, ...],                      free blocks that a prompt may still find again
-//    "totals": {"tokens_made_total", ...}}      the engine's statistics
+//    "totals": {"num_tokens_made", ...}}        the engine's statistics
 
 const HUES = [
   ["#4c86c0", "#76a9da"], ["#d9822b", "#e8a45c"], ["#4f9a63", "#7fbd90"], ["#b0609b", "#d28fc1"], ["#7a70c4", "#a49ce0"],
@@ -177,10 +177,10 @@ $("#engine").addEventListener("pointerover", light);
 
 function showNumbers({ rows, totals }) {
   const now = performance.now();
-  history.push([now, totals.tokens_made_total]);
+  history.push([now, totals.num_tokens_made]);
   while (history.length > 2 && now - history[0][0] > 2000) history.shift();
   const [before, generated] = history[0];
-  const speed = now > before ? (1000 * (totals.tokens_made_total - generated)) / (now - before) : 0;
+  const speed = now > before ? (1000 * (totals.num_tokens_made - generated)) / (now - before) : 0;
   const used = new Set(rows.flatMap((row) => row.blocks)).size;
   const waiting = rows.filter((row) => row.state === "waiting").length;
   const shown = {
@@ -188,7 +188,7 @@ function showNumbers({ rows, totals }) {
     running: rows.length - waiting,
     waiting,
     [`of ${info.num_blocks} blocks in use`]: used,
-    "prompt tokens reused": totals.tokens_found_total,
+    "prompt tokens reused": totals.num_tokens_found,
   };
   if (!$("#numbers").children.length)
     for (const name of Object.keys(shown)) {
@@ -250,8 +250,9 @@ $("#pause").addEventListener("click", () => {
   if (info.kind !== "decoder") return;
   for (;;) {
     try {
+      if (info.needs_key && !$("#key").value) throw new Error("no key yet");
       for await (const event of events(await ask("live"))) if (!isPaused) show(event);
-    } catch { /* the server went away, or wants its key: try again */ }
+    } catch { /* the server went away, or waits for its key: try again */ }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
 })();
