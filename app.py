@@ -138,7 +138,11 @@ def serve_decoder(args, checkpoint, **options):
     context = min(engine.max_tokens, sizes["num_blocks"] * sizes["block_size"] + 1)
     writer = Writer(checkpoint, context, args.max_tokens, NUM_DRAFT_TOKENS if args.lookup else 0)
     info = {"kind": "decoder", "summary": summary_of(checkpoint), "context": context, **sizes}
-    info |= {"chats": writer.chats, "max_tokens": args.max_tokens}
+    info |= {
+        "chats": writer.chats,
+        "max_tokens": args.max_tokens,
+        "chars_per_token": writer.chars_per_token(),
+    }
     return DecoderService(engine, writer, args.pace, info=info, **options)
 
 

@@ -7,6 +7,7 @@ Proof: tests/test_app.py.
 
 import dataclasses
 import random
+from pathlib import Path
 
 from runs_ar.chat import end_of_turn_ids
 from runs_ar.generate import check_prompts, generation_defaults
@@ -72,6 +73,11 @@ class Writer:
         if given and self.sampling.greedy:
             given.setdefault("temperature", 1.0)  # who asks for top_p wants to sample
         return dataclasses.replace(self.sampling, **given)
+
+    def chars_per_token(self):
+        """Of Python code, for which this page stands."""
+        text = Path(__file__).read_text(encoding="utf-8")
+        return len(text) / len(self.tokenizer.encode(text))
 
     # Words --------------------------------------------------------------------------------------------------
 

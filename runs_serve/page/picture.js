@@ -205,6 +205,179 @@ const CODE = `import os\n\n\nclass Stack:\n    """A list that grows and shrinks 
   `    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n            raise IndexError("empty")\n        return self.items.pop()\n\n`;
 const STARTS = ["def read(path):", "class Queue:\n    def", "import sys\n\nfor line in", "try:\n    value =", "def test_", "async def main():", "with open(", "if __name__"];
 
+// A request whose text nobody reads; resolved when its first token is there.
+async function drain(body) {
+  const asked = { model: info.model, stream: true, temperature: 0.8, ...body };
+  try {
+    const chunks = events(await ask("v1/completions", asked));
+    await chunks.next();
+    (async () => { for await (const _ of chunks); })().catch((error) => remark(error.message, true));
+  } catch (error) {
+    remark(error.message, true);
+  }
+}
+
+// So much code that it fills a share of the context, by how many characters a token has.
+const code = (share) => CODE.repeat(20).slice(0, Math.min(6000, Math.floor(share * info.context * info.chars_per_token)));
+const beginning = () => code(Math.min(0.3, CODE.length / info.context / info.chars_per_token));
+
+const EXPERIMENTS = {
+  many: () => STARTS.forEach((prompt, n) =>
+    drain({ prompt: beginning().slice(0, n * 45) + prompt, max_tokens: most(40 + 24 * ((3 * n) % 8)) })),
+  // The others come when the first has filled its blocks.
+  async same() {
+    const first = drain({ prompt: beginning() + STARTS[0], max_tokens: most(160) });
+    await Promise.race([first, new Promise((resolve) => setTimeout(resolve, 700))]);
+    for (const start of STARTS.slice(1, 4)) drain({ prompt: beginning() + start, max_tokens: most(120) });
+  },
+  async long() {
+    for (const prompt of STARTS.slice(0, 3)) drain({ prompt, max_tokens: most(180) });
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    drain({ prompt: code(0.7), max_tokens: most(40) });
+  },
+  samples: () => drain({ prompt: beginning() + "def ", n: 4, max_tokens: most(120), temperature: 1 }),
+};
+const most = Math.max(12, ...columns.map((each) => each.total));
+  for (const each of columns) each.style.height = `${100 * Math.sqrt(each.total / most)}%`;
+}
+
+function spokenStep(work) {
+  const prompts = work.filter(([, kind]) => kind === "prefill").map(([id, , count]) => `${count} of the prompt of #${id}`);
+  const decoded = work.length - prompts.length;
+  return [...prompts, ...(decoded ? [`one new token for each of ${decoded}`] : [])].join(", ");
+}
+
+// Sequences ----------------------------------------------------------------------------------------------------
+
+function showRows(rows, fed) {
+  const owners = ownersOf(rows);
+  for (const row of rows) {
+    if (!elements.has(row.id)) elements.set(row.id, newLine(row));
+    const line = elements.get(row.id);
+    $("#rows").append(line); // in the engine's order
+    $(".state", line).textContent = fed.has(row.id) && row.stored < row.prompt ? "prefill" : row.state;
+    $(".count", line).textContent = `${row.prompt} + ${Math.max(0, row.tokens - row.prompt)}`;
+    const table = $(".table", line);
+    while (table.children.length > row.blocks.length) table.lastChild.remove();
+    row.blocks.forEach((block, place) => {
+      if (!table.children[place]) table.append(newBlock());
+      paint(table.children[place], block, [[row, place]], owners[block].length > 1, fed);
+    });
+  }
+  const present = new Set(rows.map((row) => row.id));
+  for (const [id, line] of elements) if (!present.has(id) && !line.classList.contains("gone")) leave(id, line);
+}
+
+function newLine({ id, prompt }) {
+  const line = make("div", "sequence");
+  line.dataset.id = id;
+  line.style.setProperty("--hue", colour(id));
+  line.append(make("span", "name", `#${id}`), make("span", "state"), make("span", "table"), make("span", "count"));
+  $(".count", line).title = "tokens of the prompt + new tokens";
+  return line;
+}
+
+function leave(id, line) {
+  line.classList.add("gone");
+  $(".state", line).textContent = "finished";
+  setTimeout(() => { line.remove(); elements.delete(id); }, LINGER);
+}
+
+// Blocks -------------------------------------------------------------------------------------------------------
+
+function newBlock() {
+  const square = make("span", "block");
+  square.append(make("span", "fill"));
+  return square;
+}
+
+// [[row, which of its blocks], ...] for each block that is in use.
+function ownersOf(rows) {
+  const owners = {};
+  for (const row of rows) row.blocks.forEach((block, place) => (owners[block] ??= []).push([row, place]));
+  return owners;
+}
+
+// How much of a block is filled, and whether the last steps wrote there.
+function paint(square, block, owners, isShared, fed, isKept = false) {
+  const size = info.block_size;
+  const share = Math.max(0, ...owners.map(([row, place]) => Math.min(1, (row.stored - place * size) / size)));
+  const isFed = owners.some(([row, place]) => {
+    const first = row.stored - (fed.get(row.id) ?? 0);
+    return fed.has(row.id) && place >= Math.floor(first / size) && place <= Math.floor((row.stored - 1) / size);
+  });
+  square.className = ["block", isShared && "shared", isFed && "fed", isKept && "kept"].filter(Boolean).join(" ");
+  square.dataset.block = block;
+  square.firstChild.style.width = `${100 * share}%`;
+  if (owners.length) square.style.setProperty("--hue", colour(owners[0][0].id));
+  if (owners.length > 1) square.style.setProperty("--other", colour(owners.at(-1)[0].id));
+  else square.style.removeProperty("--other");
+  const who = owners.map(([row]) => `#${row.id}`).join(", ");
+  square.title = `block ${block}: ${who || (isKept ? "free, but kept" : "free")}`;
+}
+
+function showPool({ rows, kept }, fed) {
+  const count = Math.min(info.num_blocks, MOST_BLOCKS);
+  if (squares.length !== count) {
+    squares = Array.from({ length: count }, newBlock); // of block 1, 2, ...
+    $("#pool").replaceChildren(...squares);
+    $("#pool").style.setProperty("--side", count > 1600 ? "8px" : count > 400 ? "12px" : "18px");
+  }
+  const owners = ownersOf(rows), known = new Set(kept);
+  squares.forEach((square, n) => {
+    const block = n + 1;
+    const mine = owners[block] ?? [];
+    paint(square, block, mine, mine.length > 1, fed, !mine.length && known.has(block));
+  });
+}
+
+// Pointing at a sequence lights its blocks, pointing at a block its sequences.
+function light({ target }) {
+  for (const each of all(".lit", $("#engine"))) each.classList.remove("lit");
+  const line = target.closest?.(".sequence"), square = target.closest?.(".block");
+  if (!live || !(line || square)) return;
+  const block = square && Number(square.dataset.block);
+  for (const row of live.rows) {
+    if (line ? row.id === line.dataset.id : row.blocks.includes(block)) {
+      elements.get(row.id)?.classList.add("lit");
+      for (const each of row.blocks) if (!square || each === block) squares[each - 1]?.classList.add("lit");
+    }
+  }
+}
+$("#engine").addEventListener("pointerover", light);
+
+// Numbers ------------------------------------------------------------------------------------------------------
+
+function showNumbers({ rows, totals }) {
+  const now = performance.now();
+  history.push([now, totals.num_tokens_made]);
+  while (history.length > 2 && now - history[0][0] > 2000) history.shift();
+  const [before, generated] = history[0];
+  const speed = now > before ? (1000 * (totals.num_tokens_made - generated)) / (now - before) : 0;
+  const used = new Set(rows.flatMap((row) => row.blocks)).size;
+  const waiting = rows.filter((row) => row.state === "waiting").length;
+  const shown = {
+    "tokens a second": speed.toFixed(speed < 10 ? 1 : 0),
+    running: rows.length - waiting,
+    waiting,
+    [`of ${info.num_blocks} blocks in use`]: used,
+    "prompt tokens reused": totals.num_tokens_found,
+  };
+  if (!$("#numbers").children.length)
+    for (const name of Object.keys(shown)) {
+      const box = make("div", "number");
+      box.append(make("b"), make("span", "", name));
+      $("#numbers").append(box);
+    }
+  Object.values(shown).forEach((value, n) => { $("#numbers").children[n].firstChild.textContent = value; });
+}
+
+// Experiments --------------------------------------------------------------------------------------------------
+
+const CODE = `import os\n\n\nclass Stack:\n    """A list that grows and shrinks at one end."""\n\n    def __init__(self):\n        self.items = []\n\n` +
+  `    def push(self, item):\n        self.items.append(item)\n\n    def pop(self):\n        if not self.items:\n            raise IndexError("empty")\n        return self.items.pop()\n\n`;
+const STARTS = ["def read(path):", "class Queue:\n    def", "import sys\n\nfor line in", "try:\n    value =", "def test_", "async def main():", "with open(", "if __name__"];
+
 async function drain(body) {
   let first;
   const started = new Promise((resolve) => { first = resolve; });
