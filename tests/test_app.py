@@ -613,6 +613,7 @@ def driver(tmp_path_factory):
 def page(driver):
     """page(server) opens it; at the end nothing went wrong, and nothing came from elsewhere."""
     opened = []
+    driver.get("about:blank")
     driver.get_log("browser"), driver.get_log("performance")
 
     def open_page(server, key=""):
