@@ -157,7 +157,9 @@ def serve_encoder(args, checkpoint, **options):
 def summary_of(checkpoint):
     """A line about the model, for the page."""
     count = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    size = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    size = (
+        f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+    )
     context, held = f"a context of {checkpoint.config.max_seq_len:,} tokens", checkpoint.weight_bytes()[1]
     return f"{checkpoint.model_name}, {size} parameters, {context}, {held} on {checkpoint.device}"
 

@@ -35,12 +35,22 @@ function giveColours(rows) {
   }
 }
 
+// Pictures that came since the last frame are one: no browser falls behind the engine.
+let pending = null;
+
+function take(event) {
+  if (isPaused) return;
+  const steps = [...(pending?.steps ?? []), ...event.steps].slice(-NUM_STEPS);
+  if (!pending) requestAnimationFrame(() => { const due = pending; pending = null; show(due); });
+  pending = { ...event, steps };
+}
+
 function show(event) {
   live = event;
   giveColours(event.rows);
   const fed = new Map();
   for (const step of event.steps) for (const [id, , count] of step) fed.set(id, (fed.get(id) ?? 0) + count);
-  for (const step of event.steps) showStep(step);
+  showSteps(event.steps);
   showRows(event.rows, fed);
   showPool(event, fed);
   showNumbers(event);
@@ -48,24 +58,28 @@ function show(event) {
 
 // Steps --------------------------------------------------------------------------------------------------------
 
-function showStep(work) {
+function showSteps(steps) {
+  if (!steps.length) return;
+  $("#steps").append(...steps.map(newColumn));
+  const columns = [...$("#steps").children];
+  for (const old of columns.splice(0, columns.length - NUM_STEPS)) old.remove();
+  $("#step-says").textContent = columns.at(-1).title;
+  // Heights by the square root: one token beside a chunk of a hundred is still to be seen.
+  const most = Math.max(12, ...columns.map((each) => each.total));
+  for (const each of columns) each.style.height = `${100 * Math.sqrt(each.total / most)}%`;
+}
+
+function newColumn(work) {
   const column = make("div", "step");
-  const total = work.reduce((sum, [, , count]) => sum + count, 0);
-  column.total = total;
+  column.total = work.reduce((sum, [, , count]) => sum + count, 0);
+  column.title = spokenStep(work);
   for (const [id, kind, count] of work) {
     const part = make("i", kind);
     part.style.setProperty("--hue", colour(id));
     part.style.flexGrow = count;
     column.append(part);
   }
-  column.title = spokenStep(work);
-  $("#steps").append(column);
-  while ($("#steps").children.length > NUM_STEPS) $("#steps").firstChild.remove();
-  $("#step-says").textContent = column.title;
-  // Heights by the square root: one token beside a chunk of a hundred is still to be seen.
-  const columns = [...$("#steps").children];
-  const most = Math.max(12, ...columns.map((each) => each.total));
-  for (const each of columns) each.style.height = `${100 * Math.sqrt(each.total / most)}%`;
+  return column;
 }
 
 function spokenStep(work) {
@@ -133,14 +147,19 @@ function paint(square, block, owners, isShared, fed, isKept = false) {
     const first = row.stored - (fed.get(row.id) ?? 0);
     return fed.has(row.id) && place >= Math.floor(first / size) && place <= Math.floor((row.stored - 1) / size);
   });
-  square.className = ["block", isShared && "shared", isFed && "fed", isKept && "kept"].filter(Boolean).join(" ");
+  const hue = owners.length ? colour(owners[0][0].id) : "";
+  const other = owners.length > 1 ? colour(owners.at(-1)[0].id) : "";
+  const kind = ["block", isShared && "shared", isFed && "fed", isKept && "kept"].filter(Boolean).join(" ");
+  const who = owners.map(([row]) => `#${row.id}`).join(", ") || (isKept ? "free, but kept" : "free");
+  const looks = [block, share, hue, other, kind, who].join();
+  if (square.looks === looks) return;
+  square.looks = looks;
+  square.className = kind;
   square.dataset.block = block;
+  square.title = `block ${block}: ${who}`;
   square.firstChild.style.width = `${100 * share}%`;
-  if (owners.length) square.style.setProperty("--hue", colour(owners[0][0].id));
-  if (owners.length > 1) square.style.setProperty("--other", colour(owners.at(-1)[0].id));
-  else square.style.removeProperty("--other");
-  const who = owners.map(([row]) => `#${row.id}`).join(", ");
-  square.title = `block ${block}: ${who || (isKept ? "free, but kept" : "free")}`;
+  square.style.setProperty("--hue", hue);
+  square.style.setProperty("--other", other);
 }
 
 function showPool({ rows, kept }, fed) {
@@ -253,7 +272,7 @@ $("#pause").addEventListener("click", () => {
   for (;;) {
     try {
       if (info.needs_key && !$("#key").value) throw new Error("no key yet");
-      for await (const event of events(await ask("live"))) if (!isPaused) show(event);
+      for await (const event of events(await ask("live"))) take(event);
     } catch { /* the server went away, or waits for its key: try again */ }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
