@@ -5,15 +5,22 @@
     for event in engine.stream(request): ...           one request, token by token
     number = engine.add(request); engine.step()        or step by step: what app.py does
 
-A step makes one token for every text that runs, in one pass of the model, and then reads a chunk of prompts.
-The weights are read from memory once for all, and that is most of what a token costs: 32 texts take little
-longer than one. Which texts a step works on, scheduler.py decides; where their past is kept, paged_cache.py.
+A step makes one token for every text that runs, in one pass of the model, and then reads a chunk of prompts:
 
-    step --> events        scheduler: who?   memory.lend: a cache   model: logits   pick: tokens   end?
+    who? --scheduler--> rows --memory.lend--> cache --model--> logits --pick--> tokens --end?--> events
 
-Every text gets the tokens that it gets alone: greedily the same up to rounding (a product of more rows may
-be summed in another order), sampled the same for the same seed, since each has a generator of its own.
+The weights are read from memory once for all of the rows, and that is most of what a token costs alone.
+scheduler.py decides which texts a step works on, paged_cache.py keeps their past.
 
+Every text gets the tokens that it gets alone, up to rounding (a product of more rows may be summed in another
+order): greedily, and sampled with the same seed, since each has a generator of its own.
+
+Drafts come from the text itself (runs_ss/lookup.py) and are read together with its last token. A draft is
+taken if it is the token that is picked in its place. Where tokens are drawn that is the rule of speculate.py,
+for a draft x without alternatives: it passes with probability p(x), and what is drawn otherwise follows p
+without x. So drafts change no text, not even a sampled one.
+
+Shapes: B rows, T tokens of each in this call, D features, V vocabulary.
 Proof: tests/test_serve.py.
 """
 
@@ -45,12 +52,8 @@ class Engine:
         chunk=256,  # tokens of prompts that a step reads
         max_draft_tokens=4,
     ):
-        self.model, self.tokenizer, self.chunk, self.max_draft_tokens = (
-            model,
-            tokenizer,
-            chunk,
-            max_draft_tokens,
-        )
+        self.model, self.tokenizer = model, tokenizer
+        self.chunk, self.max_draft_tokens = chunk, max_draft_tokens
         context = model.config.max_seq_len
         self.max_tokens = min(context, max_tokens or context)
         plan = Plan(model, self.max_tokens, block_size, max_draft_tokens)

@@ -4,7 +4,7 @@ A page writes new keys and values with `cache.write(k, v, positions)` and reads 
 What stands behind that is here a pool of blocks for all texts, and for each row of the batch a table that
 says which blocks hold its text (blocks.py):
 
-    pool    (N blocks, block_size, K, d)
+    pool    (N blocks, K, block_size, d)
     table   row 0: 7 2 9      position p of row 0 is in block table[0, p // block_size],
             row 1: 7 4 0                              at place p % block_size
 
@@ -22,45 +22,67 @@ import inspect
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from models.utils.errors import UserError
+from models.utils.kernels.row_attention import attention_fits, row_attention
 from models.utils.machine import available_memory, spoken_bytes
 from runs_ar.generate import keeps_states
 from runs_serve.blocks import NOBODY
 
 
+class Rows:
+    """The blocks of each row of a batch, and where in them its new tokens go."""
+
+    def __init__(self, table: Tensor, block_size: int):
+        self.table, self.block_size = table, block_size  # (B, n)
+        self.positions = self.places = None
+
+    def places_of(self, positions: Tensor):
+        """(blocks, places in them), each (B, T), once for all layers; of a pad (-1) the block is nobody's."""
+        if positions is not self.positions:
+            blocks = self.table.gather(1, positions.clamp(min=0) // self.block_size)  # (B, T)
+            blocks = blocks.masked_fill(positions < 0, NOBODY)
+            self.positions, self.places = positions, (blocks, positions % self.block_size)
+        return self.places
+
+
 class PagedTensor:
     """One tensor of a layer's cache, (B, K, S, d), whose slots lie in blocks.
 
-    It is no tensor, but torch treats it as one: what an operation is given is gathered before.
+    It is no tensor, but torch takes it for one. Attention of a few queries reads the blocks where they lie;
+    whatever else is done with it gathers them first.
     """
 
-    def __init__(self, pool: Tensor, table: Tensor):
-        self.pool, self.table = pool, table  # (N, block_size, K, d), (B, n)
+    def __init__(self, pool: Tensor, rows: Rows):
+        self.pool, self.rows, self.table = pool, rows, rows.table  # (N, K, block_size, d), Rows, (B, n)
+        self.dtype, self.device = pool.dtype, pool.device
 
     @property
     def shape(self):
-        block_size, K, d = self.pool.shape[1:]
+        K, block_size, d = self.pool.shape[1:]
         return torch.Size((len(self.table), K, self.table.shape[1] * block_size, d))
 
     def gathered(self):
-        return self.pool[self.table].flatten(1, 2).transpose(1, 2)  # (B, K, S, d)
+        K = self.pool.shape[1]
+        heads = torch.arange(K, device=self.table.device)[:, None]  # (K, 1)
+        places = self.table[:, None] * K + heads  # (B, K, n): of a block's part for a head
+        return self.pool.flatten(0, 1)[places].flatten(2, 3)  # (B, K, S, d)
 
     def write(self, new: Tensor, positions: Tensor):
-        """new (B, K, T, d) goes to its slots; a pad's position is -1, and its block nobody's."""
-        block_size = self.pool.shape[1]
-        blocks = self.table.gather(1, positions.clamp(min=0) // block_size)  # (B, T)
-        blocks = blocks.masked_fill(positions < 0, NOBODY)
-        self.pool[blocks, positions % block_size] = new.transpose(1, 2)  # (N, block_size, K, d)
+        """new (B, K, T, d) goes to the slots of its positions (B, T)."""
+        blocks, places = self.rows.places_of(positions)
+        # Indexed by (B, T) twice, the left side is (B, T, K, d).
+        self.pool[blocks, :, places] = new.transpose(1, 2)  # (N, K, block_size, d)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = pytree.tree_map(
-            lambda x: x.gathered() if isinstance(x, cls) else x, (args, kwargs or {})
-        )
+        if function is F.scaled_dot_product_attention:
+            return attend(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(gather_paged, (args, kwargs or {}))
         return function(*args, **kwargs)
 
     def __getattr__(self, name):
@@ -68,6 +90,20 @@ class PagedTensor:
 
     def __getitem__(self, index):
         return self.gathered()[index]
+
+
+def gather_paged(value):
+    return value.gathered() if isinstance(value, PagedTensor) else value
+
+
+def attend(q, k, v, mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """scaled_dot_product_attention; k and v may be paged."""
+    if isinstance(k, PagedTensor) and isinstance(v, PagedTensor) and attention_fits(q, k, mask):
+        return row_attention(q, k.pool, v.pool, mask, scale, k.table)
+    k, v = gather_paged(k), gather_paged(v)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 class PagedLayer:
@@ -96,7 +132,7 @@ class LayerMemory:
         for name in paged:
             _, K, _, d = getattr(layer, name).shape
             # One block more than there are: nobody's.
-            shape = (num_blocks + 1, block_size, K, d)
+            shape = (num_blocks + 1, K, block_size, d)
             self.pools[name] = torch.zeros(shape, dtype=getattr(layer, name).dtype, device=device)
         self.names = layer._fields if paged else ()
         self.fresh = (
@@ -109,12 +145,12 @@ class LayerMemory:
         for own, fresh in self.pairs(self.fresh):
             own[place : place + 1] = fresh
 
-    def lend(self, table, places):
+    def lend(self, rows, places):
         """(what the page is given for these rows, what must be put back)."""
         lent = pytree.tree_map(lambda own: own[places], self.places)
         if not self.pools:
             return lent, lent
-        fields = lent | {name: PagedTensor(pool, table) for name, pool in self.pools.items()}
+        fields = lent | {name: PagedTensor(pool, rows) for name, pool in self.pools.items()}
         return PagedLayer({name: fields[name] for name in self.names}), lent
 
     def put_back(self, lent, places):
@@ -129,7 +165,8 @@ class Memory:
     """The memory of all layers, for `num_places` texts at once, of at most plan.num_slots tokens."""
 
     def __init__(self, plan, num_blocks, num_places):
-        self.device, self.is_all_paged = plan.device, plan.bytes_per_place == 0
+        self.device, self.block_size = plan.device, plan.block_size
+        self.is_all_paged = plan.bytes_per_place == 0
         layers = plan.layers if self.is_all_paged else plan.new_cache()
         sizes = (num_blocks, plan.block_size, num_places, self.device)
         self.layers = [LayerMemory(layer, names, *sizes) for layer, names in zip(layers, plan.paged)]
@@ -140,7 +177,8 @@ class Memory:
         width = max(map(len, tables))
         padded = [table + [NOBODY] * (width - len(table)) for table in tables]
         table = torch.tensor(padded, dtype=torch.long, device=self.device)  # (B, n)
-        lent = [layer.lend(table, places) for layer in self.layers]
+        rows = Rows(table, self.block_size)
+        lent = [layer.lend(rows, places) for layer in self.layers]
         yield tuple(cache for cache, _ in lent)
         for layer, (_, own) in zip(self.layers, lent):
             layer.put_back(own, places)

@@ -8,10 +8,12 @@ A batch that is put together once is as long as its longest text, and whoever co
 end. Here the batch is put together for each step anew: who ends leaves, who waits takes the free place. A
 step is one token for each text whose prompt was read, and then a chunk of the prompts that were not.
 
-    step        1        2        3        4
-    text A    read     token    token    token
-    text B             read     token    end
-    text C                      read     token          (its prompt was longer than a chunk)
+    step        1         2         3         4
+    text A    prompt    token     token     token
+    text B              prompt    token     end
+    text C                        prompt    prompt         a long one, in two chunks
+
+The step in which a prompt ends makes the first token too.
 
 A text is admitted if there are blocks for all that it has to read, and one more for each that runs. Later it
 takes a block when its last one is full. If none is left then, the youngest text gives all of its blocks back
@@ -23,8 +25,6 @@ This page knows blocks and no tensors. Proof: tests/test_serve.py.
 
 from collections import deque
 from dataclasses import dataclass, field
-
-import torch
 
 from runs_serve.request import Request
 from runs_ss.lookup import Index
@@ -41,7 +41,7 @@ class Sequence:
     first: "Sequence | None" = None  # the first choice, whose blocks the others begin with
     tokens: list = field(default_factory=list)  # the prompt and what was written
     stream: object = None  # a TextStream, where there is a tokenizer
-    generator: torch.Generator | None = None
+    generator: object = None  # of the numbers that its tokens are drawn by
     index: Index = field(default_factory=Index)  # what followed which tokens: to draft by
     drafts: list = field(default_factory=list)  # what may follow, read in this step to be checked
     num_cached: int = 0  # so many of its tokens the model has read

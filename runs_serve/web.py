@@ -168,7 +168,8 @@ class DecoderService(Service):
             listener.cancel()
 
     async def live(self, request: Request):
-        return StreamingResponse(self.pictures(), media_type="text/event-stream")
+        # Who looks away closes the connection, and a browser has few of them: it is not kept for more.
+        return StreamingResponse(self.pictures(), media_type="text/event-stream", headers={"Connection": "close"})
 
     async def pictures(self):
         watcher = self.thread.watch()

@@ -722,7 +722,7 @@ def test_shared_blocks_are_hatched_and_kept_ones_grey(page, server):
     assert step == "16 of the prompt of #7, one new token for each of 1"
 
 
-@pytest.mark.parametrize("experiment, count", [("many", 8), ("same", 4), ("long", 4), ("samples", 1)])
+@pytest.mark.parametrize("experiment, count", [("many", 2), ("same", 2), ("long", 2), ("samples", 1)])
 def test_the_experiments_run(experiment, count, page, server):
     driver, before = page(server), server.metrics()
     wait_for(driver, "return live")
@@ -737,13 +737,13 @@ def test_the_experiments_run(experiment, count, page, server):
         };
         $(`[data-try=${arguments[0]}]`).click()""", experiment)  # fmt: skip
     answers = 'zoo_answers_total{endpoint="/v1/completions",status="200"}'
-    while (after := server.metrics())[answers] < before[answers] + count:
+    while server.metrics().get(answers, 0) < before.get(answers, 0) + count:
         time.sleep(0.02)
     wait_for(driver, "return seen.rows > 0 && live.rows.length === 0")
     seen = driver.execute_script("return seen")
     assert driver.execute_script("return $('#remark').textContent") == ""
-    if experiment == "samples":
-        assert seen["rows"] == 4 and seen["shared"] > 0
+    if experiment in ("many", "samples"):
+        assert seen["rows"] >= 4 and seen["shared"] > 0
     after = server.wait_until_idle()
     assert after["zoo_tokens_found_total"] > before["zoo_tokens_found_total"] or experiment == "long"
 

@@ -19,7 +19,7 @@ from runs_ar.generate import TextStream, generate_text
 from runs_serve import paged_cache
 from runs_serve.blocks import NOBODY, Blocks
 from runs_serve.engine import Engine
-from runs_serve.paged_cache import PagedTensor, Plan
+from runs_serve.paged_cache import PagedTensor, Plan, Rows
 from runs_serve.request import ERROR, LENGTH, STOP, Completion, Request
 from tests import tiny_checkpoints
 from tests.serving import SAMPLINGS, alone, assert_as_alone, check_accounts, model_named
@@ -166,21 +166,30 @@ def small_engine(name="llama", **options):
     return Engine(model_named(name), **{"num_blocks": 40, "block_size": 4} | options)
 
 
-def test_what_is_written_in_blocks_is_read_as_from_a_cache():
+@pytest.mark.parametrize("d", [3, 16])
+def test_what_is_written_in_blocks_is_read_as_from_a_cache(d):
     """The numbers themselves, to the bit, whatever order the blocks are in; a pad leaves no trace."""
-    pool, table = torch.zeros(6, 4, 2, 3), torch.tensor([[5, 2], [1, NOBODY]])
-    slots = torch.randn(2, 2, 8, 3)
-    paged = PagedTensor(pool, table)
+    pool, rows = torch.zeros(6, 2, 4, d), Rows(torch.tensor([[5, 2], [1, NOBODY]]), block_size=4)
+    slots = torch.randn(2, 2, 8, d)
+    paged = PagedTensor(pool, rows)
     for start, end in [(0, 3), (3, 4)]:
         paged.write(slots[:, :, start:end], torch.arange(start, end).expand(2, -1))
     paged.write(slots[:, :, 4:5], torch.tensor([[4], [-1]]))
     assert paged.shape == slots.shape
     assert torch.equal(paged[:, :, :4], slots[:, :, :4]) and torch.equal(paged[:1, :, 4], slots[:1, :, 4])
-    assert torch.equal(pool[[2, 3, 4], 1:], torch.zeros(3, 3, 2, 3))
-    queries, mask = torch.randn(2, 4, 1, 3), torch.ones(2, 1, 1, 8, dtype=torch.bool)
+    assert torch.equal(pool[[2, 3, 4], :, 1:], torch.zeros(3, 2, 3, d))
+
+
+@pytest.mark.parametrize("d", [3, 16])
+def test_attention_over_blocks_is_attention(d):
+    """By torch, which gathers them, and where heads are wide enough by the kernel, which does not."""
+    rows = Rows(torch.tensor([[5, 2], [1, 3]]), block_size=4)
+    k, v = (PagedTensor(torch.randn(6, 2, 4, d), rows) for _ in range(2))
+    q, mask = torch.randn(2, 4, 1, d), torch.arange(8) <= torch.tensor([[7], [3]])[:, None, None]
     attend = torch.nn.functional.scaled_dot_product_attention
-    expected = attend(queries, paged.gathered(), paged.gathered(), mask, enable_gqa=True)
-    assert torch.equal(attend(queries, paged, paged, mask, enable_gqa=True), expected)
+    expected = attend(q, k.gathered(), v.gathered(), mask, enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(attend(q, k, v, mask, enable_gqa=True, scale=0.3), expected)
+    torch.testing.assert_close(attend(q, k.gathered(), v, mask, enable_gqa=True, scale=0.3), expected)
 
 
 def test_a_shared_prompt_is_read_once():
@@ -209,6 +218,25 @@ def test_choices_share_the_prompt_up_to_its_last_block_which_each_copies():
         assert_as_alone("llama", request, choice, completion.tokens)
     # Choices 1 and 2 read the prompt's last token for themselves: 13 of its 14 are found.
     assert engine.statistics()["num_tokens_found"] == 26 and len(copies) >= 2
+
+
+def test_a_prompt_of_whole_blocks_may_come_again():
+    """All of it is known then, but the last token is read again: somebody must say what follows it."""
+    engine, request = small_engine(), Request(TEXTS[0], 5)
+    for _ in range(2):
+        engine.add(request)
+        (completion,) = drain(engine).values()
+        assert_as_alone("llama", request, 0, completion.tokens)
+    assert len(TEXTS[0]) % 4 == 0 and engine.statistics()["num_tokens_found"] == len(TEXTS[0]) - 4
+
+
+def test_a_block_with_a_name_is_not_written_on():
+    blocks = Blocks(num_blocks=2, block_size=2)
+    named, nameless = blocks.take(), blocks.take()
+    blocks.give_name(named, blocks.names_of([1, 2])[0])
+    assert not blocks.is_private(named) and blocks.is_private(nameless)
+    blocks.share(nameless)
+    assert not blocks.is_private(nameless)
 
 
 def test_what_was_not_used_for_the_longest_time_makes_room():
@@ -284,6 +312,15 @@ def test_who_stops_listening_frees_the_place():
     assert [next(stream).token for _ in range(3)] == alone("llama", tuple(TEXTS[0]), GREEDY, 0)[:3]
     stream.close()
     assert not engine.has_work and engine.blocks.num_in_use == 0
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "recurrence"])
+def test_who_takes_a_place_finds_it_empty(name):
+    """One text at a time, each in the place and the blocks of the one before it."""
+    engine = small_engine(name, max_running=1, num_blocks=10)
+    requests = [Request(TEXTS[0], 12), Request(TEXTS[1], 9), Request(TEXTS[0][1:4], 12)]
+    for number, (completion,) in enumerate(engine.generate(requests)):
+        assert_as_alone(name, requests[number], 0, completion.tokens)
 
 
 def test_nan_in_one_text_harms_no_other():
