@@ -167,9 +167,8 @@ class DecoderService(Service):
         finally:
             listener.cancel()
 
-    async def live(self, request: Request):
-        # Who looks away closes the connection, and a browser has few of them: it is not kept for more.
-        return StreamingResponse(self.pictures(), media_type="text/event-stream", headers={"Connection": "close"})
+    async def live(self):
+        return StreamingResponse(self.pictures(), media_type="text/event-stream")
 
     async def pictures(self):
         watcher = self.thread.watch()

@@ -269,13 +269,18 @@ $("#pause").addEventListener("click", () => {
 
 // The feed -----------------------------------------------------------------------------------------------------
 
+// A page that is left may be kept by the browser, with its connections, of which there are six to a server.
+let feed = null;
+addEventListener("pagehide", () => feed?.abort());
+
 (async () => {
   await ready;
   if (info.kind !== "decoder") return;
   for (;;) {
     try {
       if (info.needs_key && !$("#key").value) throw new Error("no key yet");
-      for await (const event of events(await ask("live"))) take(event);
+      feed = new AbortController();
+      for await (const event of events(await ask("live", null, feed.signal))) take(event);
     } catch { /* the server went away, or waits for its key: try again */ }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
