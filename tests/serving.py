@@ -83,6 +83,9 @@ def check_accounts(engine):
     assert {name: block for block, name in blocks.name_of.items()} == blocks.block_of
     for sequence in scheduler.waiting:
         assert (sequence.table, sequence.num_cached, sequence.place) == ([], 0, None)
+    # First come, first served: whoever runs came before whoever waits.
+    order = [(one.number, one.choice) for one in [*scheduler.running, *scheduler.waiting]]
+    assert order == sorted(order)
     places = [sequence.place for sequence in scheduler.running] + [*scheduler.free_places]
     assert sorted(places) == list(range(len(places)))
 

@@ -289,6 +289,7 @@ def test_who_comes_joins_and_the_oldest_is_never_sent_away():
     while engine.has_work:
         oldest = engine.scheduler.running[:1]
         ended += [event.request for event in engine.step() if event.finish_reason]
+        check_accounts(engine)
         assert not oldest or oldest[0].place is not None or oldest[0].number in ended
     assert ended[0] == 0 and sorted(ended) == [0, 1, 2, 3, 4] and sent_away and 0 not in sent_away
 
