@@ -3,6 +3,7 @@
 What a text should be, `transformers` says; what a client may send, the types of the `openai` package.
 """
 
+import asyncio
 import base64
 import http.client
 import json
@@ -29,9 +30,14 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 import app
+from models import load_model
 from models.utils.errors import UserError
 from runs_ar.generate import TextStream
 from runs_serve import protocol
+from runs_serve.live import LiveEngine
+from runs_serve.metrics import Metrics
+from runs_serve.model_thread import ModelThread
+from runs_serve.request import Request
 from tests.test_structure_page import FLAGS
 from tests.tiny_checkpoints import EOS, load, save_checkpoint
 
@@ -561,6 +567,35 @@ def test_200_requests_of_16_clients(server, expected):
     assert after["zoo_blocks"] == 96
     assert after["zoo_tokens_found_total"] > before["zoo_tokens_found_total"]
     assert not [line for line in server.said if "Traceback" in line or "Error" in line], "".join(server.said)
+
+
+def test_a_step_that_fails_ends_who_runs_and_nobody_else(checkpoint, expected, monkeypatch, capsys):
+    _, tokenizer, folder = checkpoint
+    engine = LiveEngine(load_model(folder), tokenizer, num_blocks=32, block_size=8, max_running=1)
+    request = Request(tokenizer.encode("x"), max_new_tokens=12, num_choices=2)
+
+    async def scenario():
+        thread = ModelThread(engine, Metrics(), pace=100)
+        await thread.start()
+        first, waiting = await thread.submit([request]), await thread.submit([request])
+        hidden = engine.model.hidden
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.model, "hidden", lambda *arguments: 1 / 0)
+            lost = [event async for _, event in first]
+            patch.setattr(engine.model, "hidden", hidden)
+            saved = [event async for _, event in waiting]
+        later = [event async for _, event in await thread.submit([request])]
+        await thread.stop()
+        assert thread.num_open == 0 and not thread.streams and not thread.num_choices
+        return lost, saved, later
+
+    lost, saved, later = asyncio.run(asyncio.wait_for(scenario(), 60))
+    assert [event.finish_reason for event in lost][-2:] == ["error", "error"]
+    for events in saved, later:
+        texts = ["".join(event.text for event in events if event.choice == choice) for choice in (0, 1)]
+        assert texts == [expected("x")[1]] * 2 or "error" in {event.finish_reason for event in saved}
+    assert later[-1].finish_reason != "error" and engine.blocks.num_in_use == 0
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_metrics_are_in_prometheus_format(server):
