@@ -190,7 +190,7 @@ class ModelThread:
     def give_up(self):
         """A step failed, nobody knows for whose sake: all that run end with an error, and others may come."""
         scheduler = self.engine.scheduler
-        numbers = {sequence.number for sequence in scheduler.running}
+        numbers = {sequence.number for sequence in scheduler.running or scheduler.waiting}
         lost = [each for each in [*scheduler.running, *scheduler.waiting] if each.number in numbers]
         for number in numbers:
             self.engine.cancel(number)
