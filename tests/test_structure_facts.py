@@ -19,6 +19,7 @@ from tests import zoo
 SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
     "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),
     "gpt2": ("tiny-gpt2-python", {}),
+    "gemma3": ("tiny-gemma-python", {"window": 24}),  # whose ring of 30 slots is shorter than S below
     "gpt_neox": ("tiny-neox-python", {}),
     "transformer_lm": ("transformer-lm-15m", {"num_layers": 2, "vocab_size": 512}),
     "bert": ("tiny-bert-python", {"head": "pretraining", "pooler": True}),
@@ -26,7 +27,7 @@ SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()
     "transformer": ("tiny-transformer-dates", {}),
     "transformer-short-memory": ("tiny-transformer-dates", {"cross_downsample": 3}),
 }
-B, T, S, N = 2, 5, 11, 12
+B, T, S, N = 2, 5, 41, 12
 QUANTIZED = {"int8": Quantization("int8"), "int4": Quantization("int4", 32)}
 every = pytest.mark.parametrize("name", SUBJECTS)
 
@@ -152,7 +153,7 @@ def test_the_cache_takes_what_new_cache_makes(name):
         layers = [*cache.past, *cache.memory]
     else:
         layers = model.new_cache(B, S)
-    numbers = sum(tensor.numel() for layer in layers for tensor in layer)
+    numbers = sum(tensor.numel() for layer in layers for tensor in layer if tensor.is_floating_point())
     assert evaluate(captured(name)[1]["facts"]["model"]["cache"], B=B, S=S, N=N) == numbers
 
 

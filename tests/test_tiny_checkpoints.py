@@ -65,9 +65,11 @@ def test_the_readme_is_about_this_model(converted, name):
 def test_it_is_stored_in_bf16_and_nothing_twice(converted, name):
     path = CHECKPOINTS / name / "model.safetensors"
     with safe_open(path, framework="pt") as file:
-        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+        names = file.keys()
+        assert {file.get_slice(key).get_dtype() for key in names} == {"BF16"}
     num_parameters = sum(parameter.numel() for parameter in load_model(converted(name)).parameters())
-    assert 2 * num_parameters <= path.stat().st_size < 2 * num_parameters + 20_000
+    # Besides the numbers, a name and a shape for each tensor: an expert has three of its own.
+    assert 2 * num_parameters <= path.stat().st_size < 2 * num_parameters + 1000 + 200 * len(names)
 
 
 def test_together_they_are_small():
