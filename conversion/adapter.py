@@ -240,7 +240,8 @@ def peft_files(factors, config, base, rank, alpha, dropout):
         "bias": "none",
         "inference_mode": True,
     }
-    metadata = {"format": "pt", **({BASE: found} if (found := fingerprint(base)) else {})}
+    # One entry at most: of several the library writes now this first, now that.
+    metadata = {BASE: found} if (found := fingerprint(base)) else {"format": "pt"}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(settings, indent=2) + "\n"
     return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata)}

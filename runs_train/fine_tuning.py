@@ -68,6 +68,7 @@ def train(options):
         what = f"--checkpoint {options.checkpoint}: {count:,} parameters, gradients and Adam's two means of them"
         check_room(count * BYTES_PER_PARAMETER, what, options.device)
         model = load_model(base.folder, options.device, torch.float32, arranged=False)
+        torch.manual_seed(options.seed)  # of dropout, where the model has some
         run = Run(model, base, corpus, options, folder / "training")
         run.train()
         save(run, folder)
