@@ -86,7 +86,9 @@ def read_settings(path):
         raise UserError(f"{path}: peft_type is {settings.get('peft_type')!r}; LORA is what is read here")
     for name, value in settings.items():
         if name not in USED | INERT and value not in OFF:
-            raise UserError(f"{path}: {name} is {value!r}, which is more than plain LoRA; it is not read here")
+            raise UserError(
+                f"{path}: {name} is {value!r}, which is more than plain LoRA; it is not read here"
+            )
     if settings.get("init_lora_weights") not in BEGINNINGS:
         raise UserError(
             f"{path}: init_lora_weights {settings['init_lora_weights']!r} changed the base as well; "
@@ -102,7 +104,9 @@ def scale_of(settings, module, rank, path):
         for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )  # fmt: skip
     if said != rank or type(alpha) not in (int, float):
-        raise UserError(f"{path}: r {said!r} and alpha {alpha!r} for {module}, whose matrices are of rank {rank}")
+        raise UserError(
+            f"{path}: r {said!r} and alpha {alpha!r} for {module}, whose matrices are of rank {rank}"
+        )
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
@@ -127,7 +131,9 @@ def pairs_of(file, steps, folder):
     for name in file.entries:
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not found or found[1] not in steps:
-            raise UserError(f"{folder}: {name} has no place in this model; is the adapter one of another model?")
+            raise UserError(
+                f"{folder}: {name} has no place in this model; is the adapter one of another model?"
+            )
         pairs.setdefault(found[1], {})[found[2]] = file.read(name).float()
     for module, pair in pairs.items():
         N, K = steps[module].shape
@@ -201,7 +207,9 @@ def check_rows(module, A, parts, B, config):
     """A table's transform is carried out on B alone; that must be what it does to the change of the matrix."""
     theirs = module.transform.inverse([part @ A for part in parts], config)
     if not torch.allclose(theirs.T if module.is_transposed else theirs, B @ A, atol=1e-6):
-        raise UserError(f"{module.ours[0]} stands in another order in PEFT's layout; leave it without adapter")
+        raise UserError(
+            f"{module.ours[0]} stands in another order in PEFT's layout; leave it without adapter"
+        )
 
 
 # Writing ----------------------------------------------------------------------------------------------------
@@ -221,7 +229,9 @@ def peft_files(factors, config, base, rank, alpha, dropout):
             ranks[name] = (len(A), module.is_transposed)
             taken |= {ours.removesuffix(".weight") for ours in module.ours}
     if strange := sorted(set(factors) - taken):
-        raise UserError(f"PEFT's layout has no place for an adapter of {strange[0]}; give --targets without it")
+        raise UserError(
+            f"PEFT's layout has no place for an adapter of {strange[0]}; give --targets without it"
+        )
     # "self_attn.q_proj": the end of a name alone may mean another matrix as well.
     ends = {re.sub(r"^.*?\.\d+\.", "", name): width for name, (width, _) in ranks.items()}
     wide = {end: width for end, width in ends.items() if width != rank}

@@ -120,7 +120,9 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(), calibration=None, adapter=None):
+def open_checkpoint(
+    name, device=None, dtype=None, quantization=None, widths=(), calibration=None, adapter=None
+):
     """The Checkpoint called `name`, which is converted first if that was not done yet.
 
     dtype: of the weights; None: as stored, or fp32 on a CPU that is slow at that. quantization: of the linear
@@ -137,7 +139,9 @@ def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(),
         raise UserError(f"{folder}: is {stored} already; run it without --quantize")
     adapter = adapter and read_adapter(adapter, fields, folder)
     if adapter and widths and (stored or quantization):
-        raise UserError("--adapter stays beside a quantized base, which --compile does not know; leave one out")
+        raise UserError(
+            "--adapter stays beside a quantized base, which --compile does not know; leave one out"
+        )
     device = device if isinstance(device, torch.device) else choose_device(device)
     windows = calibration_windows(calibration, folder, model_name, config)
     dtype = dtype or fast_dtype(folder, device, keep=stored or quantization)

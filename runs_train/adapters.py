@@ -35,7 +35,11 @@ def train(options):
         torch.manual_seed(options.seed)
         attach(model.float(), options.rank, options.alpha, options.dropout, options.targets)
         count = sum(parameter.numel() for parameter in filter(is_trained, model.parameters()))
-        check_room(count * BYTES_PER_PARAMETER, f"--rank {options.rank}: adapters with their gradients", options.device)
+        check_room(
+            count * BYTES_PER_PARAMETER,
+            f"--rank {options.rank}: adapters with their gradients",
+            options.device,
+        )
         run = Run(model, base, corpus, options, folder / "training")
         run.train()
         save(run, folder)
@@ -83,7 +87,9 @@ class Trained:
 def save(run, folder):
     """The adapter as PEFT has it, and the template of the conversations."""
     options, factors = run.options, {name: (layer.A, layer.B) for name, layer in adapters(run.model).items()}
-    files = peft_files(factors, run.base.fields, run.base.folder, options.rank, options.alpha, options.dropout)
+    files = peft_files(
+        factors, run.base.fields, run.base.folder, options.rank, options.alpha, options.dropout
+    )
     remove_other_results(folder, (*FILES, "README.md", "loss.png"))
     for name, content in {**files, "chat_template.jinja": run.tokenizer.chat_template.encode()}.items():
         with write_result(folder, name) as path:

@@ -67,7 +67,9 @@ def read_corpus(data):
     train, held_out = split_library() if data == "stdlib" else split_file(data)
     if not train or not held_out:
         count = len(train) + len(held_out)
-        raise UserError(f"--data {data}: {count} conversations, too few to hold a tenth of them out; give more")
+        raise UserError(
+            f"--data {data}: {count} conversations, too few to hold a tenth of them out; give more"
+        )
     digest = hashlib.sha256()
     for conversation in [*train, *held_out]:
         digest.update((json.dumps(conversation.messages, sort_keys=True) + "\n").encode())
@@ -140,7 +142,9 @@ def functions(document: Document):
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     for place, body in [(module, tree.body), *((f"{module}.{node.name}", node.body) for node in classes)]:
         for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not f".{place}.{node.name}".count("._"):
+            if isinstance(
+                node, (ast.FunctionDef, ast.AsyncFunctionDef)
+            ) and not f".{place}.{node.name}".count("._"):
                 line = (ast.get_docstring(node) or "").partition("\n")[0].strip()
                 if 10 <= len(line) <= 100:
                     yield f"What does {place}.{node.name} do?", line

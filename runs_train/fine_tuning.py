@@ -60,12 +60,16 @@ def train(options):
     options.device = choose_device(options.device)
     base = open_base(options)
     if base.stored:
-        raise UserError(f"--checkpoint {options.checkpoint}: is stored in {base.stored}; lora trains beside that")
+        raise UserError(
+            f"--checkpoint {options.checkpoint}: is stored in {base.stored}; lora trains beside that"
+        )
     names = [path.name for path in companions(base.folder)]
     with run_folder(options, {*names, "chat_template.jinja", "generation_config.json"}) as folder:
         corpus = read_corpus(options.data)
         count = sum(parameter.numel() for parameter in base.model.parameters())
-        what = f"--checkpoint {options.checkpoint}: {count:,} parameters, gradients and Adam's two means of them"
+        what = (
+            f"--checkpoint {options.checkpoint}: {count:,} parameters, gradients and Adam's two means of them"
+        )
         check_room(count * BYTES_PER_PARAMETER, what, options.device)
         model = load_model(base.folder, options.device, torch.float32, arranged=False)
         torch.manual_seed(options.seed)  # of dropout, where the model has some
@@ -178,7 +182,9 @@ class Run(TrainingRun):
             self.show_evaluation(f"held-out loss {measured:.3f}")
         else:
             say(f"before the first step   held-out loss {measured:.3f}")
-        say("".join(f"    | {question}  -->  {text}\n" for (question, *_), text in zip(self.shown(), written)))
+        say(
+            "".join(f"    | {question}  -->  {text}\n" for (question, *_), text in zip(self.shown(), written))
+        )
 
     @torch.no_grad()
     def measure(self, most=None):
@@ -201,7 +207,9 @@ class Run(TrainingRun):
         return [on_one_line(self.tokenizer.decode(answer)) for answer in answers]
 
     def shown(self):
-        return [(on_one_line(question), prompt, on_one_line(right)) for question, prompt, right in self.samples]
+        return [
+            (on_one_line(question), prompt, on_one_line(right)) for question, prompt, right in self.samples
+        ]
 
     def introduce(self):
         count = sum(parameter.numel() for parameter in filter(is_trained, self.model.parameters()))
@@ -212,7 +220,9 @@ class Run(TrainingRun):
     def describe(self):
         batches, facts = self.batches, self.facts
         passes = self.options.steps * self.options.accumulate / batches.per_pass
-        text = f"{facts['train']:,} conversations, {passes:.1f} passes over them in {self.options.steps} steps; "
+        text = (
+            f"{facts['train']:,} conversations, {passes:.1f} passes over them in {self.options.steps} steps; "
+        )
         text += f"{batches.share_of_pads():.1%} of the places are pads"
         return "\n".join([text, *self.losses_of_data()])
 

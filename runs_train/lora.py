@@ -52,9 +52,27 @@ def parse_options(arguments):
     parser = TrainingParser("lora", __doc__)
     add_chat_options(parser.group("what"))
     add = parser.group("adapters")
-    add("--rank", type=whole(1, 4096), default=8, metavar="R", help="directions that a matrix may change in [%(default)s]")
-    add("--alpha", type=number(above=0), default=16.0, metavar="F", help="times 1/R: the adapter's factor [%(default)s]")
-    add("--dropout", type=number(least=0, most=0.99), default=0.0, metavar="P", help="of what adapters read [%(default)s]")
+    add(
+        "--rank",
+        type=whole(1, 4096),
+        default=8,
+        metavar="R",
+        help="directions that a matrix may change in [%(default)s]",
+    )
+    add(
+        "--alpha",
+        type=number(above=0),
+        default=16.0,
+        metavar="F",
+        help="times 1/R: the adapter's factor [%(default)s]",
+    )
+    add(
+        "--dropout",
+        type=number(least=0, most=0.99),
+        default=0.0,
+        metavar="P",
+        help="of what adapters read [%(default)s]",
+    )
     add("--targets", type=names, default=(), metavar="NAMES", help="linear layers, as q_proj,v_proj [all]")
     add("--quantize", choices=QUANTIZED, help="the frozen weights; the adapters never")
     add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")

@@ -138,7 +138,9 @@ def test_layers_are_chosen_by_their_names():
     assert len(everything) == 7 * model.config.num_layers and "lm_head" not in everything
     chosen = linear_layers(model, ("q_proj", "v_proj"))
     assert {name.rpartition(".")[2] for name in chosen} == {"q_proj", "v_proj"} and len(chosen) == 4
-    with pytest.raises(UserError, match="no linear layer is called 'query'; this model has: down_proj, gate_"):
+    with pytest.raises(
+        UserError, match="no linear layer is called 'query'; this model has: down_proj, gate_"
+    ):
         linear_layers(model, ("q_proj", "query"))
 
 
@@ -196,7 +198,9 @@ def test_peft_has_the_same_logits(tmp_path, model_name, names):
     config, tokens = published(model, tmp_path), tokens_for(model)
     with torch.no_grad():
         ours = tuned(model, names)(tokens)
-        theirs = peft.PeftModel.from_pretrained(oracle_of(tmp_path), write(factors_of(model), config, tmp_path))
+        theirs = peft.PeftModel.from_pretrained(
+            oracle_of(tmp_path), write(factors_of(model), config, tmp_path)
+        )
         close(ours, theirs.eval()(tokens).logits)
         # And read back it is the same.
         again = small_model(model_name)
@@ -213,7 +217,10 @@ PEFTS = {
     "by the root of the rank": {"target_modules": ["o_proj"], "use_rslora": True},
     "of some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
 }  # fmt: skip
-GPT2_PEFTS = {"fused": {"target_modules": ["c_attn"]}, "all": {"target_modules": ["c_attn", "c_proj", "c_fc"]}}
+GPT2_PEFTS = {
+    "fused": {"target_modules": ["c_attn"]},
+    "all": {"target_modules": ["c_attn", "c_proj", "c_fc"]},
+}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -276,7 +283,9 @@ def test_an_adapter_of_another_model_is_refused(stored, tmp_path):
     with pytest.raises(UserError, match=r"has A \(4, .*\) and B .*is the adapter one of another model"):
         read_adapter(adapter, narrow)
     gpt2 = config_to_dict("gpt2", small_model("gpt2").config)
-    with pytest.raises(UserError, match="self_attn.* has no place in this model; is the adapter one of another"):
+    with pytest.raises(
+        UserError, match="self_attn.* has no place in this model; is the adapter one of another"
+    ):
         read_adapter(adapter, gpt2)
 
 
@@ -307,7 +316,9 @@ def test_files_that_are_no_adapter(stored, tmp_path):
     folder, adapter, _, _ = stored
     with pytest.raises(UserError, match="--adapter .*nowhere: no such folder"):
         open_checkpoint(folder, adapter=tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds an adapter, no model; give the model, and this with --adapter"):
+    with pytest.raises(
+        UserError, match="holds an adapter, no model; give the model, and this with --adapter"
+    ):
         open_checkpoint(adapter)
     whole = load_file(adapter / WEIGHTS)
     first = next(name for name in whole if "lora_B" in name)

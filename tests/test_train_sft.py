@@ -33,8 +33,15 @@ INST = """{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}
 ONE_LINE = """{{- bos_token }}{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' %}
 {%- generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
-SYSTEM_FIRST = """{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"""
-TEMPLATES = {"chatml": CHATML, "inst": INST, "one line": ONE_LINE, "a system of its own": SYSTEM_FIRST + CHATML}
+SYSTEM_FIRST = (
+    """{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"""
+)
+TEMPLATES = {
+    "chatml": CHATML,
+    "inst": INST,
+    "one line": ONE_LINE,
+    "a system of its own": SYSTEM_FIRST + CHATML,
+}
 
 
 def turns(*contents, system=None):
@@ -111,7 +118,8 @@ def test_a_template_that_writes_early_answers_otherwise_names_the_message(folder
     """As those do that leave out earlier thoughts; of the last answer they are there."""
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = CHATML.replace(
-        "m.content + '<|im_end|>' }}{% endgen", "(m.content if loop.last else 'cut') + '<|im_end|>' }}{% endgen"
+        "m.content + '<|im_end|>' }}{% endgen",
+        "(m.content if loop.last else 'cut') + '<|im_end|>' }}{% endgen",
     )
     assert any(lay_out(tokenizer, turns("Hi", "Hello!"))[1])
     with pytest.raises(UserError, match="^message 2: the chat template writes .* otherwise once more follow"):
@@ -136,7 +144,9 @@ def some(count):
 def test_every_conversation_is_read_once_in_a_pass(tokenizer):
     conversations = some(60)
     batches = Batches(conversations, tokenizer, 64, 200, seed=3)
-    expected = sorted((ids, [int(x) for x in mask]) for ids, mask in (lay_out(tokenizer, c.messages) for c in conversations))
+    expected = sorted(
+        (ids, [int(x) for x in mask]) for ids, mask in (lay_out(tokenizer, c.messages) for c in conversations)
+    )
     orders = []
     for number in range(3):
         read = []
@@ -166,7 +176,9 @@ def test_no_conversation_sees_another_nor_a_pad(tokenizer, model_name):
             for row, said in enumerate(is_answer):
                 length = said.nonzero().max() + 1
                 alone = model(tokens[row : row + 1, :length])[0]
-                torch.testing.assert_close(together[row, :length], alone, atol=1e-5 * max(1, alone.std().item()), rtol=0)
+                torch.testing.assert_close(
+                    together[row, :length], alone, atol=1e-5 * max(1, alone.std().item()), rtol=0
+                )
 
 
 def test_what_truncation_takes_is_counted(tokenizer):
@@ -194,9 +206,7 @@ def test_the_loss_is_that_of_transformers(tokenizer, tmp_path):
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=4096, n_positions=64, n_embd=16, n_layer=2, n_head=2, n_inner=32)
     ).eval()
-    theirs.load_state_dict(
-        {f"{name}": tensor for name, tensor in hf_state(run).items()}, strict=False
-    )
+    theirs.load_state_dict({f"{name}": tensor for name, tensor in hf_state(run).items()}, strict=False)
     for n in range(2):
         tokens, is_answer = batch = run.batch(n)
         labels = tokens.masked_fill(~is_answer.bool(), -100)
@@ -224,7 +234,9 @@ def fine_tuning_options(root):
 def finished(tmp_path_factory):
     """The folder of a run that learned to say one thing, and what it printed."""
     root = tmp_path_factory.mktemp("finished")
-    lines = "".join(json.dumps({"prompt": f"Say it, {n}.", "completion": "Good day to you."}) + "\n" for n in range(40))
+    lines = "".join(
+        json.dumps({"prompt": f"Say it, {n}.", "completion": "Good day."}) + "\n" for n in range(40)
+    )
     config = CONFIGS["sft"] | {"dropout": 0.0, "d_model": 32}
     arguments = small_run("sft", root, config=config, data=lines)
     main(arguments("run", "--dtype", "float32", "--eval-every", "30", "--lr", "0.01", steps=90))
@@ -236,9 +248,9 @@ def test_it_learns_what_is_said(finished):
     (_, before), *_, (_, after) = state["evaluations"]
     assert before == pytest.approx(8.3, abs=0.3) and after < 0.1
     # The questions are held out; the answers before the first step are kept.
-    assert set(state["answers"][1]) == {"Good day to you."} != set(state["answers"][0])
+    assert set(state["answers"][1]) == {"Good day."} != set(state["answers"][0])
     readme = (finished / "README.md").read_text()
-    assert "| Good day to you. | Good day to you. |" in readme and "truncation | none, at 64 tokens" in readme
+    assert "| Good day. | Good day. |" in readme and "truncation | none, at 64 tokens" in readme
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -247,7 +259,7 @@ def test_the_result_chats(finished):
     convert(finished)
     base = open_checkpoint(finished, dtype=torch.float32)
     talk = Conversation(base.load(), base.tokenizer)
-    assert "".join(talk.answer("Say it, 1234.", max_new_tokens=30)) == "Good day to you."
+    assert "".join(talk.answer("Say it, 1234.", max_new_tokens=30)) == "Good day."
     oracle = transformers.AutoTokenizer.from_pretrained(finished)
     messages = turns("Hi", "Hello!", "x")
     theirs = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -283,7 +295,9 @@ def test_another_template_is_another_run(tmp_path):
 
 def test_the_standard_library_is_asked_about(monkeypatch):
     """Every question once; the answer is the function's own."""
-    modules = [chat_data.Document(f"{m.__name__}.py", Path(m.__file__).read_text()) for m in (shutil, textwrap)]
+    modules = [
+        chat_data.Document(f"{m.__name__}.py", Path(m.__file__).read_text()) for m in (shutil, textwrap)
+    ]
     modules.append(chat_data.Document("json/__init__.py", Path(json.__file__).read_text()))
     monkeypatch.setattr(chat_data, "split_documents", lambda data: (modules[:2], [modules[0], modules[2]]))
     corpus = read_corpus("stdlib")
@@ -333,7 +347,6 @@ def test_a_line_that_is_wrong_is_named(tmp_path, name):
     with pytest.raises(UserError, match=message.replace("(", "\\(")) as error:
         read_corpus(tmp_path / "data")
     assert "\n" not in str(error.value)
-
 
 
 MISTAKES = {

@@ -21,7 +21,9 @@ PAGES = sorted(
     path.stem for path in (ROOT / "runs_train").glob("*.py") if "def parse_options(" in path.read_text()
 )
 # Those that begin with fresh weights of a --config; the others tune a --checkpoint.
-FRESH_PAGES = [page for page in PAGES if "add_folder_options(" in (ROOT / f"runs_train/{page}.py").read_text()]
+FRESH_PAGES = [
+    page for page in PAGES if "add_folder_options(" in (ROOT / f"runs_train/{page}.py").read_text()
+]
 TEXT = Path(text_data.__file__).read_text(encoding="utf-8")
 ROWS = list(write_days(all_days()[::90], 2, seed=0))
 

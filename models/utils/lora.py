@@ -130,7 +130,6 @@ def adapters(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-
 def attach_trained(model, factors):
     """Put adapters that were trained around their layers; factors: {name: (A, B, scale)}."""
     for name, (A, B, scale) in factors.items():

@@ -10,7 +10,9 @@ from models.utils.quantize import prepare, quantize_layers
 from models.utils.safetensors_files import CODE_NAMES, DTYPE_NAMES, open_safetensors
 
 
-def load_weights(model, folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True, factors=None):
+def load_weights(
+    model, folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True, factors=None
+):
     """Give a model on the meta device the weights of a converted folder; the arguments are load_model's.
 
     factors: of the adapters that it gets besides, see models/utils/lora.py.
