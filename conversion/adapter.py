@@ -1,7 +1,7 @@
 """Adapters (models/utils/lora.py) as PEFT stores them: a folder beside the model that they belong to.
 
     adapter_config.json          {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": [...], ...}
-    adapter_model.safetensors    base_model.model.<their module>.lora_A.weight (r, K) and .lora_B.weight (N, r)
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight (r, K), ....lora_B.weight (N, r)
 
 Their modules are Hugging Face's, so the names go through the model's table (conversion/tables/). Where theirs
 is one matrix and ours are three, the change is that of
@@ -12,8 +12,8 @@ is one matrix and ours are three, the change is that of
 
 and one of theirs becomes three of ours that share A. Nothing is rounded either way.
 
-A folder does not say which numbers its base has. What this page writes does, by a hash in the file's metadata,
-and what was trained on another base is refused; of other people's adapters only names and shapes are compared.
+Whose numbers an adapter was trained beside, PEFT does not say. What this page writes does, by a hash in the
+file's metadata, and beside another model it is refused; of other people's adapters names and shapes must do.
 Proof: tests/test_lora.py, against `peft`.
 """
 
@@ -39,11 +39,11 @@ PREFIX = "base_model.model."
 BASE = "base_sha256"  # in the metadata of the weights
 USED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
 # What concerns training alone, or repeats what the tensors' names say.
-INERT = set("""
-    task_type auto_mapping base_model_name_or_path revision inference_mode peft_version lora_dropout
-    target_modules exclude_modules layers_to_transform layers_pattern fan_in_fan_out megatron_core
-    megatron_config qalora_group_size runtime_config
-""".split())  # fmt: skip
+INERT = {
+    *("task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
+    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("fan_in_fan_out", "megatron_core", "megatron_config", "qalora_group_size", "runtime_config"),
+}
 # Others change the base's weights before the first step.
 BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva", None)
 OFF = (None, False, [], {}, "none")
@@ -98,11 +98,11 @@ def read_settings(path):
 
 
 def scale_of(settings, module, rank, path):
-    """alpha / r of a module, as PEFT finds them: the first pattern that is the end of its name, else r."""
-    said, alpha = (
-        next((value for end, value in (settings.get(patterns) or {}).items() if is_end(end, module)), settings.get(name))
-        for patterns, name in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )  # fmt: skip
+    """alpha / r of a module; of each, the first pattern counts that is the end of the module's name."""
+    said, alpha = settings.get("r"), settings.get("lora_alpha")
+    said = next((r for end, r in (settings.get("rank_pattern") or {}).items() if is_end(end, module)), said)
+    alphas = settings.get("alpha_pattern") or {}
+    alpha = next((value for end, value in alphas.items() if is_end(end, module)), alpha)
     if said != rank or type(alpha) not in (int, float):
         raise UserError(
             f"{path}: r {said!r} and alpha {alpha!r} for {module}, whose matrices are of rank {rank}"
@@ -121,7 +121,8 @@ def check_base(file, base):
     said = (file.file.metadata() or {}).get(BASE)
     if said and base and (found := fingerprint(base)) and said != found:
         raise UserError(
-            f"--adapter {file.path.parent}: was trained on another model than {base} holds; run it with its own"
+            f"--adapter {file.path.parent}: was trained on another model than {base} holds; "
+            "run it with its own"
         )
 
 
@@ -140,8 +141,8 @@ def pairs_of(file, steps, folder):
         A, B = pair.get("A", torch.empty(0)), pair.get("B", torch.empty(0))
         if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or len(A) != B.shape[1]:
             raise UserError(
-                f"{folder}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, for a matrix of {N} x {K} "
-                "in this model; is the adapter one of another model?"
+                f"{folder}: {module} has A {tuple(A.shape)} and B {tuple(B.shape)}, for a matrix of "
+                f"{N} x {K} in this model; is the adapter one of another model?"
             )
     if not pairs:
         raise UserError(f"{folder / WEIGHTS}: holds no adapter")
@@ -204,7 +205,7 @@ def to_theirs(module, factors, config):
 
 
 def check_rows(module, A, parts, B, config):
-    """A table's transform is carried out on B alone; that must be what it does to the change of the matrix."""
+    """A table's transform is carried out on B alone; that must be what it does to B A."""
     theirs = module.transform.inverse([part @ A for part in parts], config)
     if not torch.allclose(theirs.T if module.is_transposed else theirs, B @ A, atol=1e-6):
         raise UserError(

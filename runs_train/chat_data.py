@@ -7,11 +7,11 @@ r"""Conversations to learn from: read, laid out by the checkpoint's own template
     <s> ### user \n Hi \n ### assistant \n Hello ! </s> \n
                                            1     1 1           what the model learns to say
 
-Which tokens those are is found without knowing the template. What it makes of the messages before an answer,
-the invitation to answer included, is where the answer begins; what it makes of the messages up to the answer
-is where it ends, at the special token that ends a turn, if there is one. That holds where the conversation
-begins with what its parts begin with. A template that writes an early message otherwise once more follow (some
-drop earlier thoughts) is refused, with the number of the message.
+Which tokens those are is found without knowing the template, by laying out beginnings of the conversation. An
+answer begins where the messages before it end, laid out with the invitation to answer. It ends where those up
+to it end, or rather with the special token that ends a turn, if there is one. That is true as long as each
+beginning is one of the whole, too. A template that writes a message otherwise once more follow (some drop the
+thoughts of earlier answers) is refused, and the message named.
 
 A tenth is held out, by a hash of the first question, or of the standard library by the same hash of a file's
 name as in text_data.py: what a model of language_model.py never saw is held out here too.
@@ -22,7 +22,6 @@ Proof: tests/test_train_sft.py, token by token against what `transformers` marks
 import ast
 import hashlib
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -136,7 +135,7 @@ def split_library():
 
 
 def functions(document: Document):
-    """(question, answer) of each public function of a module and of its classes, where a line says what it does."""
+    """(question, answer) of a module's public functions, and its classes', that have a first line."""
     module = document.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     tree = ast.parse(document.text)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -170,8 +169,8 @@ def answer_span(tokenizer, messages, n, text, ids):
     through, ids_through = tokenizer.lay_out_chat(messages[: n + 1], add_generation_prompt=False)
     if not (through.startswith(before) and text.startswith(through)):
         raise UserError(
-            f"message {n + 1}: the chat template writes what comes before it, or it, otherwise once more follow; "
-            "give conversations that end with it"
+            f"message {n + 1}: the chat template writes it, or what is before it, otherwise once more "
+            "messages follow; give conversations that end with it"
         )
     # A token that holds the last letters before an answer and its first is the answer's.
     start, stop = num_shared(ids_before, ids), num_shared(ids_through, ids)
@@ -191,8 +190,8 @@ class Batches:
     """Conversations as padded token ids; every one is read once before any is read again.
 
     A row is one conversation, and no token sees what stands to its right, so that none ever sees a pad or
-    another conversation. A batch has conversations of about the same length and at most `batch_tokens` places:
-    few are pads, without one being packed behind the other.
+    another conversation. A batch has conversations of about one length and at most `batch_tokens` places: few
+    are pads, without one being packed behind the other.
     Batch n is a function of n and the seed alone, so that a run that goes on needs to know no more.
     """
 
@@ -212,7 +211,7 @@ class Batches:
         self.per_pass, self.orders = len(self.spans), {}
 
     def add(self, ids, is_answer, context):
-        """What is longer than the context is cut, and counted; without an answer there is nothing to learn."""
+        """What is longer than the context is cut, and counted; what then has no answer is left out."""
         kept = sum(is_answer[1:context])
         self.num_lost += sum(is_answer[1:]) - kept
         self.num_cut += len(ids) > context

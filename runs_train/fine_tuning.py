@@ -1,13 +1,14 @@
 """What `python -m runs_train.sft` does to a decoder: go on training it, on what an assistant says.
 
     the model reads        <s> ### user \\n Hi \\n ### assistant \\n Hello !
-    and has to predict                                            Hello ! </s>        each at the place before
+    and has to predict                                            Hello ! </s>    each at the place before it
 
 It is the loss of next_token.py, taken at fewer places: a question is read, not learned. So the head, the
 largest matrix of a small model, is applied to the places of answers alone.
 
-One conversation is one row. What packing several into a row would save is pads, and batches of one length have
-few; the run says how many. In exchange no token can see another conversation, whatever the model is made of.
+One conversation is one row. What packing several into a row would save is pads, and batches of one length
+have few; the run says how many. So no token can see another conversation, whatever the model is made of, and
+a conversation has the logits that it would have alone.
 
 Shapes: B conversations in a batch, T tokens of the longest, V vocabulary, n tokens of answers in the batch.
 Proof: tests/test_train_sft.py.
@@ -144,7 +145,7 @@ class Run(TrainingRun):
         self.hidden = make_forward(model, options, model.hidden)
 
     def choose_samples(self, conversations):
-        """(question as shown, prompt, right answer) of some that are held out, each up to its first answer."""
+        """(question, prompt, right answer) of some that are held out, each up to its first answer."""
         samples = []
         for messages in (conversation.messages for conversation in conversations):
             n = next(n for n, message in enumerate(messages) if message["role"] == "assistant")
@@ -235,8 +236,9 @@ class Run(TrainingRun):
         for part, name in (self.batches, "training"), (self.held_out, "held-out"):
             if part.num_cut:
                 lines.append(
-                    f"{part.num_cut:,} {name} conversations are longer than {self.context} tokens and are cut, by "
-                    f"{part.num_lost:,} tokens of answers; {part.num_left_out:,} have none left and are left out"
+                    f"{part.num_cut:,} {name} conversations are longer than {self.context} tokens and are cut, "
+                    f"by {part.num_lost:,} tokens of answers; {part.num_left_out:,} have no answer left and "
+                    "are left out"
                 )
         return lines
 

@@ -1,10 +1,10 @@
-r"""Fine-tune a decoder through adapters: two thin matrices beside each large one, which itself stays as it is.
+r"""Fine-tune a decoder through adapters: thin matrices beside the large ones, which stay as they are.
 
     python -m runs_train.lora --checkpoint tiny-llama-python --data stdlib
     python -m runs_train.lora --checkpoint tiny-llama-python --data stdlib --quantize int4
 
-does what sft.py does, with a fraction of the memory: of the model only the weights are there, no gradients and
-none of Adam's means. With --quantize the weights are there in 4 bits (QLoRA). Then:
+does what sft.py does, with a fraction of the memory: of the model only the weights are there, no gradients
+and none of Adam's means. With --quantize the weights are there in 4 bits (QLoRA). Then:
 
     python run.py tiny-llama-python --adapter checkpoints/my-tiny-llama-python-lora --chat
 

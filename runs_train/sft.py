@@ -2,8 +2,8 @@ r"""Fine-tune a decoder on conversations: it learns what the assistant says in t
 
     python -m runs_train.sft --checkpoint tiny-llama-python --data stdlib
 
-teaches the tiny Llama, which has only ever continued Python, to answer "What does shutil.copytree do?". It
-takes about four minutes on two cores and shows, before the first step and as it goes, what the model answers to
+teaches the tiny Llama, which has only ever continued Python, to answer "What does operator.is_not do?". It
+takes some minutes on two cores and shows, before the first step and as it goes, what the model answers to
 questions that it does not learn from. Then: python run.py my-tiny-llama-python-sft --chat
 
     conversations --chat template--> tokens, of which the assistant's count
@@ -11,12 +11,12 @@ questions that it does not learn from. Then: python run.py my-tiny-llama-python-
 
 Any checkpoint of a decoder can be tuned: its template is used or, where it has none, a plain one that goes
 with the result (--template FILE gives another). Which tokens count is found in chat_data.py, what a step does
-stands in fine_tuning.py, the loop around it in training_run.py. A run that was stopped (Ctrl-C saves it) and is
-started again by the same command goes on as if it had never been stopped: to the bit on a CPU.
+stands in fine_tuning.py, the loop around it in training_run.py. A run that was stopped (Ctrl-C saves it) and
+is started again by the same command goes on as if it had never been stopped: to the bit on a CPU.
 
 In the folder --out, by default checkpoints/my-NAME-sft, a run writes
     training/                             state.pt, from which the same command goes on
-    config.json, model.safetensors, ...   at the end: the model in Hugging Face's layout, in bf16, its tokenizer
+    config.json, model.safetensors, ...   at the end: the model in Hugging Face's layout, in bf16
     README.md, loss.png                   what it was trained on, how well it does, answers before and after
 
 All weights are trained, which takes 16 bytes each; lora.py does with far less. Papers: Ouyang et al. 2022,

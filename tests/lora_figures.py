@@ -62,7 +62,9 @@ def memory(args, root):
             args.tokens,
         ]
         command += ["--dtype", args.dtype, "--eval-every", args.steps]
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(result.stderr)
         found = re.search(r"\| peak memory \| (.+) \|", (out / "README.md").read_text())
         print(f"{way:12}  peak {found[1]}", flush=True)
 

@@ -212,7 +212,8 @@ PEFTS = {
     "plain": {"target_modules": ["q_proj", "v_proj"]},
     "all linear": {"target_modules": "all-linear", "lora_dropout": 0.1},
     "ranks by name": {
-        "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 3}, "alpha_pattern": {"q_proj": 2},
+        "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 3},
+        "alpha_pattern": {"q_proj": 2},
     },
     "by the root of the rank": {"target_modules": ["o_proj"], "use_rslora": True},
     "of some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},

@@ -1,4 +1,4 @@
-"""Fine-tuning through adapters: nothing but them is trained and kept, and whoever reads them gets them all."""
+"""Fine-tuning through adapters: nothing but them is trained and kept, and all of them are read again."""
 
 import json
 

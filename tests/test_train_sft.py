@@ -99,9 +99,8 @@ def test_the_plain_template_counts_the_answer_and_its_end():
     tokenizer.chat_template = PLAIN_TEMPLATE
     ids, is_answer = lay_out(tokenizer, turns("Hi", "Hello!", "x", "y"))
     said = [id for id, each in zip(ids, is_answer) if each]
-    assert said == [
-        *tokenizer.encode("Hello!", bos=False), tokenizer.eos_id, *tokenizer.encode("y", bos=False), tokenizer.eos_id,
-    ]  # fmt: skip
+    end = [tokenizer.eos_id]
+    assert said == tokenizer.encode("Hello!", bos=False) + end + tokenizer.encode("y", bos=False) + end
     assert tokenizer.decode(ids).startswith("### user\nHi\n### assistant\nHello!\n### user\nx")
 
 

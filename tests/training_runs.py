@@ -51,12 +51,12 @@ CONFIGS = {
     },
     # Of the vocabulary of tiny-llama-python, whose tokenizer they get.
     "sft": {
-        "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 16, "num_layers": 2, "num_heads": 2,
-        "d_ff": 32, "norm_eps": 1e-5, "dropout": 0.2,
+        "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 16, "num_layers": 2,
+        "num_heads": 2, "d_ff": 32, "norm_eps": 1e-5, "dropout": 0.2,
     },
     "lora": {
-        "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 32, "num_layers": 2, "num_heads": 2,
-        "d_ff": 64, "norm_eps": 1e-5, "dropout": 0.2,
+        "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 32, "num_layers": 2,
+        "num_heads": 2, "d_ff": 64, "norm_eps": 1e-5, "dropout": 0.2,
     },
 }  # fmt: skip
 CHATS = "".join(

@@ -2,14 +2,14 @@
 
     y = x W^T  +  alpha / r  (x A^T) B^T        W (N, K) is frozen; A (r, K) and B (N, r) are trained
 
-What fine-tuning adds to a matrix turns out to need few directions, so r of them are given room: with r = 8 a
-matrix of 4096 x 4096 has 16.8 M numbers, its A and B together 65,536. Only these have gradients and Adam's two
-means, and only these are stored. B begins with zeros, so that the model begins as it was.
+What fine-tuning adds to a matrix turns out to need few directions, so r of them are given room: a matrix of
+4096 x 4096 has 16.8 M numbers, its A and B with r = 8 together 65,536. Only these have gradients and Adam's
+two means, and only these are stored. B begins with zeros, so that the model begins as it was.
 
     attach(model, rank=8, alpha=16)        in the place of each linear layer, a LoraLinear around it
     merge(model)                           W + alpha / r  B A  in its place again: nothing is slower any more
 
-alpha / r is a factor on the learning rate of sorts: who doubles r need not look for another one.
+Because of alpha / r, who doubles r need not look for another learning rate.
 A base that was quantized (quantize.py) stays in its codes, the adapters do not: that is QLoRA. Its layers are
 dequantized when they are read, one at a time, in the backward pass once more.
 

@@ -4,8 +4,8 @@ import torch
 
 from models.utils.errors import UserError
 from models.utils.head import keep_logits_in_fp32
-from models.utils.lora import attach_trained, merge
 from models.utils.kernels.onednn import choose_products
+from models.utils.lora import attach_trained, merge
 from models.utils.quantize import prepare, quantize_layers
 from models.utils.safetensors_files import CODE_NAMES, DTYPE_NAMES, open_safetensors
 
