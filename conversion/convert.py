@@ -37,6 +37,7 @@ from conversion.tables import LAYOUTS, to_hf_config
 from conversion.tensor_table import plan
 from conversion.weight_files import Spec, open_weights, write_weights
 from models import build_model, config_from_dict, config_to_dict
+from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError, one_line, printable
 from models.utils.files import (
     MAX_BYTES,
@@ -50,6 +51,7 @@ from models.utils.files import (
 )
 from models.utils.quantize import (
     calibrate,
+    pack,
     parts_of,
     plan_layers,
     quantized_parts,
@@ -61,6 +63,7 @@ from models.utils.weights import fill
 
 CALIBRATION_TOKENS = 16384  # at most, of which a window goes through the model at a time
 CALIBRATION_WINDOW = 512
+INT4_GROUP = 32  # weights that share a scale in the int4 of other people's files
 
 
 def convert(
@@ -76,6 +79,7 @@ def convert(
 ):
     """Write the converted form of the checkpoint in `folder` and return the folder that holds it.
 
+    folder: the checkpoint's, or a GGUF file, whose converted form goes to checkpoints/ under its name.
     out: where to write, if not into `folder`/converted. dtype: of the new weights, if not as stored.
     allow: unknown fields of config.json to let pass. meta: what Meta's params.json does not say.
     progress: whether to show a bar, on a terminal. model: which of ours, where more than one can be chosen.
@@ -85,6 +89,7 @@ def convert(
     source = open_source(folder, allow, meta, model)
     match = match_tensors(source)
     stop_if(match.problems, folder)
+    usual = usual_place(folder)
     model_name, config = config_from_dict(source.config, source.where)
     windows = calibration_windows(calibration, folder, model_name, config)
     ours, layers, products = config_to_dict(model_name, config), {}, {}
@@ -94,14 +99,23 @@ def convert(
         print(f"{folder}: {spoken(quantization, notes)}", file=sys.stderr)
     if windows:
         products = calibrate(whole_model(source, match.moves), layers, windows)
-    with writing(out, Path(folder) / "converted") as new:
+    with writing(out, usual) as new:
         write_moves(new, source.weights, match.moves, dtype, progress, layers, products)
         write_json(new / "config.json", ours)
         write_json(new / "generation_config.json", source.generation)
         write_json(new / "labels.json", source.labels)
-        for place in dict.fromkeys((Path(folder), source.folder)):
-            copy_companions(place, new)
-    return Path(out or Path(folder) / "converted")
+        if source.files is None:
+            for place in dict.fromkeys((Path(folder), source.folder)):
+                copy_companions(place, new)
+        for name, content in (source.files or {}).items():
+            (new / name).write_bytes(content)
+    return Path(out or usual)
+
+
+def usual_place(folder):
+    """Where a checkpoint's converted form stands: beside it, or for a GGUF file under its name."""
+    is_file = Path(folder).suffix == ".gguf"
+    return (CHECKPOINTS / Path(folder).stem if is_file else Path(folder)) / "converted"
 
 
 def whole_model(source, moves):
@@ -119,6 +133,10 @@ def calibration_windows(path, folder, model_name, config):
     """The beginning of the text of --calibrate as (1, T) token ids, window by window; none without a path."""
     if path is None:
         return ()
+    if Path(folder).suffix == ".gguf":
+        raise UserError(
+            f"--calibrate: {folder} brings no tokenizer's files yet; convert it, then calibrate that"
+        )
     if model_name in ("transformer", "vision_transformer"):
         raise UserError(f"--calibrate: a text is not what {folder} reads, a {model_name} model; leave it out")
     tokens = torch.tensor(load_tokenizer(folder).encode(read_text(path, "--calibrate")))
@@ -245,6 +263,11 @@ def write_moves(folder, weights, moves, dtype, progress, layers=None, products=N
 def transformed(weights, moves, dtype_of, bar, layers, products):
     """The tensors to write, each made when the one before it is on disk."""
     for move in moves:
+        if kept := kept_codes(weights, move, layers, dtype_of(move)):
+            for part in kept:
+                yield part
+                bar.update(part.nbytes)
+            continue
         tensors = [weights.read(name) for name in move.reads]
         for name, tensor in zip(move.reads, tensors):
             refuse_infinite(tensor, name)
@@ -253,6 +276,28 @@ def transformed(weights, moves, dtype_of, bar, layers, products):
             for part in parts.values():
                 yield part
                 bar.update(part.nbytes)
+
+
+def kept_codes(weights, move, layers, dtype):
+    """The parts to write of matrices that the file holds in int4 already and that are to be int4; else None.
+
+    Their codes go over as they are, without being rounded again; move.transform may change the places of
+    rows, and does with codes, scales and zeros what it does with weights.
+    """
+    plans = [layers.get(name.removesuffix(".weight")) for name in move.writes]
+    read_int4 = getattr(weights, "read_int4", None)  # which gguf.py has alone
+    if read_int4 is None or not all(plan and plan[1] == INT4_GROUP for plan in plans):
+        return None
+    if (stored := read_int4(*move.reads)) is None:
+        return None
+    for numbers in stored[1:]:
+        refuse_infinite(numbers, move.reads[0])
+    codes, scales, zeros = (move.transform([numbers]) for numbers in stored)
+    return [
+        part
+        for matrix, scale, zero in zip(codes, scales, zeros)
+        for part in (pack(matrix), torch.stack([scale.T, zero.T], dim=-1).to(dtype).contiguous())
+    ]
 
 
 def refuse_infinite(tensor, name):

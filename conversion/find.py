@@ -32,7 +32,7 @@ def find_folder(name):
         if folder.is_dir():
             return folder
     if str(name).endswith(".gguf"):
-        raise UserError(f"{name}: GGUF files are not read yet; give a folder with safetensors")
+        raise UserError(f"{name}: convert it first: python convert_hf_checkpoint.py {name}")
     raise UserError(f"{name}: no such checkpoint; {what_was_meant(str(name))}")
 
 

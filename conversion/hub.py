@@ -35,8 +35,15 @@ COMPANIONS = [
 
 def fetch(name):
     """The folder called `name`, or else the one that the hub's repository of that name is downloaded to."""
-    if Path(name).is_dir() or str(name).endswith(".gguf"):
-        return Path(name)  # of a .gguf file open_source tells what is to be known
+    if Path(name).is_dir() or Path(name).is_file():
+        return Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+\.gguf", str(name)):
+        owner, repository, file = str(name).split("/", 2)
+        folder = CHECKPOINTS / Path(file).stem
+        download(f"{owner}/{repository}", folder, file)
+        return folder / file
+    if str(name).endswith(".gguf"):
+        raise UserError(f"{name}: no such file; one of the hub is called OWNER/NAME/FILE.gguf")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-]+", str(name)) or str(name).startswith("checkpoints/"):
         raise UserError(f"{name}: no such folder, and no repository of the hub, which is called OWNER/NAME")
     folder = CHECKPOINTS / str(name).split("/")[-1]
@@ -54,15 +61,15 @@ def claim(folder, name):
     label.write_text(name + "\n")
 
 
-def download(name, folder):
-    """Fetch what is needed; what is already there, whole and current, is not fetched again."""
+def download(name, folder, file=None):
+    """Fetch what is needed, or one file; what is already there, whole and current, is not fetched again."""
     # Imported here, since it takes a second that nobody waits for whose checkpoint is on the disk.
     from huggingface_hub import HfApi, errors, snapshot_download
 
     try:
         files = [file.rfilename for file in HfApi().model_info(name).siblings]
         claim(folder, name)
-        snapshot_download(name, local_dir=folder, allow_patterns=needed(files))
+        snapshot_download(name, local_dir=folder, allow_patterns=[file] if file else needed(files))
     except errors.GatedRepoError:
         raise UserError(
             f"{name} is gated: accept its licence on https://huggingface.co/{name} with your account, then "

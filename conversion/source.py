@@ -26,16 +26,14 @@ class Source:
     layout: Layout
     generation: dict = field(default_factory=dict)  # special tokens, where config.json alone names them
     labels: dict = field(default_factory=dict)  # of a classifier
+    files: dict | None = None  # {name: content} of a tokenizer that stands in the file itself
 
 
 def open_source(folder, allow=(), meta=None, model=None):
     """Hugging Face's layout where there is a config.json, Meta's where there is a params.json."""
     folder = Path(folder)
-    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")) and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: GGUF files are not read yet; take the repository in Hugging Face's layout that it "
-            "was made from"
-        )
+    if folder.suffix == ".gguf":
+        return open_gguf(folder, allow, meta, model)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if (folder / "config.json").is_file():
@@ -47,7 +45,23 @@ def open_source(folder, allow=(), meta=None, model=None):
                 raise UserError(f"{place}: Meta's files are for models/llama.py; leave out --model {model}")
             config, weights = open_meta(place, meta or MetaOptions(), allow)
             return Source(place, place / "params.json", config, weights, META_LLAMA)
+    if files := sorted(folder.glob("*.gguf")):
+        raise UserError(f"{folder}: holds GGUF files; convert one of them: {', '.join(map(str, files[:9]))}")
     raise UserError(f"{folder}: no config.json (nor Meta's params.json); fetch the checkpoint's config too")
+
+
+def open_gguf(path, allow, meta, model):
+    from conversion.gguf_model import read_gguf  # the gguf package takes a moment to import
+
+    if meta not in (None, MetaOptions()):
+        raise UserError(f"{path}: says what --max-seq-len and --rope-... are for; leave these options out")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    file, config, layout, generation, files = read_gguf(path, allow)
+    if model not in (None, config["model"]):
+        raise UserError(f"{path}: is for models/{config['model']}.py; leave out --model {model}")
+    config_from_dict(config, path)
+    return Source(path.parent, path, config, file, layout, generation, files=files)
 
 
 def open_hf(folder, allow, meta, model):

@@ -3,7 +3,7 @@ r"""Train a decoder of the zoo on text, from fresh weights to a checkpoint that 
     python -m runs_train.language_model --config tiny-llama-python-draft --data stdlib \
         --steps 1500 --batch-size 2
 
-takes about two minutes on two cores, and shows as it goes what the model writes. Without the second line it
+takes one to two minutes on two cores, and shows as it goes what the model writes. Without the second line it
 trains as the checkpoints that come with the project were trained, for some ten times as long.
 
     text --text_data.py--> tokens --windows--> model --cross-entropy--> gradients --AdamW--> model

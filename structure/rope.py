@@ -12,7 +12,6 @@ series can be drawn beside what became of it.
 import importlib
 import math
 from dataclasses import dataclass, fields, is_dataclass
-from textwrap import shorten
 from unittest.mock import patch
 
 import torch
@@ -23,7 +22,10 @@ from models import build_model
 from models.utils.errors import UserError
 from structure.capture import blocks
 
-LINES = ("position", "attention", "feed_forward", "norm")  # roles whose colours the lines take
+ROLES = ("position", "attention", "feed_forward", "norm")  # whose colours the lines take
+LEFT, RIGHT = 0.085, 0.975  # of the figure's width
+LINE = 0.24  # inches of a sentence in the head
+SMALL = 8.5
 SAME = 0.01  # of a ratio: a pair whose turn takes this much longer counts as slowed
 
 
@@ -105,47 +107,63 @@ def in_words(one):
 
 def draw(name, model_name, config, dark=False):
     """A Figure: the pairs from left to right, the tokens of a full turn from bottom to top."""
-    found, dark = turns_of(model_name, config), int(dark)
-    text, muted = blocks.TEXT[dark], blocks.MUTED[dark]
-    figure = Figure(figsize=(9.2, 5.6 + 0.24 * len(found)), dpi=100, facecolor=blocks.GROUND[dark])
+    found, tone = turns_of(model_name, config), int(dark)
+    high = 5.6 + LINE * len(found)
+    figure = Figure(figsize=(9.2, high), dpi=100, facecolor=blocks.GROUND[tone])
     FigureCanvasAgg(figure)
-    left, top = 0.085, 1 - 0.3 / figure.get_figheight()
-    line = 0.24 / figure.get_figheight()
-    first, *changes = name.split(" ", 1)
-    figure.text(left, top - 0.02, first, size=14, weight="bold", color=text)
-    said = f"RoPE in models/{model_name}.py" + "".join(f" with {change}" for change in changes)
-    figure.text(0.975, top - 0.02, shorten(said, 90, placeholder=" ..."), size=8.5, color=muted, ha="right")
-
-    axes = figure.add_axes((left, 0.1, 0.89, top - 0.17 - line * len(found)), facecolor=blocks.GROUND[dark])
-    style(axes, max(len(one.tokens) for one in found) - 1, text, muted)
-    for n, (one, role) in enumerate(zip(found, LINES)):
-        colour, pairs = blocks.COLOURS[role][dark][1], range(len(one.tokens))
-        axes.plot(one.plain, color=muted, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.plot(one.tokens, color=colour, linewidth=2, marker="o", markersize=3.6)
-        axes.fill_between(pairs, one.plain, one.tokens, color=colour, alpha=0.18, linewidth=0)
-        figure.text(left, top - 0.03 - line * (n + 1), f"● {in_words(one)}", size=8.5, color=colour)
-    for n, (tokens, what) in enumerate(sorted(lengths_of(config).items())):
-        axes.axhline(tokens, color=text, linewidth=0.9)
-        # The shortest stands below its line, so that two that are near keep apart.
-        places = {"va": "bottom"} if n else {"va": "top"}
-        y = tokens * (1.12 if n else 0.88)
-        axes.text(
-            len(found[0].tokens) - 1, y, f"{what} {tokens:,}", color=text, size=8.5, ha="right", **places
-        )
-    if any(max(one.slowed) > 1 + SAME for one in found):
-        axes.set_xlabel("pair of a head; dashed: without scaling", color=text, size=9.5)
+    axes = figure.add_axes((LEFT, 0.1, RIGHT - LEFT, 1 - (1.25 + LINE * len(found)) / high))
+    style(axes, found, tone)
+    write_head(figure, name, model_name, found, tone)
+    draw_turns(axes, found, tone)
+    draw_lengths(axes, lengths_of(config), len(found[0].tokens) - 1, tone)
     figure.facts = facts(found, config)
     return figure
 
 
-def style(axes, last, text, muted):
-    axes.set(yscale="log", xlim=(-0.02 * last - 0.02, 1.02 * last + 0.02))
-    axes.set_xlabel("pair of a head", color=text, size=9.5)
+def style(axes, found, tone):
+    text, muted = blocks.TEXT[tone], blocks.MUTED[tone]
+    last = max(len(one.tokens) for one in found) - 1
+    scaled = any(max(one.slowed) > 1 + SAME for one in found)
+    axes.set(yscale="log", xlim=(-0.02 * last - 0.02, 1.02 * last + 0.02), facecolor=blocks.GROUND[tone])
+    axes.set_xlabel("pair of a head" + "; dashed: without scaling" * scaled, color=text, size=9.5)
     axes.set_ylabel("tokens for a full turn", color=text, size=9.5)
     axes.grid(color=muted, alpha=0.25, linewidth=0.6)
-    axes.tick_params(colors=text, labelsize=8.5)
+    axes.tick_params(colors=text, labelsize=SMALL)
     for side in axes.spines.values():
         side.set(color=muted, linewidth=0.8)
+
+
+def write_head(figure, name, model_name, found, tone):
+    """The model's name, with --set's changes in small, and a sentence for each line below."""
+    high = figure.get_figheight()
+    name, *changes = name.split(" ", 1)
+    said = f"RoPE in models/{model_name}.py" + "".join(f" with {change}" for change in changes)
+    figure.text(LEFT, 1 - 0.42 / high, name, size=14, weight="bold", color=blocks.TEXT[tone])
+    said = said if len(said) <= 90 else f"{said[:87]}..."
+    figure.text(RIGHT, 1 - 0.42 / high, said, size=SMALL, color=blocks.MUTED[tone], ha="right")
+    for n, (one, colour) in enumerate(zip(found, colours(tone))):
+        figure.text(LEFT, 1 - (0.75 + LINE * n) / high, f"● {in_words(one)}", size=SMALL, color=colour)
+
+
+def draw_turns(axes, found, tone):
+    for one, colour in zip(found, colours(tone)):
+        axes.plot(one.plain, color=blocks.MUTED[tone], linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.plot(one.tokens, color=colour, linewidth=2, marker="o", markersize=3.6)
+        pairs = range(len(one.tokens))
+        axes.fill_between(pairs, one.plain, one.tokens, color=colour, alpha=0.18, linewidth=0)
+
+
+def draw_lengths(axes, lengths, right, tone):
+    """A line for each length of a text; the shortest has its name below, to keep apart from the next."""
+    for n, (tokens, what) in enumerate(sorted(lengths.items())):
+        axes.axhline(tokens, color=blocks.TEXT[tone], linewidth=0.9)
+        y, side = (tokens * 1.12, "bottom") if n else (tokens * 0.88, "top")
+        said = f"{what} {tokens:,}"
+        axes.text(right, y, said, color=blocks.TEXT[tone], size=SMALL, ha="right", va=side)
+
+
+def colours(tone):
+    return [blocks.COLOURS[role][tone][1] for role in ROLES]
 
 
 def facts(found, config):

@@ -704,9 +704,10 @@ def test_options_that_say_nothing(tmp_path, fails):
 
 
 def test_what_is_not_read_yet_says_so(tmp_path, fails):
-    assert "GGUF files are not read yet" in one_line(fails(tmp_path / "x.gguf"))
+    assert "x.gguf: no such file" in one_line(fails(tmp_path / "x.gguf"))
     (tmp_path / "x.gguf").write_text("GGUF")
-    assert "GGUF files are not read yet" in one_line(fails(tmp_path))
+    assert "holds GGUF files; convert one of them" in one_line(fails(tmp_path))
+    assert "ends in the middle" in one_line(fails(tmp_path / "x.gguf"))
     write(tmp_path, "llama", config={**config_of("llama"), "quantization_config": {"bits": 4}})
     message = one_line(fails(tmp_path))
     assert "quantized checkpoints are not read" in message and "--allow" not in message

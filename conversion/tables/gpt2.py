@@ -31,6 +31,10 @@ LAYOUT = Layout(
 )
 
 
+# llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
+GGUF = {"gpt2": ("gpt2", ())}
+
+
 def gpt2_d_ff(theirs):
     return theirs["n_inner"] or 4 * theirs["n_embd"]
 

@@ -37,6 +37,10 @@ LAYOUT = Layout(
 )
 
 
+# llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
+GGUF = {"gptneox": ("gpt_neox", ())}
+
+
 def rotary_dim(theirs):
     """How many of a head's features RoPE turns: a fraction of them, rounded down."""
     fraction = checked_value("rotary_pct", rope_parameters(theirs)["partial_rotary_factor"], 0.25)

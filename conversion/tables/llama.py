@@ -18,6 +18,10 @@ An HFType sorts the fields of config.json for one model_type:
 Any other field stops the conversion, since it may mean anything. to_hf_config is the way back.
 """
 
+import math
+
+import torch
+
 import models.llama as model_page
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.tensor_table import Computed, Layout, rope_frequencies, table
@@ -91,6 +95,36 @@ ROPE_SCALING = {
     "high_freq_factor": "high_freq_factor",
     "original_max_seq_len": "original_max_position_embeddings",
 }
+
+
+# llama.cpp's architectures: Hugging Face's model_type, and the maps whose rows it keeps as Meta does, for a
+# RoPE that turns neighbours. Llama's name serves Mistral as well.
+GGUF = {"llama": ("llama", ("q_proj", "k_proj")), "qwen2": ("qwen2", ())}
+
+
+def scaling_of(divisors, config, where):
+    """Llama 3.1's scaling of RoPE, of which llama.cpp keeps by what each pair's frequency is divided.
+
+    From 1 to factor, a blend s of the two tells how often its pair turns in the context of pre-training:
+    low_freq_factor + s (high_freq_factor - low_freq_factor) times, where all published files say 1 and 4.
+    """
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
+    scaling = {"factor": divisors.max().item(), **scaling}
+    plain = scaled_frequencies(config, None, where)
+    if plain.shape == divisors.shape and scaling["factor"] > 1:
+        blend = (1 / divisors - 1 / scaling["factor"]) / (1 - 1 / scaling["factor"])
+        between = (blend > 0.01) & (blend < 0.99)
+        lengths = (1 + 3 * blend[between]) * 2 * math.pi / plain[between]
+        if len(lengths):
+            scaling["original_max_seq_len"] = round(lengths.median().item())
+        if torch.allclose(plain / scaled_frequencies(config, scaling, where), divisors, rtol=1e-3):
+            return scaling
+    raise UserError(f"{where}: rope_freqs.weight is no scaling of Llama 3.1's; models/llama.py has no other")
+
+
+def scaled_frequencies(config, scaling, where):
+    config = config_from_dict({**config, "rope_scaling": scaling}, where)[1]
+    return model_page.rope_frequencies(config, torch.device("cpu"))
 
 
 def rope_parameters(theirs):

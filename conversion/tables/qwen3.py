@@ -18,6 +18,9 @@ LAYOUT = Layout(
     """),
 )
 
+# llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
+GGUF = {"qwen3": ("qwen3", ())}
+
 # YaRN's fields -> ours; what transformers takes where an optional one is missing or null.
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_max_seq_len"}
 OPTIONAL = {"beta_fast": "fast_turns", "beta_slow": "slow_turns", "attention_factor": "rotation_scale"}
