@@ -19,6 +19,7 @@ Proof: tests/test_lora.py, against `peft`.
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -89,6 +90,9 @@ def read_settings(path):
             raise UserError(
                 f"{path}: {name} is {value!r}, which is more than plain LoRA; it is not read here"
             )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(name) or {}, dict):
+            raise UserError(f"{path}: {name} is {settings[name]!r}, where an object was expected")
     if settings.get("init_lora_weights") not in BEGINNINGS:
         raise UserError(
             f"{path}: init_lora_weights {settings['init_lora_weights']!r} changed the base as well; "
@@ -98,23 +102,27 @@ def read_settings(path):
 
 
 def scale_of(settings, module, rank, path):
-    """alpha / r of a module; of each, the first pattern counts that is the end of the module's name."""
-    said, alpha = settings.get("r"), settings.get("lora_alpha")
-    said = next((r for end, r in (settings.get("rank_pattern") or {}).items() if is_end(end, module)), said)
-    alphas = settings.get("alpha_pattern") or {}
-    alpha = next((value for end, value in alphas.items() if is_end(end, module)), alpha)
-    if said != rank or type(alpha) not in (int, float):
+    """alpha / r of a module, whose name may have some of its own."""
+    said = of_module(settings.get("rank_pattern"), module, settings.get("r"), path)
+    alpha = of_module(settings.get("alpha_pattern"), module, settings.get("lora_alpha"), path)
+    if said != rank or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise UserError(
             f"{path}: r {said!r} and alpha {alpha!r} for {module}, whose matrices are of rank {rank}"
         )
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def is_end(pattern, module):
-    try:
-        return re.fullmatch(rf"(.*\.)?({pattern})", module)
-    except re.error:
-        return False
+def of_module(patterns, module, otherwise, path):
+    """The value of the first pattern that is the end of a module's name."""
+    for pattern, value in (patterns or {}).items():
+        # To PEFT they are regular expressions, and a stranger's may take years to compare.
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise UserError(
+                f"{path}: the pattern {pattern!r} is more than the end of a name; it is not read here"
+            )
+        if f".{module}".endswith(f".{pattern}"):
+            return value
+    return otherwise
 
 
 def check_base(file, base):

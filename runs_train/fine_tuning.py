@@ -236,9 +236,9 @@ class Run(TrainingRun):
         for part, name in (self.batches, "training"), (self.held_out, "held-out"):
             if part.num_cut:
                 lines.append(
-                    f"{part.num_cut:,} {name} conversations are longer than {self.context} tokens and are cut, "
-                    f"by {part.num_lost:,} tokens of answers; {part.num_left_out:,} have no answer left and "
-                    "are left out"
+                    f"{part.num_cut:,} {name} conversations of more than {self.context} tokens are cut, by "
+                    f"{part.num_lost:,} tokens of answers; {part.num_left_out:,} have no answer left and are "
+                    "left out"
                 )
         return lines
 
