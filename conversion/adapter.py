@@ -229,25 +229,33 @@ def peft_files(factors, config, base, rank, alpha, dropout):
 
     base: the converted folder of the model; the checkpoint's name is noted, and its weights' hash.
     """
-    tensors, ranks, taken = {}, {}, set()
+    tensors, modules, left = {}, {}, set(factors)
     for name, module in their_modules(config).items():
-        pairs = [factors.get(ours.removesuffix(".weight")) for ours in module.ours]
-        if any(pairs):
-            A, B = to_theirs(module, pairs, config)
+        ours = [weight.removesuffix(".weight") for weight in module.ours]
+        if left.intersection(ours):
+            A, B = to_theirs(module, [factors.get(each) for each in ours], config)
             tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
-            ranks[name] = (len(A), module.is_transposed)
-            taken |= {ours.removesuffix(".weight") for ours in module.ours}
-    if strange := sorted(set(factors) - taken):
-        raise UserError(
-            f"PEFT's layout has no place for an adapter of {strange[0]}; give --targets without it"
-        )
-    # "self_attn.q_proj": the end of a name alone may mean another matrix as well.
-    ends = {re.sub(r"^.*?\.\d+\.", "", name): width for name, (width, _) in ranks.items()}
+            modules[name] = (len(A), module.is_transposed)
+            left -= set(ours)
+    if left:
+        raise UserError(f"PEFT has no place for an adapter of {min(left)}; give --targets without it")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # One entry at most: of several the library writes now this first, now that.
+    metadata = {BASE: found} if (found := fingerprint(base)) else {"format": "pt"}
+    name = base.parent if base.name == "converted" else base
+    settings = {"base_model_name_or_path": str(name), **settings_of(modules, rank, alpha, dropout)}
+    text = json.dumps(settings, indent=2) + "\n"
+    return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata)}
+
+
+def settings_of(modules, rank, alpha, dropout):
+    """adapter_config.json's content; modules: {their name: (rank there, whether it is a Conv1D)}."""
+    # "self_attn.q_proj": the last word of a name may mean another matrix as well.
+    ends = {re.sub(r"^.*?\.\d+\.", "", name): width for name, (width, _) in modules.items()}
     wide = {end: width for end, width in ends.items() if width != rank}
-    settings = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.parent if base.name == "converted" else base),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
@@ -255,15 +263,10 @@ def peft_files(factors, config, base, rank, alpha, dropout):
         "rank_pattern": wide,
         # alpha / r stays what it was.
         "alpha_pattern": {end: alpha * width / rank for end, width in wide.items()},
-        "fan_in_fan_out": any(is_transposed for _, is_transposed in ranks.values()),
+        "fan_in_fan_out": any(is_transposed for _, is_transposed in modules.values()),
         "bias": "none",
         "inference_mode": True,
     }
-    # One entry at most: of several the library writes now this first, now that.
-    metadata = {BASE: found} if (found := fingerprint(base)) else {"format": "pt"}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(settings, indent=2) + "\n"
-    return {CONFIG: text.encode(), WEIGHTS: save(tensors, metadata)}
 
 
 def fingerprint(folder):

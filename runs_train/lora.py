@@ -51,34 +51,21 @@ def main(arguments=None):
 def parse_options(arguments):
     parser = TrainingParser("lora", __doc__)
     add_chat_options(parser.group("what"))
-    add = parser.group("adapters")
-    add(
-        "--rank",
-        type=whole(1, 4096),
-        default=8,
-        metavar="R",
-        help="directions that a matrix may change in [%(default)s]",
-    )
-    add(
-        "--alpha",
-        type=number(above=0),
-        default=16.0,
-        metavar="F",
-        help="times 1/R: the adapter's factor [%(default)s]",
-    )
-    add(
-        "--dropout",
-        type=number(least=0, most=0.99),
-        default=0.0,
-        metavar="P",
-        help="of what adapters read [%(default)s]",
-    )
-    add("--targets", type=names, default=(), metavar="NAMES", help="linear layers, as q_proj,v_proj [all]")
-    add("--quantize", choices=QUANTIZED, help="the frozen weights; the adapters never")
-    add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
+    add_adapter_options(parser.group("adapters"))
     add_step_options(parser, 400, lr=2e-3, warmup=20, weight_decay=0.0, draws="adapters, order, dropout")
     add_machine_options(parser.group("on this machine"))
     return parser.parse_args(arguments)
+
+
+def add_adapter_options(add):
+    rank = "directions in which a matrix may change [%(default)s]"
+    add("--rank", type=whole(1, 4096), default=8, metavar="R", help=rank)
+    add("--alpha", type=number(above=0), default=16.0, metavar="F", help="of the factor F / R [%(default)s]")
+    dropout = "of what the adapters read [%(default)s]"
+    add("--dropout", type=number(least=0, most=0.99), default=0.0, metavar="P", help=dropout)
+    add("--targets", type=names, default=(), metavar="NAMES", help="linear layers: q_proj,v_proj, say [all]")
+    add("--quantize", choices=QUANTIZED, help="the frozen weights; the adapters never")
+    add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
 
 
 def names(text):
