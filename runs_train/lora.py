@@ -52,7 +52,7 @@ def parse_options(arguments):
     parser = TrainingParser("lora", __doc__)
     add_chat_options(parser.group("what"))
     add_adapter_options(parser.group("adapters"))
-    add_step_options(parser, 400, lr=2e-3, warmup=20, weight_decay=0.0, draws="adapters, order, dropout")
+    add_step_options(parser, 150, lr=2e-3, warmup=10, weight_decay=0.0, draws="adapters, order, dropout")
     add_machine_options(parser.group("on this machine"))
     return parser.parse_args(arguments)
 

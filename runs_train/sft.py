@@ -3,7 +3,7 @@ r"""Fine-tune a decoder on conversations: it learns what the assistant says in t
     python -m runs_train.sft --checkpoint tiny-llama-python --data stdlib
 
 teaches the tiny Llama, which has only ever continued Python, to answer "What does operator.is_not do?". It
-takes some minutes on two cores and shows, before the first step and as it goes, what the model answers to
+takes about two minutes and shows, before the first step and as it goes, what the model answers to
 questions that it does not learn from. Then: python run.py my-tiny-llama-python-sft --chat
 
     conversations --chat template--> tokens, of which the assistant's count
@@ -45,7 +45,7 @@ def main(arguments=None):
 def parse_options(arguments):
     parser = TrainingParser("sft", __doc__)
     add_chat_options(parser.group("what"))
-    add_step_options(parser, 400, lr=5e-4, warmup=20, weight_decay=0.0, draws="the order, dropout")
+    add_step_options(parser, 150, lr=5e-4, warmup=10, weight_decay=0.0, draws="the order, dropout")
     add_machine_options(parser.group("on this machine"))
     return parser.parse_args(arguments)
 
