@@ -102,8 +102,9 @@ def small_base(folder, config):
     torch.manual_seed(0)
     model = build_model(*config_from_dict(config, "the base"), device="cpu")
     model.init_weights()
-    tied = {"lm_head.weight"} if config["model"] == "gpt2" or config.get("tied_head") else set()
-    save_file({n: t for n, t in model.state_dict().items() if n not in tied}, folder / "model.safetensors")
+    # A tied matrix is named once.
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     for name in "tokenizer.model", "tokenizer_config.json":
         (folder / name).write_bytes((CHECKPOINTS / "tiny-llama-python" / name).read_bytes())
