@@ -204,7 +204,8 @@ class Run(TrainingRun):
         prompts, answers = [prompt for _, prompt, _ in self.samples], [[] for _ in self.samples]
         for tokens in generate(self.model, prompts, ANSWER_TOKENS, eos_ids=self.ends) if prompts else ():
             for answer, token in zip(answers, tokens):
-                answer += [] if token is None else [token]
+                # A matrix may have rows for tokens that the tokenizer does not have.
+                answer += [token] if token is not None and token < self.tokenizer.vocab_size else []
         return [on_one_line(self.tokenizer.decode(answer)) for answer in answers]
 
     def shown(self):
