@@ -37,7 +37,7 @@ def main(argv=None):
     how = {"device": args.device, "dtype": dtype_named(args.dtype), "calibration": args.calibrate}
     how["quantization"] = quantization_of(args.quantize, args.group_size, args.calibrate)
     # A verification feeds the last token and the drafts; a drafter two tokens, where it lacks its own last.
-    drafting = args.draft or args.lookup
+    drafting = args.draft or args.lookup or args.multi_token
     widths = (1, args.num_draft_tokens + 1) if drafting else (1,)
     checkpoint = open_checkpoint(
         args.checkpoint, **how, widths=widths if args.compile else (), adapter=args.adapter
@@ -128,6 +128,7 @@ def parse(argv):
     add = parser.add_argument_group("speculative sampling (sooner; the distribution stays)").add_argument
     add("--draft", metavar="CHECKPOINT", help="a smaller one with the same tokenizer, to guess ahead")
     add("--lookup", action="store_true", help="guess from the text so far instead; no second model")
+    add("--multi-token", action="store_true", help="guess with the model's own layer for it (DeepSeek-V3)")
     add("--num-draft-tokens", type=int, default=4, metavar="N", help="guesses a round; default: %(default)s")
     add("--show-drafts", action="store_true", help="colour what is accepted, rejected and resampled")
 
@@ -159,11 +160,15 @@ def checked(args):
     args.prompts = args.prompt or []
     args.prompt = args.prompts[0] if args.prompts else None
     args.draft = args.draft and find_folder(args.draft)
-    if args.draft and args.lookup:
-        raise UserError("--draft and --lookup both guess ahead; give one of them")
+    drafters = {"--draft": args.draft, "--lookup": args.lookup, "--multi-token": args.multi_token}
+    drafters = [option for option, given in drafters.items() if given]
+    if len(drafters) > 1:
+        raise UserError(f"{' and '.join(drafters)} both guess ahead; give one of them")
     for option in ("--num-draft-tokens", "--show-drafts"):
-        if option in args.given and not (args.draft or args.lookup):
-            raise UserError(f"{option} goes with --draft CHECKPOINT or --lookup; give one of them")
+        if option in args.given and not drafters:
+            raise UserError(
+                f"{option} goes with --draft CHECKPOINT, --lookup or --multi-token; give one of them"
+            )
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; give 1 or more")
     args.seed = random.randrange(2**32) if args.seed is None else args.seed

@@ -7,16 +7,17 @@ are written in F32, F16, Q8_0 or Q4_0; norms and biases, as llama.cpp has it, al
     Q4_0    32 weights of a row share a scale d:  w = d (q - 8),  q in 0 .. 15         4.5 bits a weight
 
 The gguf package knows the names here of tensors that Hugging Face names, and the tables of conversion/ know
-Hugging Face's names of ours. Two things are not as in our files. llama.cpp keeps q, k and v of GPT-2 and
-GPT-NeoX in one matrix, one block above the other. And it rotates neighbours (2i, 2i + 1) of a Llama's heads
-where we rotate (i, i + d/2), so that the rows of q_proj and k_proj, and their biases, change places; those of
-other models it rotates as we do.
+Hugging Face's names of ours. Three things are not as in our files. llama.cpp keeps q, k and v of GPT-2 and
+GPT-NeoX in one matrix, one block above the other, and the experts of a layer in one tensor. And it rotates
+neighbours (2i, 2i + 1) of a Llama's heads where we rotate (i, i + d/2), so that the rows of q_proj and
+k_proj, and their biases, change places; those of other models it rotates as we do.
 
 Only speed is of interest here: the vocabulary has the right size, and texts that mean nothing.
 Proof: tests/test_gguf_file.py, by the reader of the gguf package and by llama.cpp.
 """
 
 import re
+from collections import defaultdict
 from dataclasses import replace
 
 import gguf
@@ -44,6 +45,8 @@ def architecture(model_name, config):
         raise UserError(f"llama.cpp has no model like {model_name}")
     if getattr(config, "rope_base", 0) is None:
         raise UserError(f"llama.cpp rotates every {name}, and this one has no RoPE")
+    if getattr(config, "dense_layers", ()) or not getattr(config, "normalize_weights", True):
+        raise UserError(f"llama.cpp has experts in every layer of a {name}, with weights that add up to 1")
     return name
 
 
@@ -67,7 +70,7 @@ def type_of(array, kind):
     """The type that an array is written in: rows that are no whole blocks cannot be quantized."""
     if array.ndim == 1:
         return TYPES["F32"]
-    return TYPES["F16"] if kind in ("Q8_0", "Q4_0") and array.shape[1] % BLOCK else TYPES[kind]
+    return TYPES["F16"] if kind in ("Q8_0", "Q4_0") and array.shape[-1] % BLOCK else TYPES[kind]
 
 
 def write_fields(writer, model_name, config):
@@ -78,6 +81,9 @@ def write_fields(writer, model_name, config):
         "d_model": writer.add_embedding_length,
         "num_layers": writer.add_block_count,
         "d_ff": writer.add_feed_forward_length,
+        "d_expert": writer.add_expert_feed_forward_length,
+        "num_experts": writer.add_expert_count,
+        "num_active_experts": writer.add_expert_used_count,
         "num_heads": writer.add_head_count,
         "rope_base": writer.add_rope_freq_base,
         "parallel_residual": writer.add_parallel_residual,
@@ -114,15 +120,19 @@ def their_tensors(arch, model_name, model):
         ours = {name: tensor for name, tensor in ours.items() if name not in layout.tied(config)}
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(key, config["num_layers"])
-    theirs = {}
+    theirs, experts = {}, defaultdict(list)
     for step in plan(layout, config, list(ours)):
         rows = [ours[name] for name in step.ours]
         if arch in ROTATES_NEIGHBOURS and re.search(r"\.[qk]_proj\.", step.ours[0]):
             rows = [halves_to_pairs(tensor, config) for tensor in rows]
-        their_name = names.get_name(step.theirs, (".weight", ".bias"))
+        together = re.sub(r"\.experts\.\d+\.", ".experts.", step.theirs)
+        their_name = names.get_name(together, (".weight", ".bias"))
         if their_name is None:
             raise UserError(f"llama.cpp has no place for {step.theirs} of {model_name}")
+        if together != step.theirs:
+            experts[their_name] += rows
         theirs[their_name] = torch.cat(rows)
+    theirs |= {name: torch.stack(matrices) for name, matrices in experts.items()}
     if config.get("rope_scaling"):
         theirs["rope_freqs.weight"] = frequency_divisors(model.config)
     return theirs
@@ -137,10 +147,18 @@ def frequency_divisors(config):
 def matrix_bytes_read(path):
     """Bytes of the tensors of which a decoded token reads every row: all but tables that it looks rows up in.
 
-    Without an output matrix the embedding serves as one, and is read.
+    Without an output matrix the embedding serves as one, and is read; of experts the active ones are.
     """
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    counts = {
+        name.rpartition(".")[2]: field.contents()
+        for name, field in reader.fields.items()
+        if "expert_" in name
+    }
+    active, experts = counts.get("expert_used_count", 1), counts.get("expert_count", 1)
     tables = {"position_embd.weight"}
     if "output.weight" in tensors:
         tables.add("token_embd.weight")
-    return sum(int(np.int64(t.n_bytes)) for name, t in tensors.items() if name not in tables)
+    read = {name: int(np.int64(t.n_bytes)) for name, t in tensors.items() if name not in tables}
+    return sum(n * active // experts if "_exps." in name else n for name, n in read.items())

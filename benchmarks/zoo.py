@@ -152,7 +152,16 @@ class AgreeingDrafter(ModelDrafter):
 
 
 def bytes_read_per_token(model):
-    """Every parameter but the rows of the embeddings that a token does not look up."""
+    """Every parameter but the rows of the embeddings that a token does not look up, and idle experts."""
     tables = {"token_embed.weight", "pos_embed.weight"}
-    named = model.named_parameters(remove_duplicate=False)
-    return sum(p.numel() * p.element_size() for name, p in named if name not in tables)
+    read = {
+        name: parameter.nbytes
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in tables
+    }
+    experts = sum(size for name, size in read.items() if ".experts." in name)
+    if not experts:
+        return sum(read.values())
+    return (
+        sum(read.values()) - experts + experts * model.config.num_active_experts // model.config.num_experts
+    )

@@ -9,6 +9,7 @@ write them, read configuration_*.py and modeling_*.py in `transformers`, and giv
 tests/test_convert_hf_checkpoint.py holds the defaults equal to those of `transformers`.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,16 @@ class HFType:
     silence: dict = field(default_factory=dict)  # what silence means where that is not implemented
     fixed: dict = field(default_factory=dict)  # our field -> value: their code leaves no choice
     token_ids: dict = field(default_factory=dict)  # special tokens where config.json is silent
+    # their field, which nobody reads -> a function of their fields: the value that it repeats
+    repeated: dict = field(default_factory=dict)
+    # the quantization_config of files whose codes the table reads, its lists in any order
+    quantization: dict = field(default_factory=dict)
     # fields that old files have in config.json and new ones in generation_config.json, where we read them
     generation: tuple = ("bos_token_id", "eos_token_id", "pad_token_id")
     # (config.json, names of the file's tensors) -> the fields of ours that these two settle together
     from_names: Callable = lambda hf_config, names: {}
+    # The field of config.json that describes our model, where the file describes a larger one.
+    part: str = ""
     # Two tables may take a model_type if one of them is read only where --model asks for it.
     by_name_only: bool = False
 
@@ -41,11 +48,16 @@ class HFType:
 MAY_BE_NULL = {
     "decoder_vocab_size",
     "head_dim",
+    "layer_types",
+    "mlp_only_layers",
     "n_inner",
     "num_key_value_heads",
+    "num_local_experts",
+    "q_lora_rank",
     "rope_parameters",
     "rope_scaling",
 }
+MAY_BE_ZERO = {"first_k_dense_replace"}
 
 
 def words(text):
@@ -78,15 +90,30 @@ DECODER = {"is_encoder_decoder": (False,), "pruned_heads": ({},)}
 
 def read_config(hf_type, hf_config, allow=()):
     """Our flat config. allow: fields that no list knows and that the caller takes to be harmless."""
+    hf_config = with_part(hf_type, hf_config)
     refuse_fields(hf_type, hf_config, allow)
     theirs = {
         name: checked_value(name, hf_config.get(name, default), default)
         for name, default in hf_type.defaults.items()
     }
+    for name, repeats in hf_type.repeated.items():
+        if name in hf_config and hf_config[name] != repeats(theirs):
+            raise UserError(
+                f"config.json: {name} is {hf_config[name]!r}, where other fields say {repeats(theirs)!r}; "
+                "correct the one that is wrong"
+            )
     config = {"model": hf_type.model}
     for ours, source in hf_type.used.items():
         config[ours] = source(theirs) if callable(source) else theirs[source]
     return {**config, **hf_type.fixed}
+
+
+def with_part(hf_type, hf_config):
+    """The fields of the part that is our model, and those that stand around it."""
+    part = hf_config.get(hf_type.part) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"config.json: {hf_type.part} is {part!r}, where an object was expected")
+    return {**part, **{name: value for name, value in hf_config.items() if name != hf_type.part}}
 
 
 def refuse_fields(hf_type, hf_config, allow):
@@ -103,10 +130,13 @@ def refuse_fields(hf_type, hf_config, allow):
                 f"{name} is {value!r}{silent}; {page} implements {' or '.join(map(repr, values))}"
             )
 
-    if hf_config.get("quantization_config"):
+    stored = hf_config.get("quantization_config")
+    if stored and not same_settings(stored, hf_type.quantization):
         problems.append(
-            "quantization_config: quantized checkpoints are not read; take the repository that it was made "
-            "from, and quantize that here with --quantize"
+            f"quantization_config is another than {json.dumps(hf_type.quantization)}, the one that is read"
+            if hf_type.quantization
+            else "quantization_config: quantized checkpoints are not read; take the repository that it was "
+            "made from, and quantize that here with --quantize"
         )
     known = {
         "model_type",
@@ -115,6 +145,7 @@ def refuse_fields(hf_type, hf_config, allow):
         *hf_type.must_equal,
         *INERT,
         *hf_type.inert,
+        *hf_type.repeated,
     }
     strange = [name for name in hf_config if name not in known and name not in allow]
     if strange:
@@ -134,6 +165,15 @@ def same(value, implemented):
     return type(value) is type(implemented) and value == implemented
 
 
+def same_settings(given, expected):
+    """Equal objects of JSON, but for the order of a list's entries."""
+
+    def in_order(settings):
+        return {n: sorted(v, key=str) if isinstance(v, list) else v for n, v in settings.items()}
+
+    return isinstance(given, dict) and in_order(given) == in_order(expected)
+
+
 def checked_value(name, value, default):
     """A value of config.json, of the type that its default has; sizes are positive, and some may be null."""
     if value is None and name in MAY_BE_NULL:
@@ -141,10 +181,10 @@ def checked_value(name, value, default):
     kind = int if default is None else type(default)
     if kind is float and type(value) is int and abs(value) < 2**63:
         return float(value)
-    smallest = 0 if name.endswith("_id") else 1
+    smallest = 0 if name.endswith("_id") or name in MAY_BE_ZERO else 1
     if type(value) is not kind or (kind is int and not smallest <= value < 2**31):
         spoken = {int: "a positive integer", float: "a number", bool: "true or false", dict: "an object"}
-        spoken[str] = "a word"
+        spoken |= {str: "a word", list: "a list"}
         raise UserError(f"config.json: {name} is {value!r}, where {spoken[kind]} was expected")
     return value
 

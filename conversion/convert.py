@@ -33,7 +33,7 @@ from conversion.match import (
     wanted_shapes,
 )
 from conversion.source import open_source
-from conversion.tables import LAYOUTS, to_hf_config
+from conversion.tables import LAYOUTS, hf_type_of, to_hf_config
 from conversion.tensor_table import plan
 from conversion.weight_files import Spec, open_weights, write_weights
 from models import build_model, config_from_dict, config_to_dict
@@ -58,6 +58,7 @@ from models.utils.quantize import (
     spoken,
     stored_quantization,
 )
+from models.utils.safetensors_files import CODE_NAMES
 from models.utils.tokenizer import load_tokenizer
 from models.utils.weights import fill
 
@@ -89,10 +90,17 @@ def convert(
     source = open_source(folder, allow, meta, model)
     match = match_tensors(source)
     stop_if(match.problems, folder)
+    for what, count in match.left_out.items():
+        print(f"{folder}: left out: {count} tensors of what {what}", file=sys.stderr)
     usual = usual_place(folder)
     model_name, config = config_from_dict(source.config, source.where)
     windows = calibration_windows(calibration, folder, model_name, config)
     ours, layers, products = config_to_dict(model_name, config), {}, {}
+    if source.stored:
+        if quantization:
+            raise UserError(f"{folder}: is {source.stored} already, and stays so; leave out --quantize")
+        ours["quantization"] = asdict(source.stored)
+        print(f"{folder}: the experts' matrices stay in {source.stored}, as they are", file=sys.stderr)
     if quantization:
         layers, notes = plan_layers(build_model(model_name, config), quantization)
         ours["quantization"] = asdict(quantization)
@@ -149,23 +157,25 @@ def reverse(folder, out=None, dtype=None, progress=True):
     """Write a converted checkpoint in Hugging Face's layout and return the folder that holds it."""
     converted = converted_folder(folder)
     config = read_json(converted / "config.json")
-    if stored := stored_quantization(config, converted / "config.json"):
+    layout, stored = LAYOUTS[config["model"]], stored_quantization(config, converted / "config.json")
+    if stored and stored.kind not in layout.in_codes:
         raise UserError(
             f"{converted}: is {stored}, and what rounding took is gone; convert the original again without "
             "--quantize, then reverse that"
         )
+    layout = layout.stored_in(stored)
     weights = open_weights(converted)
-    wanted = wanted_shapes(config, converted / "config.json")
-    stop_if(compare(wanted, weights.entries), converted)
-
-    layout = LAYOUTS[config["model"]]
+    wanted = wanted_shapes(config, converted / "config.json", stored)
+    steps = plan(layout, config, wanted)
+    codes = {name for step in steps if step.row in layout.codes for name in step.ours}
+    stop_if(compare(wanted, weights.entries, codes), converted)
     moves = [
         Move(
             step.ours,
             {layout.saved_name(step.theirs, config): their_shape(step, wanted, config)},
             partial(inverse, step, config),
         )
-        for step in plan(layout, config, wanted)
+        for step in steps
     ]
     beside = converted.parent if converted.name == "converted" else converted
     with writing(out, beside / "reversed") as new:
@@ -242,7 +252,8 @@ def write_moves(folder, weights, moves, dtype, progress, layers=None, products=N
     files = list({entry.file: None for entry in weights.entries.values()})
 
     def dtype_of(move):
-        return dtype or weights.entries[move.reads[0]].dtype
+        stored = weights.entries[move.reads[0]].dtype
+        return CODE_NAMES.get(stored) or dtype or stored  # codes are no numbers to be rounded
 
     def order(move):
         # Wide dtypes first keeps every tensor aligned; file by file, since some formats are read whole.
@@ -342,4 +353,6 @@ def reversed_config(config, folder, dtype):
     ids = {name: kept[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in kept}
     labels = label_fields(stored_labels(folder)) if config.get("num_labels") else {}
     theirs = {**to_hf_config(config["model"], config), **labels, **ids}
+    if config.get("quantization"):
+        theirs["quantization_config"] = hf_type_of(theirs).quantization
     return {**theirs, "dtype": str(dtype).removeprefix("torch.")}

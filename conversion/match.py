@@ -1,6 +1,7 @@
 """The tensors of a checkpoint beside those our model wants: what to move, and what stands against it."""
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ class Match:
     moves: list
     problems: list  # what has to be settled before anything is written
     rows: list  # of the table that --inspect prints
+    left_out: Counter  # of tensors of other parts, by what they are for
 
 
 def match_tensors(source):
@@ -38,7 +40,7 @@ def match_tensors(source):
     num_layers = layer_count(config)
     if num_layers > len(entries):
         raise UserError(f"{source.where}: {num_layers} layers, but there are {len(entries)} tensors in all")
-    wanted = wanted_shapes(config, source.where)
+    wanted = wanted_shapes(config, source.where, source.stored)
     steps = plan(layout, config, wanted)
     expected = {step.theirs: their_shape(step, wanted, config) for step in steps}
     skipped = layout.skipped_names(num_layers)
@@ -56,8 +58,12 @@ def match_tensors(source):
                 f"{stored[name]} does not hold {computed.what}, with which {source.where} computes"
             )
     skipped = {name: reason for name, reason in skipped.items() if name in stored}
+    left_out = {
+        name: what for name in stored for part, what in layout.left_out.items() if name.startswith(part)
+    }
+    skipped |= left_out
     found = {name: entries[at] for name, at in stored.items() if name not in skipped}
-    problems += compare(expected, found)
+    problems += compare(expected, found, {step.theirs for step in steps if step.row in layout.codes})
     page = f"conversion/tables/{config['model']}.py"
     problems += [f"our {name} {wanted[name]} has no row in {page}, so nothing fills it" for name in unfilled]
 
@@ -74,13 +80,16 @@ def match_tensors(source):
     ]
     rows += [(name, shown(found[name]), "?", "", "") for name in found if name not in expected]
     rows += [("?", "", name, str(wanted[name]), "") for name in unfilled]
-    return Match(moves, problems, rows)
+    return Match(moves, problems, rows, Counter(left_out.values()))
 
 
-def wanted_shapes(config, where):
-    """The shape of every tensor of our model by its name; a tied tensor is none of its own."""
+def wanted_shapes(config, where, stored=None):
+    """The shape of every tensor of our model by its name; a tied tensor is none of its own.
+
+    stored: the Quantization of codes that are kept, see build_model.
+    """
     model_name, built = config_from_dict(config, where)
-    state = build_model(model_name, built).state_dict()
+    state = build_model(model_name, built, stored=stored).state_dict()
     tied = LAYOUTS[model_name].tied(config)
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
@@ -112,8 +121,8 @@ def tied_problems(source, name, original):
     return [f"{name} differs from {original}, though {source.where.name} says that they are tied"]
 
 
-def compare(expected, found):
-    """What keeps the tensors found from being those expected, a phrase each."""
+def compare(expected, found, codes=()):
+    """What keeps the tensors found from being those expected, a phrase each; codes: those that are bytes."""
     problems = [f"{name} {shape} is missing" for name, shape in expected.items() if name not in found]
     problems += [
         f"{name} {entry.shape} has no place in the model"
@@ -123,7 +132,7 @@ def compare(expected, found):
     for name, shape in expected.items():
         if name in found and found[name].shape != shape:
             problems.append(f"{name} has shape {found[name].shape}, where the config asks for {shape}")
-        elif name in found and found[name].dtype not in DTYPE_NAMES.values():
+        elif name in found and not (found[name].dtype in DTYPE_NAMES.values()) ^ (name in codes):
             problems.append(f"{name} is stored as {found[name].dtype}, which is not supported")
     return problems
 
@@ -155,19 +164,29 @@ def shown(entry):
 
 
 def fold(rows):
-    """Rows that differ by the layer's number alone, as one row with {n} and the layers in a last column."""
-    groups = {}
+    """Rows that differ by the numbers of layers and experts alone, as one row with {n} and {e}.
+
+    A last column has the numbers: "0..5", or "0..5, e = 0..7" where all of these layers have these experts.
+    """
+    experts, layers = defaultdict(list), defaultdict(list)
     for row in rows:
-        numbers = re.findall(r"\.(\d+)\.", row[0])
-        folded = tuple(re.sub(r"\.\d+\.", ".{n}.", cell) for cell in row)
-        groups.setdefault(folded, []).extend(map(int, numbers[:1]))
-    return [(*row, ranges(layers)) for row, layers in groups.items()]
+        n, e = (re.findall(r"\.(\d+)(?=\.)", row[0]) + ["", ""])[:2]
+        experts[tuple(map(marked, row)), n].append(e)
+    for (row, n), numbers in experts.items():
+        layers[row, ranges(numbers)].append(n)
+    return [(*row, ranges(numbers) + (f", e = {e}" if e else "")) for (row, e), numbers in layers.items()]
+
+
+def marked(cell):
+    """A cell of tensors' names, with {n} for the first number of each and {e} for the second."""
+    names = (re.sub(r"\.\d+\.", ".{n}.", name, count=1) for name in cell.split("\n"))
+    return "\n".join(re.sub(r"\.\d+\.", ".{e}.", name) for name in names)
 
 
 def ranges(numbers):
-    """0..2, 5 for 0, 1, 2, 5."""
+    """0..2, 5 for 0, 1, 2, 5, which are given as words; "" is none."""
     runs = []
-    for n in sorted(set(numbers)):
+    for n in sorted({int(number) for number in numbers if number}):
         if runs and n == runs[-1][1] + 1:
             runs[-1][1] = n
         else:
@@ -176,7 +195,10 @@ def ranges(numbers):
 
 
 def forward(step, config, tensors):
-    return step.transform.forward(tensors[0], config)
+    try:
+        return step.transform.forward(tensors[0], config)
+    except ValueError as error:
+        raise UserError(f"{step.theirs}: {error}") from None
 
 
 def inverse(step, config, tensors):

@@ -12,7 +12,7 @@ from conversion.weight_files import open_weights
 from models import config_from_dict
 from models.utils.errors import UserError
 from models.utils.files import plain_file, read_json, reading
-from models.utils.quantize import stored_quantization
+from models.utils.quantize import Quantization, published_quantization, stored_quantization
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Source:
     layout: Layout
     generation: dict = field(default_factory=dict)  # special tokens, where config.json alone names them
     labels: dict = field(default_factory=dict)  # of a classifier
+    stored: Quantization | None = None  # in whose codes the files hold their matrices, and we keep them
     files: dict | None = None  # {name: content} of a tokenizer that stands in the file itself
 
 
@@ -84,4 +85,6 @@ def open_hf(folder, allow, meta, model):
         labels = read_labels(theirs, config["num_labels"]) if config.get("num_labels") else {}
     except UserError as error:
         raise UserError(f"{folder}/{error}" if str(error).startswith("config.json") else error) from None
-    return Source(folder, where, config, weights, LAYOUTS[model_name], generation, labels)
+    stored = published_quantization(theirs)
+    layout = LAYOUTS[model_name].stored_in(stored)
+    return Source(folder, where, config, weights, layout, generation, labels, stored)

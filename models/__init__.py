@@ -55,8 +55,10 @@ def config_from_dict(fields, where):
 
 
 def config_to_dict(model_name, config):
-    """The flat fields that config_from_dict reads."""
-    return {"model": model_name, **dataclasses.asdict(config)}
+    """The flat fields that config_from_dict reads, as JSON has them: what is several numbers is a list."""
+    fields = dataclasses.asdict(config)
+    lists = {name: list(value) for name, value in fields.items() if type(value) is tuple}
+    return {"model": model_name, **fields, **lists}
 
 
 def build_dataclass(cls, values, where):
@@ -88,6 +90,8 @@ def field_value(name, value, hint, where):
             return build_dataclass(option, value, where)
         if option is float and type(value) is int and abs(value) < MOST["size"]:
             value = float(value)
+        if option == NUMBERS and are_numbers(value):
+            return tuple(value)
         if type(value) is not option:
             continue
         if option is float and not (0 <= value < 1 if "dropout" in name else 0 < value < float("inf")):
@@ -99,7 +103,12 @@ def field_value(name, value, hint, where):
     raise UserError(f"{where} is {value!r}, where {type_name(hint)} is expected{limit(name, value)}")
 
 
+NUMBERS = tuple[int, ...]  # of layers, in JSON a list
 MOST = {"layers": 1000, "num": 10**6, "size": 2**31 - 1}
+
+
+def are_numbers(value):
+    return isinstance(value, list | tuple) and all(type(n) is int and 0 <= n <= MOST["size"] for n in value)
 
 
 def smallest(name):
@@ -120,12 +129,13 @@ def limit(name, value):
 
 def options_of(hint):
     """(RopeScaling, NoneType) for `RopeScaling | None`, (int,) for `int`."""
-    return typing.get_args(hint) or (hint,)
+    return (hint,) if hint == NUMBERS else typing.get_args(hint) or (hint,)
 
 
 def type_name(hint):
     """How an error names the type of a field."""
     spoken = {int: "a positive int", float: "a number", bool: "true or false", types.NoneType: "null"}
+    spoken[NUMBERS] = "a list of numbers"
     return " or ".join(spoken.get(option, option.__name__) for option in options_of(hint))
 
 

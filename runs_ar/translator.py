@@ -24,7 +24,7 @@ from runs_ar.transformer import Decoder, Rules, check_source, generate, generati
 
 # What follows one hypothesis alone.
 ONE_HYPOTHESIS = dict.fromkeys(("--temperature", "--top-k", "--top-p", "--min-p"), "samples")
-ONE_HYPOTHESIS |= dict.fromkeys(("--draft", "--lookup"), "drafts")
+ONE_HYPOTHESIS |= dict.fromkeys(("--draft", "--lookup", "--multi-token"), "drafts")
 MOST_BEAMS = 256  # each is a row of the batch, with a cache of its own
 FOR_OTHER_MODELS = ("--chat", "--score", "--window", "--stride")
 

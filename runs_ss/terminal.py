@@ -1,4 +1,4 @@
-"""Speculative sampling at the terminal: what run.py does with --draft FOLDER and with --lookup.
+"""Speculative sampling at the terminal: what run.py does with --draft FOLDER, --lookup and --multi-token.
 
 The text is the target model's: greedily the very same, sampled one of the same distribution. How many drafts
 it accepted is said at the end on standard error; with --show-drafts a terminal shows it in colours.
@@ -15,6 +15,7 @@ from runs_ar.generate import TextStream
 from runs_ar.terminal import run_decoder
 from runs_ar.transformer import check_source
 from runs_ar.translator import Translator, run_transformer
+from runs_ss.ahead import AheadDrafter, Overheard
 from runs_ss.economy import Account, TimedDrafter, TimedModel, spoken
 from runs_ss.lookup import LookupDrafter
 from runs_ss.pair import check_pair
@@ -38,7 +39,7 @@ LEGEND = {
 
 
 def run_speculative(args, checkpoint, draft=None):
-    """Continue a text. draft: the Checkpoint of --draft; None: --lookup."""
+    """Continue a text. draft: the Checkpoint of --draft; None: --lookup or --multi-token."""
     speculation = Speculation(args, checkpoint, draft)
     try:
         run_decoder(args, checkpoint, speculation)
@@ -66,12 +67,15 @@ class Speculation:
         config, tokenizer = checkpoint.config, checkpoint.tokenizer
         for option in ("chat", "score"):
             if getattr(args, option):
-                raise UserError(f"--{option} takes no drafts; leave out --draft and --lookup")
+                raise UserError(f"--{option} takes no drafts; leave out --draft, --lookup and --multi-token")
+        if args.multi_token:
+            check_looks_ahead(checkpoint, args.compile)
         check_num_draft_tokens(config, args.num_draft_tokens)
         if draft:
             check_pair(config, tokenizer, draft.config, draft.tokenizer)
         self.num_draft_tokens, self.device = args.num_draft_tokens, args.device
         self.vocab_size, self.tokenizer, self.draft = config.vocab_size, tokenizer, draft
+        self.multi_token = args.multi_token
         self.in_colour = args.show_drafts and shows_colours(sys.stdout) and not args.json
         self.account = Account()
         self.model = None
@@ -83,8 +87,11 @@ class Speculation:
         return model
 
     def start(self, model, make_drafter, num_slots=0):
+        model = Overheard(model) if self.multi_token else model
         self.model = TimedModel(model, self.account)
-        if self.draft:
+        if self.multi_token:
+            drafter = AheadDrafter(model)
+        elif self.draft:
             drafter = make_drafter(self.draft.load(min(num_slots, self.draft.config.max_seq_len)))
         else:
             drafter = LookupDrafter(self.vocab_size, self.device)
@@ -141,6 +148,17 @@ class Speculation:
         if self.account.num_rounds:
             for line in spoken(**self.figures()):
                 print(f"[{line}]", file=sys.stderr)
+
+
+def check_looks_ahead(checkpoint, compiled):
+    """UserError for a model that has no layer for --multi-token, or whose states nobody would hear."""
+    if getattr(checkpoint.model, "ahead", None) is None:
+        raise UserError(
+            f"--multi-token: {checkpoint.folder} has no layer that looks a token further ahead; "
+            "use --draft or --lookup"
+        )
+    if compiled:
+        raise UserError("--multi-token drafts from states that no compiled step gives; leave out --compile")
 
 
 @dataclasses.dataclass

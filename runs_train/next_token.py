@@ -5,7 +5,8 @@
     and has to predict          def  f  (  x )  :        each at the place of the token before it
 
 A pass over the model gives a prediction at every place, so that a window of T + 1 tokens teaches T times. Any
-decoder of the zoo is trained here, whatever its layers keep of a text: in training nothing is kept.
+decoder of the zoo is trained here, whatever its layers keep of a text: in training nothing is kept. Where it
+has experts, expert_balance.py sees to it that all of them learn.
 
 Shapes: B windows in a batch, T tokens that are read, V vocabulary.
 Proof: tests/test_train_language_model.py.
@@ -22,6 +23,7 @@ from models.utils.sampling import Sampling, seeded_generators
 from models.utils.tokenizer import load_tokenizer
 from runs_ar.generate import generate
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
+from runs_train.expert_balance import Routers
 from runs_train.folder import run_folder
 from runs_train.fresh_model import check_kind, check_room, fresh_model
 from runs_train.text_data import Windows, forget_others, prepare
@@ -93,6 +95,7 @@ class Run(TrainingRun):
         self.windows = Windows(corpus.train, self.context, options.batch_size, options.seed)
         self.tokenizer = load_tokenizer(corpus.folder)
         self.bytes_of = bytes_of_tokens(self.tokenizer)
+        self.routers = Routers(model)
         self.forward = make_forward(model, options)
 
     def batch(self, n):
@@ -105,7 +108,8 @@ class Run(TrainingRun):
         """Mean cross-entropy of every token but the first of its window, given those before it."""
         with autocast(self.options):
             logits = self.forward(tokens[:, :-1])  # (B, T, V)
-        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        return loss + self.routers.gradient()
 
     def learning_rate(self):
         return learning_rate(self.step, self.options)

@@ -6,13 +6,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runs_ar.generate import generate
+from runs_ar.generate import generate, keeps_states
 from tests.model_proof import ModelProof, assert_close, assert_rounded_alike
 
 
 def random_tokens(model, batch_size, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (batch_size, length), generator=generator)
+
+
+def new_cache(model, batch_size, num_slots, num_undo):
+    """The model's own; one that forgets is told how many tokens earlier than the last a call may begin."""
+    if keeps_states(model):
+        return model.new_cache(batch_size, num_slots, num_undo=num_undo)
+    return model.new_cache(batch_size, num_slots)
 
 
 class DecoderProof(ModelProof):
@@ -61,7 +68,7 @@ class DecoderProof(ModelProof):
     def test_going_back_is_calling_with_smaller_positions(self, model):
         """A rejected draft leaves its keys in the cache; they are overwritten before they are attended to."""
         tokens, draft = random_tokens(model, 2, 20), random_tokens(model, 2, 6, seed=1)
-        cache = model.new_cache(2, 26)
+        cache = new_cache(model, 2, 26, num_undo=6)
         model(tokens[:, :10], cache=cache)
         model(draft, torch.arange(10, 16).expand(2, -1), cache)
         again = model(tokens[:, 10:], torch.arange(10, 20).expand(2, -1), cache)
@@ -72,7 +79,11 @@ class DecoderProof(ModelProof):
         lengths = torch.tensor([11, 4, 7])
         tokens = random_tokens(model, 3, 20)
         cache = model.new_cache(3, 24)
-        first = model(tokens[:, :11], cache=cache)
+        positions = None
+        if keeps_states(model):
+            positions = torch.arange(11).expand(3, -1)
+            positions = positions.where(positions < lengths[:, None], -1)
+        first = model(tokens[:, :11], positions, cache)
         steps = []
         for n in range(5):
             positions = (lengths + n)[:, None]

@@ -6,8 +6,9 @@ import torch
 def redraw(model, seed=0, std_of_logits=1.0):
     """Draw every parameter anew, biases and norm weights too, whose defaults (0 and 1) hide mistakes.
 
-    Matrices keep the scale of their input, so that signals neither die nor explode; the output matrix is then
-    scaled so that the logits' standard deviation is about `std_of_logits`.
+    Matrices keep the scale of their input, so that signals neither die nor explode; norms stay around what
+    they begin with (1, or 0 where they multiply by 1 + weight); the output matrix is then scaled so that the
+    logits' standard deviation is about `std_of_logits`.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -18,7 +19,7 @@ def redraw(model, seed=0, std_of_logits=1.0):
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             else:
-                parameter.copy_(1 + 0.3 * noise)
+                parameter.copy_(float(parameter.any()) + 0.3 * noise)
         tokens = torch.randint(model.config.vocab_size, (2, 16), generator=generator)
         head = model.get_output_embeddings().weight
         head *= std_of_logits / model(tokens).logits.std()

@@ -37,6 +37,16 @@ CONFIGS = {
     "llama-biases": transformers.LlamaConfig(**LLAMA_SIZES, attention_bias=True, mlp_bias=True),
     "mistral": transformers.MistralConfig(**LLAMA_SIZES, sliding_window=None),
     "qwen2": transformers.Qwen2Config(**LLAMA_SIZES, tie_word_embeddings=True),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **{**LLAMA_SIZES, "num_key_value_heads": 4},
+        query_pre_attn_scalar=7,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
+        },
+    ),
     "gpt_neox": transformers.GPTNeoXConfig(
         vocab_size=61,
         hidden_size=24,

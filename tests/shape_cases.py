@@ -51,3 +51,23 @@ def run_decoder(model, recorder, B, T, S, **free):
     model.hidden(tokens, slots[:, :T], cache)
     recorder.running(config, B=B, T=S - T, S=S, **free)
     model.hidden(tokens[:, T - S :], slots[:, T:], cache)
+
+
+class WithExperts:
+    """The recorder, told besides what t is, all tokens of a call, and what else a page says of experts."""
+
+    def __init__(self, recorder, letters):
+        self.recorder, self.letters = recorder, letters
+
+    def running(self, config, B, T, S):
+        widths = {getattr(config, name) for name in ("d_ff", "d_expert") if hasattr(config, name)}
+        known = {"t": B * T, "e": set(range(B * T + 1)), "f": widths}
+        self.recorder.running(config, B=B, T=T, S=S, **{letter: known[letter] for letter in self.letters})
+
+
+def run_experts(model, recorder, B, T, S, **letters):
+    """run_decoder, for a page that sends the t tokens of a call to experts.
+
+    e: the tokens of one, which the data decide; f: the width of a feed-forward, where experts have another.
+    """
+    run_decoder(model, WithExperts(recorder, letters), B, T, S)

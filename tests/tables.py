@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 
 from conversion.checkpoint import find_checkpoint
-from models import build_model, config_names, kind_of, load_config
+from models import DECODER, build_model, config_names, kind_of, load_config
 from structure.differences import read_pages
 from tests.copies import table as differences
+from tests.tiny_readmes import model_name_of, of_kind, row
 from tests.zoo import MODEL_NAMES, configs_of
 
 ROOT = Path(__file__).parent.parent
@@ -94,17 +95,40 @@ def configs(folder):
     """A line per config: its model, what can be done with it, its parameters."""
     rows = []
     for name in config_names():
-        model_name, config = load_config(name)
-        num_parameters = sum(parameter.numel() for parameter in build_model(model_name, config).parameters())
-        rows.append(
-            (
-                name,
-                link(model_name, f"models/{model_name}.py", folder),
-                kind_of(model_name),
-                f"{num_parameters:,}",
-            )
-        )
+        model_name, _ = load_config(name)
+        everything, active = num_parameters(name)
+        counted = f"{everything:,}" + (f", {active:,} for a token" if active < everything else "")
+        rows.append((name, link(model_name, f"models/{model_name}.py", folder), kind_of(model_name), counted))
     return table(("config", "model", "kind", "parameters"), rows)
+
+
+def num_parameters(config_name):
+    """(all parameters of a config's model, those that work for a token: of experts the active ones)."""
+    model_name, config = load_config(config_name)
+    model = build_model(model_name, config)
+    lists = [module.experts for module in model.modules() if hasattr(module, "experts")]
+    everything, experts = (
+        sum(parameter.numel() for part in parts for parameter in part.parameters())
+        for parts in ([model], lists)
+    )
+    if not experts:
+        return everything, everything
+    return everything, everything - experts + experts * config.num_active_experts // config.num_experts
+
+
+def trained(folder):
+    """A line per decoder that was trained here: its size, what it has read, how it predicts; best first."""
+    rows = []
+    for name in of_kind(DECODER):
+        everything, active = num_parameters(name)
+        page = f"{model_name_of(name)}.py"
+        figures = (float(row(name, "bits per byte, all held-out text")), row(name, "tokens read"))
+        links = link(name, f"checkpoints/{name}/README.md", folder), link(page, f"models/{page}", folder)
+        rows.append(
+            (*links, f"{everything:,}", f"{active:,}", figures[1].split(", ")[0], f"{figures[0]:.4f}")
+        )
+    head = ("checkpoint", "page", "parameters", "for a token", "tokens read", "bits per byte")
+    return table(head, sorted(rows, key=lambda cells: cells[-1]))
 
 
 def tree(folder):
@@ -161,6 +185,7 @@ def transcript(folder):
 REGIONS = {
     "models": models,
     "configs": configs,
+    "trained": trained,
     "differences": lambda folder: differences(read_pages()),
     "tree": tree,
     "proofs": proofs,

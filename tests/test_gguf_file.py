@@ -127,6 +127,41 @@ def test_llama_cpp_reads_the_other_kinds(small, tmp_path, kind, limit):
     assert 1e-5 < difference(logits, model) < limit
 
 
+MOE = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "d_expert": 32, "num_experts": 5}
+MOE |= {"num_active_experts": 2, "rope_base": 500.0}
+
+
+def test_experts_are_one_tensor(tmp_path):
+    model = redrawn(create_model("tiny-moe-python", **MOE))
+    gguf_file.write_gguf(tmp_path / "F32.gguf", "qwen3_moe", model, "F32")
+    read_back = read(tmp_path / "F32.gguf")
+    for n, layer in enumerate(model.layers):
+        for part in ("gate", "up", "down"):
+            stacked = torch.stack([getattr(expert, f"{part}_proj").weight for expert in layer.ffn.experts])
+            assert torch.equal(read_back[f"blk.{n}.ffn_{part}_exps.weight"], stacked)
+        assert torch.equal(read_back[f"blk.{n}.ffn_gate_inp.weight"], layer.ffn.router.weight)
+    assert gguf_file.matrix_bytes_read(tmp_path / "F32.gguf") == bytes_read_per_token(model)
+    expert = sum(parameter.numel() for parameter in model.layers[0].ffn.experts[0].parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    assert bytes_read_per_token(model) == 4 * (everything - 2 * 3 * expert), "the head is the embedding"
+
+
+def test_llama_cpp_runs_the_same_experts(tmp_path):
+    model = redrawn(create_model("tiny-moe-python", **MOE))
+    gguf_file.write_gguf(tmp_path / "F32.gguf", "qwen3_moe", model, "F32")
+    logits, tokens = llama_cpp_says(str(tmp_path / "F32.gguf"))
+    assert difference(logits, model) < 5e-3
+    assert tokens == [token for (token,) in generate(model, [PROMPT], 12)]
+
+
+def test_experts_that_llama_cpp_does_not_have():
+    model_name, config = load_config("qwen3-30b-a3b")
+    assert gguf_file.architecture(model_name, config) == "qwen3moe"
+    for change in {"dense_layers": (1,)}, {"normalize_weights": False}:
+        with pytest.raises(UserError, match="llama.cpp has experts in every layer"):
+            gguf_file.architecture(model_name, replace(config, **change))
+
+
 def test_rows_in_the_wrong_order_are_noticed(tmp_path, monkeypatch):
     """What a forgotten permutation does to the logits is far beyond the limit of the tests above."""
     model = redrawn(create_model("tiny-llama-python", **LLAMA))

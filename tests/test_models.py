@@ -191,3 +191,12 @@ assert "torch._dynamo" not in sys.modules
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_list_of_numbers():
+    """It is written as JSON has it, and read as what a frozen config can hold."""
+    fields = config_to_dict(*load_config("tiny-moe-python"))
+    assert config_from_dict({**fields, "dense_layers": [0, 1]}, "x")[1].dense_layers == (0, 1)
+    for value in ([True], [-1], [0.5], ["a"], 3, None, [2**40]):
+        with pytest.raises(UserError, match="'dense_layers' is .*, where a list of numbers is expected"):
+            config_from_dict({**fields, "dense_layers": value}, "x")

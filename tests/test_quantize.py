@@ -367,7 +367,9 @@ def fresh(tmp_path_factory):
         if trained:
             convert(TINY / trained[0], out=root / kind, progress=False)
             continue
-        model = build_model(kind, zoo.small_config(kind, d_model=64, d_ff=96, head_dim=16), device="cpu")
+        model = build_model(
+            kind, zoo.small_config(kind, d_model=64, d_ff=96, d_expert=32, head_dim=16), device="cpu"
+        )
         torch.manual_seed(0)
         model.init_weights()
         (root / kind).mkdir()
@@ -384,10 +386,41 @@ def test_every_kind_of_model_stays_close_to_full_precision(kind, fresh):
     for quantization, limit in (INT8, 0.06), (INT4, 0.45):
         model = load_model(fresh / kind, dtype=torch.float32, quantization=quantization)
         left = [n for n, m in model.named_modules() if type(m).__name__ == "Linear"]
-        assert set(left) <= {"lm_head", "lm_head.vocab_proj", "patch_embed"}
+        left = {name for name in left if not name.endswith(".router")}
+        assert left <= {"lm_head", "lm_head.vocab_proj", "patch_embed"}
         error = ((logits_of(model) - full).square().mean().sqrt() / full.std()).item()
         assert 0 < error <= limit, f"{quantization}: {error:.3f}"
     assert any(isinstance(m, Int4Linear) for m in model.modules())
+
+
+def test_a_router_keeps_its_precision():
+    model = build_model("qwen3_moe", zoo.small_config("qwen3_moe", d_model=32, d_expert=32), device="cpu")
+    notes = quantize_layers(model, INT4)
+    assert type(model.layers[0].ffn.router) is torch.nn.Linear
+    assert isinstance(model.layers[0].ffn.experts[4].down_proj, Int4Linear)
+    assert "layers.1.ffn.router keeps its precision (it chooses experts)" in notes
+
+
+def test_experts_that_the_text_never_chose_are_quantized_without_it(capsys):
+    """One expert alone is chosen: it is calibrated, the others are as the search makes them."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_expert": 32, "num_active_experts": 1}
+    config = zoo.small_config("qwen3_moe", **sizes)
+    model = build_model("qwen3_moe", config, device="cpu")
+    model.init_weights()
+    for layer in model.layers:
+        layer.ffn.router.weight.zero_()
+    tokens = torch.randint(config.vocab_size, (1, 60))
+    plan, _ = quantize.plan_layers(model, INT4)
+    products = quantize.calibrate(model, plan, [tokens])
+    reached = {name.split(".")[4] for name in products if ".experts." in name}
+    assert len(reached) == 1, "of equal logits topk takes the same expert for each"
+    said = capsys.readouterr().err
+    assert "the text has nothing for 24 of 36 layers" in said and "quantized without it" in said
+    unread = f"layers.0.ffn.experts.{next(n for n in range(5) if str(n) not in reached)}.up_proj"
+    expected = quantize.quantize_int4(model.get_submodule(unread).weight, 32)
+    quantize_layers(model, INT4, windows=[tokens])
+    assert torch.equal(model.get_submodule(unread).weight, expected[0])
 
 
 def test_a_tied_head_stays_the_embedding(fresh):

@@ -65,6 +65,37 @@ def test_shapes_and_bias():
     torch.library.opcheck(torch.ops.zoo.row_linear, (x, weight))
 
 
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 8, 50])
+def test_rows_go_through_the_matrices_of_their_experts(num_rows, dtype, plain):
+    generator = torch.Generator().manual_seed(num_rows)
+    x, weight = torch.randn(num_rows, 96).to(dtype), torch.randn(7, 33, 96).to(dtype)
+    bias, experts = torch.randn(7, 33).to(dtype), torch.randint(7, (num_rows,), generator=generator)
+    out = torch.ops.zoo.row_linear(x, weight, bias, plain, False, experts)
+    for row, one, expert in zip(out, x, experts):
+        alone = torch.ops.zoo.row_linear(one[None], weight[expert], bias[expert], plain)
+        assert torch.equal(row, alone[0])
+
+
+def test_matrices_of_experts_may_lie_apart_and_those_of_no_row_are_not_read():
+    memory = torch.full((5, 3, 20, 64), torch.nan)
+    weight = memory[:, 1]  # every third matrix in memory
+    weight[[1, 4]] = torch.randn(2, 20, 64)
+    x = torch.randn(3, 64)
+    out = row_linear(x, weight, experts=torch.tensor([4, 1, 4]))
+    torch.testing.assert_close(out, torch.stack([weight[n] @ row for n, row in zip((4, 1, 4), x)]))
+    torch.library.opcheck(torch.ops.zoo.row_linear, (x, weight, None, False, False, torch.tensor([4, 1, 4])))
+
+
+@pytest.mark.parametrize(
+    "experts, said", [([0, 1], "needs an expert"), ([0, 1, 5], "no such"), ([-1, 0, 0], "no such")]
+)
+def test_experts_that_are_not_there_are_told(experts, said):
+    with pytest.raises(RuntimeError, match=said):
+        row_linear(torch.randn(3, 64), torch.randn(5, 20, 64), experts=torch.tensor(experts))
+
+
 def test_what_fits():
     x, weight = torch.randn(32, 64), torch.randn(24, 64)
     assert linear_fits(x, weight) and linear_fits(x.bfloat16(), weight.bfloat16())

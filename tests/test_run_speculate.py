@@ -205,7 +205,7 @@ def test_a_translation_in_colours(folders, start, monkeypatch):
     "options, message",
     [
         (["--draft", "gpt2", "--lookup"], "--draft and --lookup both guess ahead"),
-        (["--show-drafts"], "--show-drafts goes with --draft CHECKPOINT or --lookup"),
+        (["--show-drafts"], "--show-drafts goes with --draft CHECKPOINT, --lookup or --multi-token"),
         (["--num-draft-tokens", 2], "--num-draft-tokens goes with"),
         (["--lookup", "--num-draft-tokens", 0], "num_draft_tokens is 0; give 1 to 95"),
         (["--lookup", "--num-draft-tokens", 96], "num_draft_tokens is 96; give 1 to 95"),
@@ -216,6 +216,8 @@ def test_a_translation_in_colours(folders, start, monkeypatch):
         (["--lookup", "--prompt", "x " * 200], "context"),
         (["--draft", "/no/such/folder"], "/no/such/folder: no such checkpoint"),
         (["--draft", "marian"], "is an encoder-decoder, which cannot draft for a decoder"),
+        (["--multi-token"], "has no layer that looks a token further ahead; use --draft or --lookup"),
+        (["--multi-token", "--lookup"], "--lookup and --multi-token both guess ahead"),
         (["--draft", "other"], "its tokenizer is not that of .*token .* is .*, not"),
     ],
     ids=str,

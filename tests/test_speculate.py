@@ -29,9 +29,9 @@ SAMPLING = Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01)
 MAX_NEW_TOKENS = 20
 
 
-def tiny(name, seed=0):
+def tiny(name, seed=0, **sizes):
     """A random model whose texts do not repeat themselves at once."""
-    return zoo.small_model(name, seed, **SMALL)
+    return zoo.small_model(name, seed, **{**SMALL, **sizes})
 
 
 def disturbed(model, amount):

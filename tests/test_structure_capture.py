@@ -74,9 +74,12 @@ def tensors_of(box, around=()):
     """(name in the whole model, shape, Hugging Face's names) of all tensors: those of each folded layer."""
     around = (*around, box)
     for ours, shape, theirs in box.weights:
-        folded = next((outer for outer in around if outer.repeat > 1), None)
-        for member in folded.members if folded else [""]:
-            name = ours.replace(folded.members[0] + ".", member + ".", 1) if folded else ours
+        names = [ours]
+        # From the inside: the experts of the layer that was kept, then all layers.
+        for folded in (outer for outer in around[::-1] if outer.repeat > 1):
+            kept = folded.members[0] + "."
+            names = [name.replace(kept, f"{member}.", 1) for name in names for member in folded.members]
+        for name in names:
             yield name, shape, theirs
     for child in box.children:
         yield from tensors_of(child, around)

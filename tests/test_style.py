@@ -16,7 +16,8 @@ MODELS = ROOT / "models"
 FILES = sorted(path.name for path in MODELS.glob("*.py") if path.name != "__init__.py")
 
 MAX_COLUMNS, MAX_DOCSTRING, MAX_FUNCTION, MAX_NESTING = 110, 30, 30, 2
-MAX_LINES = {"transformer.py": 450}  # its options make it longer than the others' 350
+# transformer.py has options; deepseek_v3.py a second form of attention, two kinds of experts, a layer ahead.
+MAX_LINES = {"transformer.py": 450, "deepseek_v3.py": 480}  # the others: 350
 HAS_A_REGISTRY = {"modular_decoder.py"}
 
 BASES = {"nn.Module", "NamedTuple"}

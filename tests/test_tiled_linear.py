@@ -173,6 +173,27 @@ def test_what_is_not_finite_stays_in_its_row_and_is_seen(bad, group_size, plain)
 
 
 @needs_kernel
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_rows_go_through_the_tiles_of_their_experts(group_size, plain):
+    bits = 4 if group_size else 8
+    tiles = torch.stack([tiles_of(40, 96, group_size, seed) for seed in range(5)])
+    x, experts = rows(21, 96), torch.arange(21) * 3 % 4
+    out = torch.ops.zoo.tiled_linear(x, tiles, 40, bits, plain, experts)
+    for row, one, expert in zip(out, x, experts):
+        assert torch.equal(row, torch.ops.zoo.tiled_linear(one[None], tiles[expert], 40, bits, plain)[0])
+    with pytest.raises(RuntimeError, match="no such expert"):
+        torch.ops.zoo.tiled_linear(x, tiles, 40, bits, plain, experts + 4)
+
+
+def tiles_of(N, K, group_size, seed):
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+    if group_size is None:
+        return tiled_linear.tiles_of_int8(*quantize_int8(weight))
+    return tiled_linear.tiles_of_int4(*quantize_int4(weight, group_size))
+
+
+@needs_kernel
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_shapes_of_x(group_size):
     product, _ = matrix(48, 64, group_size)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from conversion.convert import convert
 from models import create_model, load_model
@@ -18,6 +19,7 @@ from models.utils.tokenizer import load_tokenizer
 from runs_ar.score import negative_log_likelihood
 from runs_train import next_token, text_data, training_run
 from runs_train.evaluation import bits_per_byte, bytes_of_tokens
+from runs_train.expert_balance import Routers, balance
 from runs_train.language_model import main, parse_options
 from runs_train.training_run import learning_rate, make_optimizer
 from tests.training_runs import TEXT, small_run, state_of, tokens_of
@@ -38,6 +40,12 @@ CONFIGS = {
     "gpt2": {
         "model": "gpt2", "vocab_size": 300, "max_seq_len": 32, "d_model": 24, "num_layers": 2, "num_heads": 4,
         "d_ff": 48, "norm_eps": 1e-5, "dropout": 0.2,
+    },
+    "qwen3_moe": {
+        "model": "qwen3_moe", "vocab_size": 300, "max_seq_len": 32, "d_model": 24, "num_layers": 2,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "d_ff": 40, "d_expert": 20, "num_experts": 4,
+        "num_active_experts": 2, "normalize_weights": True, "dense_layers": [0], "norm_eps": 1e-5,
+        "rope_base": 10000.0, "rope_scaling": None, "tied_head": True,
     },
 }  # fmt: skip
 
@@ -118,6 +126,65 @@ def test_what_it_writes_is_nothing_for_a_terminal(command, tmp_path, monkeypatch
     main(command("llama", "again", "--tokenizer", path, steps=3))
     shown = capsys.readouterr().err
     assert "?[2J?" in shown and "\x1b" not in shown
+
+
+# Experts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_active", [1, 2, 4])
+def test_the_balance_is_that_of_transformers(num_active):
+    logits = torch.randn(50, 8, requires_grad=True)
+    ours, theirs = balance(logits, num_active), load_balancing_loss_func((logits,), 8, num_active)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_balance_by_hand():
+    """The example of the docstring."""
+    logits = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]).log()
+    assert balance(logits, 1).item() == pytest.approx(1.6)
+    assert balance(torch.zeros(4, 8), 8).item() == pytest.approx(8)
+
+
+def test_routers_are_held_back_and_the_loss_that_is_shown_is_not_changed():
+    torch.manual_seed(0)
+    model = create_model("tiny-moe-python", d_model=32, vocab_size=50, num_experts=8, d_expert=16)
+    routers, tokens = Routers(model), torch.randint(50, (2, 20))
+    model.eval()(tokens)
+    assert routers.gradient() == 0.0, "what is measured does not train"
+    seen = []
+    for layer in model.layers:
+        layer.ffn.router.register_forward_hook(lambda router, inputs, logits: seen.append(logits))
+    model.train()(tokens)
+    term = routers.gradient()
+    assert term.item() == 0.0 and routers.gradient() == 0.0
+    expected = sum(load_balancing_loss_func((logits,), 8, 4) for logits in seen) / 2
+    weights = [layer.ffn.router.weight for layer in model.layers]
+    found = torch.autograd.grad(term, weights, retain_graph=True)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, weights)):
+        torch.testing.assert_close(ours, 0.01 * theirs)
+
+
+def test_a_decoder_without_experts_has_no_such_term():
+    model = create_model("tiny-llama-python-draft", d_model=32, vocab_size=50, head_dim=8)
+    routers = Routers(model)
+    model(torch.randint(50, (2, 20)))
+    assert routers.gradient() == 0.0
+
+
+def test_a_router_that_knows_one_expert_learns_of_the_others():
+    logits = torch.nn.Parameter(0.1 * torch.randn(200, 8) + torch.tensor([3.0] + [0.0] * 7))
+    optimizer = torch.optim.Adam([logits], lr=0.1)
+    before = balance(logits, 2).item()
+    for _ in range(100):
+        optimizer.zero_grad()
+        balance(logits, 2).backward()
+        optimizer.step()
+    assert before > 4 and balance(logits, 2).item() < 2.2, "2 is the least, where all are chosen alike"
+
+
+# Parts of a step --------------------------------------------------------------------------------------------
 
 
 def test_the_learning_rate():

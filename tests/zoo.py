@@ -91,10 +91,14 @@ SMALL = {
     "num_kv_heads": 2,
     "head_dim": 10,
     "d_ff": 40,
+    "d_expert": 28,
     "rotary_dim": 4,
     "d_state": 7,
+    "full_every": 2,
     "num_experts": 5,
     "num_active_experts": 2,
+    "num_groups": 1,
+    "num_active_groups": 1,
     "image_size": 12,
     "patch_size": 4,
     "num_labels": 5,
@@ -113,6 +117,8 @@ def small_fields(fields):
             is_depth = re.fullmatch(r"num_(\w+_)?layers", name)
             value = 2 if is_depth else SMALL.get(name, min(value, LARGEST))
             value = SMALL["vocab_size"] - 1 if name.endswith("_id") else value
+        elif isinstance(value, tuple | list):  # numbers of layers, of which a second one differs
+            value = [number for number in value if number < 1]
         small[name] = value
     return small
 

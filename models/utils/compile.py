@@ -30,6 +30,8 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import io
+import logging
 import os
 import sys
 import tempfile
@@ -42,7 +44,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from models.utils import head
+from models.utils import head, stacked_experts
 from models.utils.files import one_line
 from models.utils.head import Head
 from models.utils.kernels.onednn import choose_products
@@ -50,7 +52,8 @@ from models.utils.kernels.row_attention import MAX_QUERIES, attention_fits, load
 from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
 from models.utils.kernels.tiled_linear import TiledLinear, into_huge_pages, tile_layers
 from models.utils.machine import instructions
-from models.utils.quantize import Int4Linear, Int8Linear, prepare, quantize_layer
+from models.utils.quantize import Int4Linear, Int8Linear, MXFP4Linear, prepare, quantize_layer
+from models.utils.stacked_experts import stack_experts, without_single_experts
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "annotated-model-zoo"
 MIN_SLOTS = 256
@@ -164,12 +167,13 @@ def compile_decoding(model, widths=(1,), report=print):
     """
     if next(model.parameters()).device.type == "cpu":
         arrange(model, report)
+    stack_experts(model, report)
     return CompiledDecoder(model, widths, report)
 
 
 def arrange(model, report):
     """Layers and weights of a model on the CPU in the form that a step reads fastest."""
-    if any(isinstance(module, (Int8Linear, Int4Linear)) for module in model.modules()):
+    if any(isinstance(module, (Int8Linear, Int4Linear, MXFP4Linear)) for module in model.modules()):
         untie_head(model)
         reason = tile_layers(model)
         if reason:
@@ -206,6 +210,8 @@ class CompiledDecoder:
         self.model, self.widths, self.report = model, sorted(widths), report
         self.steps = {}
         self.takes_pads = None if self.widths[-1] > 1 else False
+        # One that forgets (a state, a window) takes them anywhere: at position -1, where they do nothing.
+        self.names_pads = "num_undo" in inspect.signature(model.new_cache).parameters
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -231,7 +237,8 @@ class CompiledDecoder:
             width = next(wider for wider in self.widths if wider >= tokens.shape[1])
             step, pads = self.steps.get((width, *shapes_of(cache))), width - tokens.shape[1]
         # Behind the model's context there are no positions, and so no place for pads.
-        if pads and not (self.takes_pads and positions.max() + pads < self.model.config.max_seq_len):
+        has_place = self.takes_pads and positions.max() + pads < self.model.config.max_seq_len
+        if pads and not (self.names_pads or has_place):
             step = None
         if step is None:
             return self.model(tokens, positions, cache)
@@ -239,6 +246,7 @@ class CompiledDecoder:
             return step(tokens, positions, tensors_of(cache))
         # Pads stand behind the last token, which does not see them, in slots that are written again.
         last = positions[:, -1:] + torch.arange(1, pads + 1, device=positions.device)
+        last = last.fill_(-1) if self.names_pads else last
         padded, places = F.pad(tokens, (0, pads)), torch.cat([positions, last], dim=1)
         return step(padded, places, tensors_of(cache))[:, : tokens.shape[1]]
 
@@ -277,7 +285,8 @@ def compile_step(model, cache, width, path):
     inputs = (tokens, tokens.clone(), tensors)
     # Made in a folder of its own and then moved: who is interrupted leaves nothing half done.
     with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        graph = torch.export.export(Step(model, cache), inputs)
+        with without_single_experts(model):
+            graph = torch.export.export(Step(model, cache), inputs)
         library = torch._inductor.aoti_compile_and_package(
             graph,
             package_path=f"{folder}/step.pt2",
@@ -330,10 +339,15 @@ def temporary_folder():
 
 @contextlib.contextmanager
 def quiet():
-    """Hide the compiler's warnings, which are for its developers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Hide what is for the compiler's developers: warnings, and the graph printed on the way to an error."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def fingerprint(model, cache, width):
@@ -352,6 +366,9 @@ def fingerprint(model, cache, width):
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
-        *(Path(page).read_text(encoding="utf-8") for page in (__file__, head.__file__)),
+        *(
+            Path(page).read_text(encoding="utf-8")
+            for page in (__file__, head.__file__, stacked_experts.__file__)
+        ),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

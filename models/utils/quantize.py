@@ -10,6 +10,13 @@ A group of four in int4, from its smallest weight to its largest in 15 steps:
 
     weights -.6 .13 .3 .9  ->  scale .1, zero .2, codes 0 7 9 15  ->  -.6 .1 .3 .9
 
+And one form that is not made here but kept as it was published (gpt-oss): 4-bit floats in groups of 32,
+
+    mxfp4, an exponent for a group of a row:     w = 2 ** (scale - 127) * number[q]    q in 0 .. 15
+
+whose numbers are 0 .5 1 1.5 2 3 4 6 and the same below zero. In 4 bits they are finer near 0, where most
+weights are. It takes 4.25 bits a weight, int4 in groups of 32 takes 5.
+
 A row of 4096 takes 8192 bytes in bf16, 4096 + 2 in int8, 2048 + 128 * 4 in int4 with groups of 32. A group
 has a zero of its own because 16 levels are few: its smallest and largest weight are seldom opposites.
 
@@ -20,7 +27,8 @@ Which layers: every module called Linear, torch's and transformer_lm's, unless i
 (torch's int8 kernel reads past the end of such rows). Where no group size fits a width, int4 becomes int8.
 Embeddings stay as they are, and so does a head that is tied to them. A copy of it in int8 would be less to
 read per token, but more to hold: tiny-llama-python-draft would be larger in int8 than it is in bf16.
-(compile.py, which is after speed, makes one.) Experts that share one tensor of three dimensions stay too.
+(compile.py, which is after speed, makes one.) So does the router of a layer with experts: it is small, and
+where it errs a token goes to others. Experts that share one tensor of three dimensions stay too.
 
 Rounding to the nearest of 16 even levels between a group's ends (RTN) lets its two most extreme weights
 choose the levels of all. search_int4 chooses them by the weights' squared error, which falls by 8% in
@@ -62,6 +70,8 @@ class Quantization:
     group_size: int | None = None  # of int4: weights that share scale and zero; None in int8
 
     def __post_init__(self):
+        if (self.kind, self.group_size) == ("mxfp4", 32):
+            return  # that of published checkpoints, see MXFP4Linear: nothing is quantized to it here
         if self.kind not in QUANTIZED:
             raise UserError(f"quantization {self.kind!r} is not known; give one of: {', '.join(QUANTIZED)}")
         if self.kind == "int8" and self.group_size is not None:
@@ -98,6 +108,11 @@ def stored_quantization(fields, where):
         return Quantization(**stored)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def published_quantization(hf_config):
+    """The same of Hugging Face's config.json: MXFP4, whose codes are kept; conversion has refused others."""
+    return Quantization("mxfp4", 32) if hf_config.get("quantization_config") else None
 
 
 # The arithmetic ---------------------------------------------------------------------------------------------
@@ -231,6 +246,24 @@ def dequantize_int4(packed: Tensor, scale_zero: Tensor) -> Tensor:
     return (levels * scale + zero).view(N, -1)
 
 
+# The numbers of a 4-bit float: a sign, 2 bits of exponent, 1 of mantissa.
+FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def dequantize_mxfp4(packed: Tensor, scale: Tensor, dtype) -> Tensor:
+    """(N, K) from codes (N, K / 2) and scales (N, K / 32); exact in every dtype, see FLOAT4."""
+    numbers = torch.tensor([*FLOAT4, *(-number for number in FLOAT4)], dtype=dtype, device=packed.device)
+    byte = torch.arange(256, device=packed.device)
+    pairs = torch.stack([numbers[byte & 15], numbers[byte >> 4]], dim=-1)
+    weights = F.embedding(packed.int(), pairs).view(*scale.shape, 32)
+    return weights.mul_(power_of_two(scale)[..., None].to(dtype)).flatten(1)
+
+
+def power_of_two(scale: Tensor) -> Tensor:
+    """What a scale of MXFP4, the exponent's bits of a number in fp32, stands for."""
+    return torch.exp2(scale.float() - 127)
+
+
 def pack(codes: Tensor) -> Tensor:
     """Two codes in a byte: an even column in the low half, the odd one after it in the high half."""
     codes = codes.to(torch.uint8)
@@ -319,6 +352,23 @@ class Int4Linear(nn.Module):
         return add_bias(out[:, : self.num_outputs].view(*x.shape[:-1], -1), self.bias)
 
 
+class MXFP4Linear(nn.Module):
+    """Weights as OpenAI published those of gpt-oss (`kind` of a Quantization: mxfp4); nothing is rounded."""
+
+    def __init__(self, linear, group_size=32):
+        super().__init__()
+        N, K = linear.weight.shape
+        self.weight = fixed(linear.weight.new_empty(N, K // 2, dtype=torch.uint8))
+        self.scale = fixed(linear.weight.new_empty(N, K // 32, dtype=torch.uint8))
+        self.bias = getattr(linear, "bias", None)
+
+    def dequantized(self, dtype):
+        return dequantize_mxfp4(self.weight, self.scale, dtype)
+
+    def forward(self, x):
+        return multiply(x, self.dequantized(x.dtype), self.bias)
+
+
 def has_kernel(scale):
     """torch has kernels for other dtypes too, slower than dequantizing: in fp32 one row took 17 ms, not 3."""
     return scale.device.type == "cpu" and scale.dtype == torch.bfloat16
@@ -348,7 +398,10 @@ def plan_layers(model, quantization):
 
     It depends on names and shapes alone: the writer and the reader of a checkpoint compute the same plan.
     """
+    if quantization.kind == "mxfp4":
+        return dict.fromkeys(layers_in_blocks(model), (MXFP4Linear, 32)), []
     embeddings = {id(m.weight) for m in model.modules() if type(m).__name__ == "Embedding"}
+    routers = [m.router for m in model.modules() if hasattr(m, "experts") and hasattr(m, "router")]
     plan, notes = {}, []
     for name, module in model.named_modules():
         if type(module).__name__ != "Linear":
@@ -357,6 +410,8 @@ def plan_layers(model, quantization):
         sizes = [g for g in GROUP_SIZES if g <= (quantization.group_size or 0) and width % g == 0]
         if id(module.weight) in embeddings:
             notes.append(f"{name} keeps its precision (it is the embedding's matrix)")
+        elif any(module is router for router in routers):
+            notes.append(f"{name} keeps its precision (it chooses experts)")
         elif width % 16:
             notes.append(f"{name} keeps its precision (its width {width} is no multiple of 16)")
         elif quantization.kind == "int8":
@@ -373,6 +428,17 @@ def plan_layers(model, quantization):
             size = spoken_bytes(parameter.nbytes)
             notes.append(f"{name} keeps its precision (its {size} are no matrix of a linear layer)")
     return plan, notes
+
+
+def layers_in_blocks(model):
+    """The names of the linear layers of a model's experts, which are what MXFP4 is published for."""
+    layers = {n: m for n, m in model.named_modules() if type(m).__name__ == "Linear" and ".experts." in n}
+    for name, layer in layers.items():
+        if layer.weight.shape[1] % 32:
+            raise UserError(
+                f"{name} has {layer.weight.shape[1]} inputs, which are no whole blocks of MXFP4, 32"
+            )
+    return list(layers)
 
 
 def swap(model, quantization):
@@ -414,7 +480,12 @@ def quantize_layer(linear, layer_class, group_size=None, device="cpu", dtype=Non
 
 def calibrate(model, plan, windows):
     """{name: X^T X} of the layers of a plan that are int4, from what the model does with a text."""
-    return input_products(model.eval(), [name for name in plan if plan[name][0] is Int4Linear], windows)
+    names = [name for name in plan if plan[name][0] is Int4Linear]
+    products = input_products(model.eval(), names, windows)
+    if windows and (unread := [name for name in names if name not in products]):
+        which = f"{len(unread)} of {len(names)} layers, as {unread[0]}"
+        report(f"--calibrate: the text has nothing for {which}; they are quantized without it")
+    return products
 
 
 def parts_of(plan, name, shape, dtype):

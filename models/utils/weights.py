@@ -5,6 +5,7 @@ import torch
 from models.utils.errors import UserError
 from models.utils.head import keep_logits_in_fp32
 from models.utils.kernels.onednn import choose_products
+from models.utils.kernels.tiled_linear import tile_mxfp4
 from models.utils.lora import attach_trained, merge
 from models.utils.quantize import prepare, quantize_layers
 from models.utils.safetensors_files import CODE_NAMES, DTYPE_NAMES, open_safetensors
@@ -36,6 +37,7 @@ def load_weights(
     model.to(device=device, dtype=dtype)
     if arranged:
         prepare(model)
+        tile_mxfp4(model)
         choose_products(model)
     keep_logits_in_fp32(model)
     return model.eval()

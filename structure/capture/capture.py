@@ -238,8 +238,11 @@ class Boxes:
         return self.terms(number * times for op, times in rounds for number in flops_of(op))
 
     def kept_by(self, ops):
-        """The numbers of the cache's tensors that are written here, each counted where it comes first."""
-        written = dict.fromkeys(op.written for op in ops if self.is_of_cache(op))
+        """The numbers of the cache's tensors that are written here, each counted where it comes first.
+
+        Whole ones, which say how far a row has come, are not counted: they are few, and never in bf16.
+        """
+        written = dict.fromkeys(op.written for op in ops if self.is_of_cache(op) and not op.written.whole)
         new = [origin for origin in written if origin not in self.kept]
         self.kept |= set(new)
         return self.terms(math.prod(origin.shape) for origin in new)

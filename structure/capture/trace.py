@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.utils.errors import UserError
 from structure.capture.folding import Folds, Loop, fold_experts, fold_layers, fold_time, unfold
@@ -41,6 +42,7 @@ class Op:
     frames: tuple = ()  # of the model's file, outermost first
     path: str = ""  # of a parameter or an input: its name
     written: "Op | None" = None  # of what writes in place: the op that made what it writes into
+    whole: bool = False  # whether it makes whole numbers: positions, say
     loop: Loop | None = None  # the loop over time that it is in; of its T rounds one remains
 
 
@@ -81,8 +83,10 @@ def trace(model):
         unfold(experts, folds)
         if count(2) is None:
             fold_experts(model, folds)
-    # The record of a loop over time is as long as the text; what cannot be counted may be one.
-    if count(2) != count(3) or count(2) is None:
+    # The record of a loop over time is as long as the text, that of a window takes long texts in pieces; what
+    # cannot be counted may be such a loop.
+    if count(2) is None or not count(2) == count(3) == count(sizes["T"]):
+        sizes.taken |= {n for tensor in tree_leaves(cache) if hasattr(tensor, "shape") for n in tensor.shape}
         sizes.few_tokens()
     program = exported(*call_of(model, page, sizes, known, kept), page)
     ops = fold_time(ops_of(program, page, sizes), page, model, sizes["T"])
@@ -217,6 +221,7 @@ def ops_of(program, page, sizes):
         if not isinstance(values, (list, tuple)) or not isinstance(values[0], torch.Tensor):
             continue
         op = Op(node.name, target_of(node), tuple(sizes.fixed(size) for size in values[0].shape))
+        op.whole = not values[0].is_floating_point()
         op.arguments = [ops[argument.name] for argument in node.all_input_nodes if argument.name in ops]
         if node.op == "placeholder":
             op.target = "parameter" if node.name in parameters else "input"

@@ -3,11 +3,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -126,10 +128,30 @@ void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K
   if constexpr (sizeof(T) == 2) dot_loop<ROWS>(w, x, K, num_outputs, out);
 }
 
+// Rows of x, `count` from `first` on, that go through the same matrix.
+struct Run {
+  int64_t matrix, first, count;
+};
+
+// The order that brings rows of the same expert together, and the runs that they make in it.
+std::vector<Run> sort_by_expert(const at::Tensor& experts, std::vector<int64_t>& order) {
+  const int64_t* matrices = experts.const_data_ptr<int64_t>();
+  order.resize(experts.numel());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return matrices[a] < matrices[b]; });
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < experts.numel(); n++) {
+    if (n == 0 || matrices[order[n]] != matrices[order[n - 1]]) runs.push_back({matrices[order[n]], n, 0});
+    runs.back().count++;
+  }
+  return runs;
+}
+
+// x (M, K) in the order of the runs, of which row n is row order[n] of out (M, N); weight (E, N, K), bias (E, N)
 template <typename T, typename Out>
 void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out,
-              bool plain) {
-  const int64_t num_rows = x.size(0), K = x.size(1), num_outputs = weight.size(0);
+              const std::vector<Run>& runs, const std::vector<int64_t>& order, bool plain) {
+  const int64_t num_rows = x.size(0), K = x.size(1), num_outputs = weight.size(1);
   const T* inputs = x.const_data_ptr<T>();
   const T* weights = weight.const_data_ptr<T>();
   const float* biases = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
@@ -145,42 +167,61 @@ void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& b
   }
 
   // Each core gets outputs that follow each other, and so reads one piece of memory from start to end.
-  at::parallel_for(0, num_outputs, OUTPUTS, [&](int64_t begin, int64_t end) {
+  const int64_t num_blocks = (num_outputs + OUTPUTS - 1) / OUTPUTS;
+  at::parallel_for(0, runs.size() * num_blocks, 1, [&](int64_t begin, int64_t end) {
     float sums[SHARED][OUTPUTS];
-    for (int64_t n = begin; n < end; n += OUTPUTS) {
-      const int count = std::min<int64_t>(OUTPUTS, end - n);
-      for (int64_t row = 0; row < num_rows; row += SHARED) {
-        const int rows = std::min<int64_t>(SHARED, num_rows - row);
+    for (int64_t block = begin; block < end; block++) {
+      const auto [matrix, first, in_run] = runs[block / num_blocks];
+      const int64_t n = block % num_blocks * OUTPUTS;
+      const int count = std::min<int64_t>(OUTPUTS, num_outputs - n);
+      const T* w = weights + matrix * weight.stride(0) + n * K;
+      for (int64_t row = first; row < first + in_run; row += SHARED) {
+        const int rows = std::min<int64_t>(SHARED, first + in_run - row);
         const float* plain_rows = plain_inputs ? plain_inputs + row * K : nullptr;
-        some_rows<T>(rows, weights + n * K, inputs + row * K, plain_rows, K, count, sums);
-        for (int m = 0; m < rows; m++)
+        some_rows<T>(rows, w, inputs + row * K, plain_rows, K, count, sums);
+        for (int m = 0; m < rows; m++) {
+          Out* to = outputs + order[row + m] * num_outputs + n;
           for (int i = 0; i < count; i++)
-            outputs[(row + m) * num_outputs + n + i] = sums[m][i] + (biases ? biases[n + i] : 0);
+            to[i] = sums[m][i] + (biases ? biases[matrix * num_outputs + n + i] : 0);
+        }
       }
     }
   });
 }
 
-// x (..., K), weight (N, K), bias (N), all fp32 or all bf16 -> (..., N), in the dtype of x or in fp32
+// x (..., K), weight (N, K), bias (N), all fp32 or all bf16 -> (..., N), in the dtype of x or in fp32.
+// With experts (M): row m of x (M, K) goes through matrix experts[m] of weight (E, N, K), bias (E, N).
 at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      bool plain, bool to_fp32) {
-  const int64_t K = weight.size(1);
+                      bool plain, bool to_fp32, const std::optional<at::Tensor>& experts) {
+  const int64_t K = weight.size(-1), num_outputs = weight.size(-2);
   TORCH_CHECK(x.size(-1) == K, "x has ", x.size(-1), " inputs, not ", K);
   TORCH_CHECK(K % INPUTS == 0, K, " inputs are no multiple of ", INPUTS);
-  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.is_contiguous(), "x and weight do not fit");
-  const at::Tensor rows = x.reshape({-1, K}).contiguous();
+  TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.dim() == (experts ? 3 : 2) &&
+                  weight.stride(-1) == 1 && weight.stride(-2) == K,
+              "x and weight do not fit");
+  at::Tensor rows = x.reshape({-1, K}).contiguous();
+  std::vector<int64_t> order(rows.size(0));
+  std::vector<Run> runs = {{0, 0, rows.size(0)}};
+  std::iota(order.begin(), order.end(), 0);
+  if (experts) {
+    TORCH_CHECK(experts->numel() == rows.size(0), "each row of x needs an expert");
+    runs = sort_by_expert(experts->contiguous(), order);
+    TORCH_CHECK(runs.front().matrix >= 0 && runs.back().matrix < weight.size(0), "no such expert");
+    rows = rows.index_select(0, at::tensor(order));
+  }
+  const at::Tensor matrices = experts ? weight : weight.unsqueeze(0);
   const at::TensorOptions options = to_fp32 ? x.options().dtype(at::kFloat) : x.options();
-  at::Tensor out = at::empty({rows.size(0), weight.size(0)}, options);
+  at::Tensor out = at::empty({rows.size(0), num_outputs}, options);
   const at::Tensor biases = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "the bias does not fit");
+  TORCH_CHECK(!bias || bias->numel() == matrices.size(0) * num_outputs, "the bias does not fit");
   if (x.scalar_type() == at::kFloat)
-    multiply<float, float>(rows, weight, biases, out, true);
+    multiply<float, float>(rows, matrices, biases, out, runs, order, true);
   else if (to_fp32)
-    multiply<at::BFloat16, float>(rows, weight, biases, out, plain || !has_dot_loop());
+    multiply<at::BFloat16, float>(rows, matrices, biases, out, runs, order, plain || !has_dot_loop());
   else
-    multiply<at::BFloat16, at::BFloat16>(rows, weight, biases, out, plain || !has_dot_loop());
+    multiply<at::BFloat16, at::BFloat16>(rows, matrices, biases, out, runs, order, plain || !has_dot_loop());
   std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = weight.size(0);
+  shape.back() = num_outputs;
   return out.view(shape);
 }
 
@@ -188,7 +229,8 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::
 
 TORCH_LIBRARY_FRAGMENT(zoo, library) {
   library.def(
-      "row_linear(Tensor x, Tensor weight, Tensor? bias=None, bool plain=False, bool to_fp32=False) -> Tensor");
+      "row_linear(Tensor x, Tensor weight, Tensor? bias=None, bool plain=False, bool to_fp32=False, "
+      "Tensor? experts=None) -> Tensor");
   library.def("has_dot_loop() -> bool", has_dot_loop);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_linear", row_linear); }

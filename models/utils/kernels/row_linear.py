@@ -35,6 +35,9 @@ reads 28 GB/s:
           F.linear                .21    .20    .23    .25    .31    .41
           without bf16 products   .10    .10    .17    .27    .55   1.08
 
+Of several matrices, the experts of a layer (stacked_experts.py), each row of x has its own. Rows are sorted
+by matrix, so that those of one share what is loaded; the matrices that no row asks for are not touched.
+
 Sums are in fp32; bf16 is widened to it, or multiplied by an instruction that takes pairs of bf16 as they are.
 Shapes: N outputs and K inputs of a matrix; n, k and m number outputs, inputs and rows of x.
 Proof: tests/test_row_linear.py.
@@ -54,16 +57,23 @@ MAX_ROWS = 32  # of x; more of them are faster in F.linear
 
 def linear_fits(x: Tensor, weight: Tensor) -> bool:
     """Whether F.linear(x, weight) is a product for the kernel, and the kernel is there."""
-    K = weight.shape[1]
-    few = x.numel() <= MAX_ROWS * K and K % INPUTS == 0
+    return x.numel() <= MAX_ROWS * weight.shape[1] and matrix_fits(x, weight)
+
+
+def matrix_fits(x: Tensor, weight: Tensor) -> bool:
+    """The same of a matrix, or of several, however many rows x has."""
+    K = weight.shape[-1]
     known = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-    lies_well = weight.device.type == "cpu" and weight.is_contiguous()
-    return few and known and lies_well and load_row_linear() is None
+    lies_well = weight.device.type == "cpu" and weight.stride()[-2:] == (K, 1)
+    return K % INPUTS == 0 and known and lies_well and load_row_linear() is None
 
 
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, to_fp32: bool = False) -> Tensor:
-    """F.linear; x (..., K), weight (N, K), which linear_fits() has seen; to_fp32: the sums as they are."""
-    return torch.ops.zoo.row_linear(x, weight, bias, False, to_fp32)
+def row_linear(x: Tensor, weight: Tensor, bias=None, to_fp32=False, experts=None) -> Tensor:
+    """F.linear; x (..., K), weight (N, K), which linear_fits() has seen; to_fp32: the sums as they are.
+
+    experts (r,): row n of x (r, K) goes through matrix experts[n] of weight (E, N, K) instead.
+    """
+    return torch.ops.zoo.row_linear(x, weight, bias, False, to_fp32, experts)
 
 
 def load_row_linear():
@@ -71,5 +81,5 @@ def load_row_linear():
     return load_library(SOURCE, shape_of)
 
 
-def shape_of(x, weight, bias=None, plain=False, to_fp32=False):
-    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32 if to_fp32 else x.dtype)
+def shape_of(x, weight, bias=None, plain=False, to_fp32=False, experts=None):
+    return x.new_empty(*x.shape[:-1], weight.shape[-2], dtype=torch.float32 if to_fp32 else x.dtype)

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +11,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
+#include <optional>
 #include <vector>
 
 #ifdef __AVX512VNNI__
@@ -24,6 +27,9 @@ constexpr int INPUTS = 32;   // activations that share a scale
 constexpr int MAX_ROWS = 8;  // rows of x that share each weight that is loaded
 constexpr int HEADER = 4 * LANES;  // bytes of scales before the codes, in int4 with their zeros
 constexpr int AHEAD = 8192;  // bytes: how far in front of the sums codes are asked for in 8 bits
+
+// Twice the numbers of 4-bit floats (MXFP4), + 12 so that none is negative; of -0 as of 0.
+alignas(16) constexpr uint8_t LEVELS[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 // INPUTS activations of a row: each is scale * code.
 struct Block {
@@ -61,8 +67,13 @@ void quantize(const T* x, Block* blocks, int64_t num_blocks) {
   }
 }
 
+template <bool FLOATS>
+inline int32_t level(uint32_t code) {
+  return FLOATS ? LEVELS[code] : code;
+}
+
 // What a tile gives for some rows of x, without a word about vectors: out[m][n] is row m times output n.
-template <int BITS>
+template <int BITS, bool FLOATS>
 void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups,
                           int64_t per_group, float* out) {
   const int64_t num_blocks = num_groups * per_group;
@@ -92,8 +103,8 @@ void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_group
         }
         for (int j = 0; j < 4; j++)
           for (int n = 0; n < LANES; n++)
-            dot[n] += static_cast<int32_t>(first[n] >> 8 * j & 255) * block.codes[k + j] +
-                      static_cast<int32_t>(second[n] >> 8 * j & 255) * block.codes[k + 4 + j];
+            dot[n] += level<FLOATS>(first[n] >> 8 * j & 255) * block.codes[k + j] +
+                      level<FLOATS>(second[n] >> 8 * j & 255) * block.codes[k + 4 + j];
       }
       for (int n = 0; n < LANES; n++)
         out[m * LANES + n] += (scale[n] * static_cast<float>(dot[n]) + zero[n] * block.sum) * block.scale;
@@ -114,10 +125,11 @@ inline __m512i load(const uint8_t* at) {
 }
 
 // The same with vectors of 512 bits, in which a lane is an output: 16 sums grow side by side.
-template <int BITS, int ROWS>
+template <int BITS, bool FLOATS, int ROWS>
 void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
                       float* out) {
   const __m512i low_half = _mm512_set1_epi8(15), high_bits = _mm512_set1_epi32(0xffff0000);
+  const __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(LEVELS)));
   const int64_t num_blocks = num_groups * per_group;
   __m512 total[ROWS][VECTORS] = {}, scale[VECTORS], zero[VECTORS];
   __m512i dot[ROWS][VECTORS], first[VECTORS], second[VECTORS];  // 4 inputs of 16 outputs, and the next 4
@@ -143,6 +155,10 @@ void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_
           } else {
             second[v] = _mm512_and_si512(_mm512_srli_epi16(first[v], 4), low_half);
             first[v] = _mm512_and_si512(first[v], low_half);
+          }
+          if constexpr (FLOATS) {
+            first[v] = _mm512_shuffle_epi8(levels, first[v]);
+            second[v] = _mm512_shuffle_epi8(levels, second[v]);
           }
         }
         for (int m = 0; m < ROWS; m++) {
@@ -176,66 +192,101 @@ void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_
 }
 
 // The number of rows is a constant of the loop, so that all its sums stay in registers.
-template <int BITS, int ROWS = MAX_ROWS>
+template <int BITS, bool FLOATS, int ROWS = MAX_ROWS>
 void vector_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
                  float* out) {
-  if (rows == ROWS) return vector_loop<BITS, ROWS>(tile, x, num_groups, per_group, out);
-  if constexpr (ROWS > 1) vector_rows<BITS, ROWS - 1>(rows, tile, x, num_groups, per_group, out);
+  if (rows == ROWS) return vector_loop<BITS, FLOATS, ROWS>(tile, x, num_groups, per_group, out);
+  if constexpr (ROWS > 1) vector_rows<BITS, FLOATS, ROWS - 1>(rows, tile, x, num_groups, per_group, out);
 }
 bool has_vector_loop() { return true; }
-template <int BITS>
+template <int BITS, bool FLOATS>
 auto* choose(bool plain) {
-  return plain ? plain_rows<BITS> : vector_rows<BITS>;
+  return plain ? plain_rows<BITS, FLOATS> : vector_rows<BITS, FLOATS>;
 }
 
 #else
 bool has_vector_loop() { return false; }
-template <int BITS>
+template <int BITS, bool FLOATS>
 auto* choose(bool) {
-  return plain_rows<BITS>;
+  return plain_rows<BITS, FLOATS>;
 }
 #endif
 
-template <int BITS, typename T>
-void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, bool plain) {
+// Rows of x, `count` from `first` on, that go through the same matrix.
+struct Run {
+  int64_t matrix, first, count;
+};
+
+// The order that brings rows of the same expert together, and the runs that they make in it.
+std::vector<Run> sort_by_expert(const at::Tensor& experts, std::vector<int64_t>& order) {
+  const int64_t* matrices = experts.const_data_ptr<int64_t>();
+  order.resize(experts.numel());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return matrices[a] < matrices[b]; });
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < experts.numel(); n++) {
+    if (n == 0 || matrices[order[n]] != matrices[order[n - 1]]) runs.push_back({matrices[order[n]], n, 0});
+    runs.back().count++;
+  }
+  return runs;
+}
+
+// x (M, K) in the order of the runs, of which row n is row order[n] of out; tiles (E, N / 32, K / g, bytes)
+template <int BITS, bool FLOATS, typename T>
+void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, const std::vector<Run>& runs,
+              const std::vector<int64_t>& order, bool plain) {
   const int64_t num_rows = x.size(0), num_blocks = x.size(1) / INPUTS, num_outputs = out.size(1);
-  const int64_t num_groups = tiles.size(1), per_group = num_blocks / num_groups;
+  const int64_t num_tiles = tiles.size(1), num_groups = tiles.size(2), per_group = num_blocks / num_groups;
   const T* inputs = x.const_data_ptr<T>();
   const uint8_t* weights = tiles.const_data_ptr<uint8_t>();
   T* outputs = out.mutable_data_ptr<T>();
-  auto* const rows_times_tile = choose<BITS>(plain);
+  auto* const rows_times_tile = choose<BITS, FLOATS>(plain);
 
   std::vector<Block> blocks(num_rows * num_blocks);
   at::parallel_for(0, num_rows, MAX_ROWS, [&](int64_t begin, int64_t end) {
     quantize<BITS>(inputs + begin * x.size(1), &blocks[begin * num_blocks], (end - begin) * num_blocks);
   });
-  at::parallel_for(0, tiles.size(0), 4, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, runs.size() * num_tiles, 4, [&](int64_t begin, int64_t end) {
     float lanes[MAX_ROWS * LANES];
-    for (int64_t n = begin; n < end; n++) {
-      const int64_t width = std::min<int64_t>(LANES, num_outputs - n * LANES);
+    for (int64_t each = begin; each < end; each++) {
+      const auto [matrix, first, in_run] = runs[each / num_tiles];
+      const int64_t n = each % num_tiles, width = std::min<int64_t>(LANES, num_outputs - n * LANES);
+      const uint8_t* tile = weights + matrix * tiles.stride(0) + n * tiles.stride(1);
       // Tiles come from memory for the first rows of x; for all others they are in the core's own cache.
-      for (int64_t row = 0; row < num_rows; row += MAX_ROWS) {
-        const int rows = std::min<int64_t>(MAX_ROWS, num_rows - row);
-        const Block* x_blocks = &blocks[row * num_blocks];
-        rows_times_tile(rows, weights + n * tiles.stride(0), x_blocks, num_groups, per_group, lanes);
+      for (int64_t row = first; row < first + in_run; row += MAX_ROWS) {
+        const int rows = std::min<int64_t>(MAX_ROWS, first + in_run - row);
+        rows_times_tile(rows, tile, &blocks[row * num_blocks], num_groups, per_group, lanes);
         for (int m = 0; m < rows; m++)
-          std::copy_n(lanes + m * LANES, width, outputs + (row + m) * num_outputs + n * LANES);
+          std::copy_n(lanes + m * LANES, width, outputs + order[row + m] * num_outputs + n * LANES);
       }
     }
   });
 }
 
-// x (..., K), tiles (N / 32, K / g, HEADER + 32 g bits / 8) -> (..., num_outputs), in the dtype of x
+// x (..., K), tiles (N / 32, K / g, HEADER + 32 g bits / 8) -> (..., num_outputs), in the dtype of x.
+// floats: 4-bit codes stand for LEVELS. With experts (M): row m of x (M, K) goes through matrix experts[m] of tiles (E, N / 32, ...).
 at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t num_outputs, int64_t bits,
-                        bool plain) {
-  const int64_t K = x.size(-1), width = tiles.size(1) * ((tiles.size(2) - HEADER) * 8 / (LANES * bits));
+                        bool plain, const std::optional<at::Tensor>& experts, bool floats) {
+  const int64_t K = x.size(-1), width = tiles.size(-2) * ((tiles.size(-1) - HEADER) * 8 / (LANES * bits));
   TORCH_CHECK(K == width, "x has ", K, " inputs, not ", width);
-  const at::Tensor rows = x.reshape({-1, K}).contiguous();
+  TORCH_CHECK(tiles.dim() == (experts ? 4 : 3), "experts go with several matrices");
+  at::Tensor rows = x.reshape({-1, K}).contiguous();
+  std::vector<int64_t> order(rows.size(0));
+  std::vector<Run> runs = {{0, 0, rows.size(0)}};
+  std::iota(order.begin(), order.end(), 0);
+  if (experts) {
+    TORCH_CHECK(experts->numel() == rows.size(0), "each row of x needs an expert");
+    runs = sort_by_expert(experts->contiguous(), order);
+    TORCH_CHECK(runs.front().matrix >= 0 && runs.back().matrix < tiles.size(0), "no such expert");
+    rows = rows.index_select(0, at::tensor(order));
+  }
+  const at::Tensor matrices = experts ? tiles : tiles.unsqueeze(0);
   at::Tensor out = at::empty({rows.size(0), num_outputs}, x.options());
   const bool in_fp32 = x.scalar_type() == at::kFloat;
-  auto* const in_8_bits = in_fp32 ? multiply<8, float> : multiply<8, at::BFloat16>;
-  auto* const in_4_bits = in_fp32 ? multiply<4, float> : multiply<4, at::BFloat16>;
-  (bits == 8 ? in_8_bits : in_4_bits)(rows, tiles, out, plain);
+  auto* const in_8_bits = in_fp32 ? multiply<8, false, float> : multiply<8, false, at::BFloat16>;
+  auto* const in_4_bits = in_fp32 ? multiply<4, false, float> : multiply<4, false, at::BFloat16>;
+  auto* const in_floats = in_fp32 ? multiply<4, true, float> : multiply<4, true, at::BFloat16>;
+  (floats ? in_floats : bits == 8 ? in_8_bits : in_4_bits)(rows, matrices, out, runs, order, plain);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = num_outputs;
   return out.view(shape);
@@ -244,7 +295,9 @@ at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t nu
 }  // namespace
 
 TORCH_LIBRARY(zoo, library) {
-  library.def("tiled_linear(Tensor x, Tensor tiles, int num_outputs, int bits, bool plain=False) -> Tensor");
+  library.def(
+      "tiled_linear(Tensor x, Tensor tiles, int num_outputs, int bits, bool plain=False, "
+      "Tensor? experts=None, bool floats=False) -> Tensor");
   library.def("has_vector_loop() -> bool", has_vector_loop);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("tiled_linear", tiled_linear); }

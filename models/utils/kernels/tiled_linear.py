@@ -37,6 +37,9 @@ So integers are multiplied, and for 32 weights there are three operations in fp3
 for the end of the row. The integer sum begins at -8 * sum of i, in int8 at -128 * sum of i, the same for
 every output, and no code needs a subtraction.
 
+MXFP4 (gpt-oss) is an int4 whose 16 levels are not even. One instruction more, a look-up in a table of 16
+bytes, makes of a code the number t = 2 w + 12, for w from -6 to 6; with z = -4 s, s * (t - 8) + z is 2 s w.
+
 The price is the rounding of x: an error of 0.5% of the output's norm, where an output in bf16 alone has 0.2%,
 8 bits a weight make 0.8% and 4 bits 7% (normally distributed numbers, groups of 32). The gain, for matrices
 of 8192 x 2048, int4 in groups of 32, in huge pages (below), 24 of them in turn, 2 cores with AVX-512, all in
@@ -50,7 +53,7 @@ one run, in which torch's sum over fp32 reads 33 GB/s (and this kernel up to 54)
 
 Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives
 on. And 512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second
-copy of the weights.
+copy of the weights. Experts are stacked as in row_linear.py.
 Shapes: N outputs and K inputs of a layer, g weights in a group.
 Proof: tests/test_tiled_linear.py.
 """
@@ -67,9 +70,11 @@ from models.utils.kernels.cpp_library import load_library
 from models.utils.quantize import (
     Int4Linear,
     Int8Linear,
+    MXFP4Linear,
     add_bias,
     fixed,
     has_kernel,
+    power_of_two,
     unpack,
 )
 
@@ -83,15 +88,19 @@ HUGE_PAGE = 2**21
 
 
 class TiledLinear(nn.Module):
-    """In the place of an Int8Linear or Int4Linear; rows in fp32 or bf16, as many as you like, on the CPU."""
+    """In the place of a quantized layer; rows in fp32 or bf16, as many as you like, on the CPU."""
 
-    def __init__(self, tiles, num_outputs, bits, bias):
+    def __init__(self, tiles, num_outputs, bits, bias, floats=False):
         super().__init__()
         self.weight, self.num_outputs, self.bits, self.bias = fixed(tiles), num_outputs, bits, bias
+        self.floats = floats  # 4 bits that are MXFP4's
 
     def forward(self, x):
-        out = torch.ops.zoo.tiled_linear(x, self.weight, self.num_outputs, self.bits)
-        return add_bias(out, self.bias)
+        return add_bias(self.multiply(x, self.weight), self.bias)
+
+    def multiply(self, x, tiles, experts=None):
+        """x times the layer's own tiles, or each row times those of its expert."""
+        return torch.ops.zoo.tiled_linear(x, tiles, self.num_outputs, self.bits, False, experts, self.floats)
 
 
 def tiles_of_int8(codes: Tensor, scale: Tensor) -> Tensor:
@@ -147,17 +156,38 @@ def tile_layers(model):
     return None
 
 
+def tiles_of_mxfp4(packed: Tensor, scale: Tensor) -> Tensor:
+    """(N, K / 2) codes and (N, K / 32) scales -> tiles as of int4 with g = 32.
+
+    The kernel multiplies by 2 w + 4, so that s is half the scale and z is -4 s; both are exact in bf16.
+    """
+    half = power_of_two(scale.T) / 2
+    return tiles_of_int4(packed, torch.stack([half, -4 * half], dim=-1))
+
+
+@torch.no_grad()
+def tile_mxfp4(model):
+    """Give this kernel the layers in MXFP4, for which torch has none; without it they are dequantized."""
+    layers = [name for name, layer in model.named_modules() if isinstance(layer, MXFP4Linear)]
+    if layers and next(model.parameters()).device.type == "cpu" and load_kernel() is None:
+        for name in layers:
+            model.set_submodule(name, tiled(model.get_submodule(name)))
+
+
 def fits(layer):
     in_int8 = isinstance(layer, Int8Linear) and layer.weight.shape[1] % INPUTS == 0
-    return in_int8 or isinstance(layer, Int4Linear)
+    return in_int8 or isinstance(layer, Int4Linear | MXFP4Linear)
 
 
 def scales_of(layer):
-    return layer.scale if isinstance(layer, Int8Linear) else layer.scale_zero
+    return layer.scale_zero if isinstance(layer, Int4Linear) else layer.scale
 
 
 def tiled(layer):
-    """The TiledLinear of an Int8Linear or Int4Linear."""
+    """The TiledLinear of a quantized layer."""
+    if isinstance(layer, MXFP4Linear):
+        tiles = tiles_of_mxfp4(layer.weight, layer.scale)
+        return TiledLinear(tiles, len(layer.weight), 4, layer.bias, floats=True)
     if isinstance(layer, Int8Linear):
         return TiledLinear(tiles_of_int8(layer.weight, layer.scale), len(layer.weight), 8, layer.bias)
     return TiledLinear(tiles_of_int4(layer.weight, layer.scale_zero), layer.num_outputs, 4, layer.bias)
@@ -201,5 +231,5 @@ def load_kernel():
     return load_library(SOURCE, shape_of)
 
 
-def shape_of(x, tiles, num_outputs, bits, plain=False):
+def shape_of(x, tiles, num_outputs, bits, plain=False, experts=None, floats=False):
     return x.new_empty(*x.shape[:-1], num_outputs)

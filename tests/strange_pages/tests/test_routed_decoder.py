@@ -6,7 +6,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from conversion.convert import convert
 from models import build_model, load_config
 from tests.decoder_proof import DecoderProof, random_tokens
-from tests.shape_cases import Case, run_decoder
+from tests.shape_cases import Case, run_experts
 
 
 class TestRoutedDecoder(DecoderProof):
@@ -88,23 +88,9 @@ def shape_configs(module):
     )
 
 
-class WithExperts:
-    """The recorder, told that t is all tokens of a call, and e any number of them."""
-
-    def __init__(self, recorder):
-        self.recorder = recorder
-
-    def running(self, config, B, T, S):
-        self.recorder.running(config, B=B, T=T, S=S, t=B * T, e=set(range(B * T + 1)))
-
-
-def run_shapes(model, recorder, B, T, S, t, e):
-    run_decoder(model, WithExperts(recorder), B, T, S)
-
-
 SHAPES = Case(
     shape_configs,
-    run_shapes,
+    run_experts,
     {"B": 7, "T": 17, "S": 29, "t": 119, "e": 19},
     same={("B", "T")},  # t
     true_too={("(B, T) or None", "(t, T) or None")},  # forward meets positions with T = 1 alone
