@@ -80,6 +80,22 @@ def one_config_each(*preferred):
     }
 
 
+def affordable_subjects():
+    """{model name: (one of its configs, changes of its fields)}, of which a test may build the real model.
+
+    That is a checkpoint of the project's own, as it is, or else a published size made small.
+    """
+    subjects = {}
+    for model_name in MODEL_NAMES:
+        configs = configs_of(model_name)
+        own = [name for name in configs if name.startswith("tiny-")]
+        if own:
+            subjects[model_name] = (own[0], {})
+        else:
+            subjects[model_name] = (configs[0], small_fields(config_to_dict(*load_config(configs[0]))))
+    return subjects
+
+
 # Small models -----------------------------------------------------------------------------------------------
 
 # Sizes that differ where the architecture lets them; what is not named here is cut to at most LARGEST.
