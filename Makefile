@@ -1,15 +1,20 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
+# make serve  the model behind an address, http://127.0.0.1:8000
 # make chat   a conversation with SmolLM2 135M           make clean  forget the virtual environment
 # make check  ruff, then the tests
+# make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
 # make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run chat test check mutants clean
+.PHONY: run serve chat test check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
+
+serve: $(VENV)/installed-serve
+	$(PYTHON) app.py
 
 # SmolLM2 135M Instruct in 4 bits, as a Python package carries it: 100 MB, and no account is needed.
 CHAT := SmolLM2-135M-Instruct.Q4_1
@@ -32,6 +37,9 @@ check: $(VENV)/installed-test
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest -n auto --dist loadfile
 
+soak: $(VENV)/installed-test
+	SOAK=10000 $(PYTHON) -m pytest -n auto tests/test_serve.py -k whatever_the_others_do
+
 mutants: $(VENV)/installed-test
 	$(PYTHON) tests/mutants.py $(FILES)
 
@@ -46,4 +54,8 @@ $(VENV)/installed-run: requirements.txt
 
 $(VENV)/installed-test: $(VENV)/installed-run tests/requirements.txt
 	$(PYTHON) -m pip install -r tests/requirements.txt
+	touch $@
+
+$(VENV)/installed-serve: $(VENV)/installed-run tests/requirements.txt
+	$(PYTHON) -m pip install --constraint tests/requirements.txt fastapi uvicorn
 	touch $@

@@ -4,6 +4,7 @@
     python benchmark.py --quick                                 a first impression, within two minutes
     python benchmark.py tinyllama-1.1b --weights bfloat16 int8 int4
     python benchmark.py gpt2 --subjects eager transformers --batches 8 32
+    python benchmark.py --subjects eager served transformers --weights bfloat16 --requests 32
     python benchmark.py llama-124m --subjects eager speculative --weights float32
     python benchmark.py bert-base-uncased vit-b-16              16 texts of 128 tokens, 8 images
 
@@ -83,6 +84,8 @@ def parse_arguments(argv):
     add("--prefill-tokens", type=int, default=512, metavar="N", help="of a long prompt; default: %(default)s")
     batches = "prompts at once, ragged, as in 8 32; BERT has 16 texts if nothing is said, ViT 8 images"
     add("--batches", type=int, nargs="+", default=[], metavar="B", help=batches)
+    requests = "requests at once, of 8 to 256 tokens, for 16 to 128 more each (the zoo: one after another)"
+    add("--requests", type=int, metavar="N", help=requests)
     add("--num-draft-tokens", type=int, default=4, metavar="N", help="a round; default: %(default)s")
     add("--agreement", type=float, default=0.8, metavar="P", help="of drafter and target; default: 0.8")
     add("--rounds", type=int, default=5, metavar="N", help="turns of each subject; default: %(default)s")
@@ -103,10 +106,11 @@ def parse_arguments(argv):
 
 def check_arguments(args):
     counts = ["prompt_tokens", "new_tokens", "prefill_tokens", "num_draft_tokens", "rounds", "threads"]
-    values = [(name, getattr(args, name)) for name in counts] + [("batches", size) for size in args.batches]
+    values = [(name, getattr(args, name)) for name in [*counts, "requests"]]
+    values += [("batches", size) for size in args.batches]
     for option, value in values:
         # The first new token comes with the prompt, so that another is needed to decode.
-        smallest = 2 if option in ("prompt_tokens", "new_tokens", "batches") else 1
+        smallest = 2 if option in ("prompt_tokens", "new_tokens", "batches", "requests") else 1
         if value is not None and not smallest <= value <= LARGEST:
             name = option.replace("_", "-")
             raise UserError(f"--{name} is {value}; give a number from {smallest} to {LARGEST:,}")

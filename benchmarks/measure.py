@@ -22,7 +22,7 @@ from models.utils.machine import available_memory, spoken_bytes
 
 WEIGHTS = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.7}  # bytes of one, about
 GGUF_KINDS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
-ZOO = ("eager", "compiled", "speculative", "compiled+speculative")
+ZOO = ("eager", "compiled", "speculative", "compiled+speculative", "served")
 PEERS = ("transformers", "llama.cpp")
 IN_ONE_PASS = ("eager", "transformers")
 # What a model that answers in one pass is given: its word for it, ours, and how many at once.
@@ -48,6 +48,8 @@ class Subject:
     def takes_part(self, phase):
         if "speculative" in self.name:
             return phase == "decode"
+        if self.name == "served":
+            return phase.startswith("batch")
         return self.name != "llama.cpp" or not phase.startswith("batch")
 
     def run(self, task):
@@ -62,7 +64,12 @@ class Subject:
 @dataclass(frozen=True)
 class Task:
     prompts: list  # lists of token ids
-    new_tokens: int
+    new_tokens: int | list  # of each prompt; a list: for each its own
+
+    def num_tokens(self):
+        return (
+            sum(self.new_tokens) if isinstance(self.new_tokens, list) else len(self.prompts) * self.new_tokens
+        )
 
 
 def measure(config, args, threads, read_memory):
@@ -181,6 +188,11 @@ def plan_tasks(config, args):
     for size in args.batches:
         prompts = [prompt(dice.randint(1, longest)) for _ in range(size)]
         tasks[f"batch {size}"] = Task(prompts, args.new_tokens)
+    if args.requests:
+        lengths, most = (8, min(256, config.max_seq_len // 2)), min(128, config.max_seq_len // 2)
+        prompts = [prompt(dice.randint(*lengths)) for _ in range(args.requests)]
+        counts = [dice.randint(16, most) for _ in prompts]
+        tasks[f"batch of {args.requests} requests"] = Task(prompts, counts)
     return tasks
 
 
@@ -208,7 +220,8 @@ def start(config, weights, name, folder, threads, args, tasks):
     settings["folder"] = str(folder / (f"hf-{weights}" if name == "transformers" else weights))
     if name == "llama.cpp":
         kind = GGUF_KINDS[weights]
-        num_slots = max(len(task.prompts[0]) + task.new_tokens for task in tasks.values())
+        alone = [task for phase, task in tasks.items() if not phase.startswith("batch")]
+        num_slots = max(len(task.prompts[0]) + task.new_tokens for task in alone)
         settings = {"file": str(folder / f"{kind}.gguf"), "threads": threads, "num_slots": num_slots}
     if "speculative" in name:
         settings["draft"] = str(folder / "draft" / weights)
@@ -266,7 +279,7 @@ def take_turn(subject, phase, task):
     elif phase == "prefill":
         subject.note("prefill", times[0])
     else:
-        subject.note(phase, times[-1] / (len(task.prompts) * task.new_tokens))
+        subject.note(phase, times[-1] / task.num_tokens())
         return  # a batch needs more memory than the peak that is told
     subject.figures["peak_memory"] = peak
     if "acceptance" in result:

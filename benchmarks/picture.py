@@ -5,7 +5,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 SPOKEN = {"float32": "fp32", "bfloat16": "bf16", "eager": "zoo", "speculative": "zoo, speculative"}
-COLORS = {
+COLORS = {  # of those that are drawn; "served", which is for many texts at once, is in the table alone
     "transformers": "#c9cdd3",
     "llama.cpp": "#e3b878",
     "eager": "#a9c8e8",
@@ -22,7 +22,7 @@ def draw(report, path, kind):
     figure = Figure(figsize=(max(7, 4.8 * len(configs)), 4.4), layout="constrained", facecolor="white")
     for place, config in enumerate(configs, start=1):
         axes = figure.add_subplot(1, len(configs), place)
-        entries = [entry for entry in report["subjects"] if entry["config"] == config]
+        entries = [e for e in report["subjects"] if e["config"] == config and e["subject"] in names]
         panel(axes, entries, names, report["bandwidth"]["median"])
         axes.set_title(config, loc="left", fontsize=11, fontweight="bold")
         if place == 1 or "decode" not in entries[0]["phases"]:

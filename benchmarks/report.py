@@ -12,7 +12,7 @@ import psutil
 from models.utils.machine import instructions, spoken_bytes
 
 PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "numpy")
-SETTINGS = "prompt_tokens new_tokens prefill_tokens num_draft_tokens agreement rounds batches"
+SETTINGS = "prompt_tokens new_tokens prefill_tokens num_draft_tokens agreement rounds batches requests"
 
 
 def make_report(args, subjects, bandwidth, machine, skipped):

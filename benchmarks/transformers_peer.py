@@ -41,7 +41,11 @@ class Transformers:
 
     @torch.inference_mode()
     def run(self, prompts, new_tokens):
-        """As Eager.run in zoo.py. Prompts of different lengths are padded on the left, as it asks for."""
+        """As Eager.run in zoo.py. Prompts of different lengths are padded on the left, as it asks for.
+
+        Where each prompt has a length of its own to reach, all go on to the longest, and are cut off then.
+        """
+        counts = new_tokens if isinstance(new_tokens, list) else [new_tokens] * len(prompts)
         longest = max(len(prompt) for prompt in prompts)
         padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -50,14 +54,15 @@ class Transformers:
         output = self.model.generate(
             torch.tensor(padded, device=self.device),
             attention_mask=torch.tensor(mask, device=self.device),
-            max_new_tokens=new_tokens,
+            max_new_tokens=max(counts),
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
             streamer=clock,
         )
         times = [when - started for when in clock.times[1:]]
-        return {"tokens": output[:, longest:].tolist(), "times": times}
+        rows = [row[:count] for row, count in zip(output[:, longest:].tolist(), counts)]
+        return {"tokens": rows, "times": times}
 
 
 class TransformersEncoder(OnePass, Transformers):

@@ -19,6 +19,7 @@ SUBJECTS = {
     "compiled": "zoo:Compiled",
     "speculative": "zoo:Speculative",
     "compiled+speculative": "zoo:CompiledSpeculative",
+    "served": "zoo:Served",
     "transformers": "transformers_peer:Transformers",
     "llama.cpp": "llama_cpp_peer:LlamaCpp",
     "eager encoder": "zoo:Encoder",

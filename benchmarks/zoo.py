@@ -11,6 +11,8 @@ from models import load_model
 from models.utils.compile import compile_decoding
 from models.utils.machine import dtype_named, keep_freed_memory
 from runs_ar.generate import generate, prefill
+from runs_serve.engine import Engine
+from runs_serve.request import Request
 from runs_ss.speculate import ModelDrafter, speculate
 
 
@@ -47,7 +49,12 @@ class Eager:
         return self.model(last, position, cache)[0, -1].float().tolist()
 
     def run(self, prompts, new_tokens):
-        """The new tokens of each prompt, and for each step the seconds from the start until it was done."""
+        """The new tokens of each prompt, and for each step the seconds from the start until it was done.
+
+        new_tokens: how many; a list of numbers: for each prompt its own, and then it is one after another.
+        """
+        if isinstance(new_tokens, list):
+            return in_turn(self.run, prompts, new_tokens)
         rows, times = [[] for _ in prompts], []
         started = synchronized(self.device)
         for step in generate(self.model, prompts, new_tokens):
@@ -66,6 +73,24 @@ class Compiled(Eager):
         super().load()
         self.model = compile_decoding(self.model, report=self.said.append)
         return bytes_read_per_token(self.model)
+
+
+class Served(Eager):
+    """The engine of runs_serve/: all prompts at once, each as long as it wants, on paged memory."""
+
+    def run(self, prompts, new_tokens):
+        """As Eager.run. The engine is a new one each time, which has seen none of the prompts."""
+        counts = new_tokens if isinstance(new_tokens, list) else [new_tokens] * len(prompts)
+        requests = [Request(prompt, count) for prompt, count in zip(prompts, counts)]
+        engine = Engine(self.model, max_running=len(prompts), block_size=16, num_blocks=blocks_for(requests))
+        rows, times = [[] for _ in prompts], []
+        started = synchronized(self.device)
+        numbers = {engine.add(request): row for row, request in enumerate(requests)}
+        while engine.has_work:
+            for event in engine.step():
+                rows[numbers[event.request]].append(event.token)
+            times.append(time.perf_counter() - started)
+        return {"tokens": rows, "times": times}
 
 
 class Encoder(OnePass, Eager):
@@ -149,6 +174,20 @@ class AgreeingDrafter(ModelDrafter):
             token if self.dice.random() < self.agreement else (token + 1) % self.vocab_size for token in said
         ]
         return made._replace(tokens=made.tokens.new_tensor([guesses]))
+
+
+def in_turn(run, prompts, new_tokens):
+    """One prompt after the other, as a caller does who has nothing better."""
+    made = [run([prompt], count) for prompt, count in zip(prompts, new_tokens)]
+    return {
+        "tokens": [row for one in made for row in one["tokens"]],
+        "times": [sum(one["times"][-1] for one in made)],
+    }
+
+
+def blocks_for(requests):
+    """Blocks of 16 tokens in which all have room at once."""
+    return sum(-(-(len(request.prompt) + request.max_new_tokens) // 16) for request in requests)
 
 
 def bytes_read_per_token(model):

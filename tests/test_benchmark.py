@@ -19,11 +19,13 @@ from benchmarks import measure, weights
 from benchmarks.checks import Expected, check, check_rows
 from benchmarks.picture import COLORS, draw
 from benchmarks.report import quartiles, table
+from benchmarks.transformers_peer import Transformers
 from benchmarks.turns import Process
 from benchmarks.weights import Writer
-from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Encoder, Speculative
+from benchmarks.zoo import AgreeingDrafter, Compiled, Eager, Encoder, Served, Speculative
 from conversion.checkpoint import find_checkpoint
 from models import create_model, load_config
+from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError
 from models.utils.sampling import GREEDY
 
@@ -525,3 +527,34 @@ def test_quick_is_a_default_that_can_be_overruled():
     assert (args.rounds, args.configs) == (3, ["llama-124m"])
     args = benchmark.parse_arguments(["gpt2", "--quick", "--rounds", "9"])
     assert (args.rounds, args.configs, args.new_tokens) == (9, ["gpt2"], 24)
+
+
+# Requests that come at once ---------------------------------------------------------------------------------
+
+
+def test_requests_at_once_get_what_they_get_one_after_another():
+    """By the engine, by generate in turn, and by transformers, which pads them and goes on to the longest."""
+    name, settings = "tiny-llama-python-draft", {"threads": None, "device": "cpu", "dtype": "float32"}
+    prompts, counts = [[1, 5, 9], [1, 7], [1, *range(20, 60)]], [4, 9, 2]
+    rows = []
+    for kind, folder in (
+        (Eager, find_checkpoint(name)),
+        (Served, find_checkpoint(name)),
+        (Transformers, CHECKPOINTS / name),
+    ):
+        subject = kind(folder, **settings)
+        subject.load()
+        result = subject.run(prompts, counts)
+        assert [len(row) for row in result["tokens"]] == counts and result["times"][-1] > 0
+        rows.append(result["tokens"])
+    assert rows[0] == rows[1] == rows[2]
+
+
+def test_requests_are_of_many_lengths():
+    args = benchmark.parse_arguments([TINY, "--requests", "32", "--batches", "4"])
+    tasks = measure.plan_tasks(TINY, args)
+    task = tasks["batch of 32 requests"]
+    assert 8 <= min(map(len, task.prompts)) < max(map(len, task.prompts)) <= 256
+    assert 16 <= min(task.new_tokens) < max(task.new_tokens) <= 128
+    assert task.num_tokens() == sum(task.new_tokens)
+    assert tasks["batch 4"].num_tokens() == 4 * args.new_tokens

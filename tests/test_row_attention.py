@@ -88,6 +88,23 @@ def test_tensors_that_lie_otherwise():
     torch.library.opcheck(torch.ops.zoo.row_attention, (*turned, mask, 0.25))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [1, 3, 8])
+def test_blocks_that_lie_anywhere_give_the_same_to_the_bit(T, dtype):
+    """Rows whose slots are cut into blocks of 5, in any order; one block is in both rows."""
+    B, K, S, d = 2, 2, 40, 32
+    q, k, v, mask = inputs(B, 6, K, T, S, d, dtype)
+    k[1, :, :5], v[1, :, :5] = k[0, :, :5], v[0, :, :5]
+    table = 1 + torch.randperm(16).view(B, 8)
+    table[1, 0] = table[0, 0]
+    blocks = [torch.full((18, K, 5, d), torch.nan, dtype=dtype) for _ in range(2)]
+    for pool, slots in zip(blocks, (k, v)):
+        pool[table] = slots.view(B, K, 8, 5, d).transpose(1, 2)
+    out = row_attention(q, *blocks, mask, table=table)
+    assert torch.equal(out, row_attention(q, k, v, mask))
+    torch.library.opcheck(torch.ops.zoo.row_attention, (q, *blocks, mask, 0.25, table))
+
+
 def test_what_fits():
     q, k, _, mask = inputs(2, 4, 2, 3, 40, 32)
     assert attention_fits(q, k, mask) and attention_fits(q.bfloat16(), k.bfloat16(), mask)
@@ -112,6 +129,15 @@ def test_wrong_arguments_are_told():
     ]:
         with pytest.raises(RuntimeError, match=said):
             torch.ops.zoo.row_attention(*wrong, 1.0)
+    for table, said in [
+        (torch.tensor([[2], [0]]), "no such block"),
+        (torch.tensor([[-1], [0]]), "no such block"),
+        (torch.tensor([[0]]), "q, k and v do not fit"),
+        (torch.tensor([[0, 1], [1, 0]]), "the mask does not fit"),
+        (torch.tensor([[0], [1]], dtype=torch.int32), "the table does not fit"),
+    ]:
+        with pytest.raises(RuntimeError, match=said):
+            torch.ops.zoo.row_attention(q, k, v, mask, 1.0, table)
 
 
 def test_without_a_compiler_nothing_fits(monkeypatch):

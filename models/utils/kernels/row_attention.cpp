@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
@@ -66,23 +68,41 @@ INLINE void exponential(Floats& x) {
   x = reinterpret_cast<Floats>(reinterpret_cast<Ints>(series) + (n << 23));  // its exponent grows by n
 }
 
+// Where the slots of one row's head lie: in pieces of `size` slots, each at an offset of its own. What comes
+// next cannot be foreseen by the processor, and so is asked for while a piece is read.
+struct Slots {
+  int64_t size;
+  std::vector<int64_t> offsets;
+
+  template <typename T>
+  const T* piece(const T* memory, size_t n, int64_t d) const {
+    if (n + 1 < offsets.size())
+      for (int64_t i = 0; i < size * d; i += 64 / sizeof(T)) __builtin_prefetch(memory + offsets[n + 1] + i);
+    return memory + offsets[n];
+  }
+};
+
 // One head of some queries: out[m] = sum over s of p[m][s] v[s], with p[m] = softmax of q[m] . k[s] over s.
 template <typename T, int ROWS>
 void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, int64_t num_slots,
-                    int64_t d, float* p, T* out) {
+          const Slots& slots, int64_t d, float* p, T* out) {
   const int64_t width = (num_slots + LANES - 1) / LANES * LANES;  // of a row of p
   float totals[ROWS];
 
-  for (int64_t s = 0; s < num_slots; s++) {
-    Floats sums[ROWS] = {}, keys, query;
-    for (int64_t i = 0; i < d; i += LANES) {
-      load(keys, k + s * d + i);
-      for (int m = 0; m < ROWS; m++) {
-        load(query, q + m * d + i);
-        sums[m] += keys * query;
+  for (size_t n = 0; n < slots.offsets.size(); n++) {
+    const T* piece = slots.piece(k, n, d);
+    const int64_t start = n * slots.size, end = std::min(start + slots.size, num_slots);
+    for (int64_t s = start; s < end; s++, piece += d) {
+      Floats sums[ROWS] = {}, keys, query;
+      for (int64_t i = 0; i < d; i += LANES) {
+        load(keys, piece + i);
+        for (int m = 0; m < ROWS; m++) {
+          load(query, q + m * d + i);
+          sums[m] += keys * query;
+        }
       }
+      for (int m = 0; m < ROWS; m++) p[m * width + s] = mask[m * S + s] ? sum(sums[m]) : NOTHING;
     }
-    for (int m = 0; m < ROWS; m++) p[m * width + s] = mask[m * S + s] ? sum(sums[m]) : NOTHING;
   }
   for (int m = 0; m < ROWS; m++) std::fill(p + m * width + num_slots, p + (m + 1) * width, NOTHING);
 
@@ -102,9 +122,13 @@ void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, i
 
   for (int64_t i = 0; i < d; i += LANES) {
     Floats sums[ROWS] = {}, values;
-    for (int64_t s = 0; s < num_slots; s++) {
-      load(values, v + s * d + i);
-      for (int m = 0; m < ROWS; m++) sums[m] += p[m * width + s] * values;
+    for (size_t n = 0; n < slots.offsets.size(); n++) {
+      const T* piece = (i ? v + slots.offsets[n] : slots.piece(v, n, d)) + i;
+      const int64_t start = n * slots.size, end = std::min(start + slots.size, num_slots);
+      for (int64_t s = start; s < end; s++, piece += d) {
+        load(values, piece);
+        for (int m = 0; m < ROWS; m++) sums[m] += p[m * width + s] * values;
+      }
     }
     for (int m = 0; m < ROWS; m++)
       for (int lane = 0; lane < LANES; lane++) out[m * d + i + lane] = sums[m][lane] / totals[m];
@@ -114,16 +138,17 @@ void head(const float* q, const T* k, const T* v, const bool* mask, int64_t S, i
 // The number of queries is a constant of the loops, so that sums stay in registers if there are enough.
 template <typename T, int ROWS = MAX_QUERIES>
 void some_queries(int64_t rows, const float* q, const T* k, const T* v, const bool* mask, int64_t S,
-                  int64_t num_slots, int64_t d, float* p, T* out) {
+                  int64_t num_slots, const Slots& slots, int64_t d, float* p, T* out) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return some_queries<T, ROWS - 1>(rows, q, k, v, mask, S, num_slots, d, p, out);
-  head<T, ROWS>(q, k, v, mask, S, num_slots, d, p, out);
+    if (rows < ROWS) return some_queries<T, ROWS - 1>(rows, q, k, v, mask, S, num_slots, slots, d, p, out);
+  head<T, ROWS>(q, k, v, mask, S, num_slots, slots, d, p, out);
 }
 
 template <typename T>
 void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& mask,
-            float scale, at::Tensor& out) {
-  const int64_t H = q.size(1), num_queries = q.size(2), d = q.size(3), S = k.size(2), group = H / k.size(1);
+            float scale, const int64_t* table, at::Tensor& out) {
+  const int64_t H = q.size(1), num_queries = q.size(2), d = q.size(3), S = mask.size(3);
+  const int64_t K = k.size(1), size = k.size(2), group = H / K;
   const T* queries = q.const_data_ptr<T>();
   const T* keys = k.const_data_ptr<T>();
   const T* values = v.const_data_ptr<T>();
@@ -140,34 +165,50 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
         for (int64_t s = S; s > num_slots; s--)
           if (rows[m * S + s - 1]) num_slots = s;
       for (int64_t i = 0; i < num_queries * d; i++) scaled[i] = scale * queries[n * num_queries * d + i];
-      const int64_t pair = n / group * S * d;  // heads of a group read one k and v
-      some_queries<T>(num_queries, scaled.data(), keys + pair, values + pair, rows, S, num_slots, d,
-                      probs.data(), outputs + n * num_queries * d);
+      // Heads of a group read one k and v. With a table, the row's number is in it, else in the memory.
+      const int64_t row = n / H, pair = n % H / group;
+      Slots slots{size, {}};
+      for (int64_t s = 0; s < num_slots; s += size)
+        slots.offsets.push_back(((table ? table[row * (S / size) + s / size] : row) * K + pair) * size * d);
+      some_queries<T>(num_queries, scaled.data(), keys, values, rows, S, num_slots, slots, d, probs.data(),
+                      outputs + n * num_queries * d);
     }
   });
 }
 
 // q (B, H, T, d), k and v (B, K, S, d), all fp32 or all bf16, mask (B, 1, T, S) -> (B, H, T, d)
+// With a table (B, n): k and v are blocks (N, K, size, d), of which row b has table[b], and S = n size.
 at::Tensor row_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                         const at::Tensor& mask, double scale) {
+                         const at::Tensor& mask, double scale, const std::optional<at::Tensor>& table) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && q.size(2) && k.size(1), "q, k and v do not fit");
   TORCH_CHECK(q.size(2) <= MAX_QUERIES, q.size(2), " queries of a head are more than ", MAX_QUERIES);
   TORCH_CHECK(q.size(3) % FEATURES == 0, "heads of ", q.size(3), " are no multiple of ", FEATURES);
-  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == q.size(0) && k.size(3) == q.size(3) &&
-                  q.size(1) % k.size(1) == 0 && q.scalar_type() == k.scalar_type() &&
-                  q.scalar_type() == v.scalar_type(),
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(3) == q.size(3) && q.size(1) % k.size(1) == 0 &&
+                  q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
               "q, k and v do not fit");
-  TORCH_CHECK(mask.sizes() == at::IntArrayRef({q.size(0), 1, q.size(2), k.size(2)}), "the mask does not fit");
+  int64_t S = k.size(2), num_rows = k.size(0);
+  at::Tensor blocks;
+  if (table) {
+    TORCH_CHECK(table->dim() == 2 && table->scalar_type() == at::kLong, "the table does not fit");
+    blocks = table->contiguous();
+    const auto [least, most] = at::aminmax(blocks);
+    TORCH_CHECK(least.item<int64_t>() >= 0 && most.item<int64_t>() < k.size(0), "no such block");
+    S *= blocks.size(1), num_rows = blocks.size(0);
+  }
+  TORCH_CHECK(num_rows == q.size(0), "q, k and v do not fit");
+  TORCH_CHECK(mask.sizes() == at::IntArrayRef({q.size(0), 1, q.size(2), S}), "the mask does not fit");
   const at::Tensor queries = q.contiguous();
   at::Tensor out = at::empty_like(queries);
   auto* const in_dtype = q.scalar_type() == at::kFloat ? attend<float> : attend<at::BFloat16>;
-  in_dtype(queries, k.contiguous(), v.contiguous(), mask.contiguous(), scale, out);
+  in_dtype(queries, k.contiguous(), v.contiguous(), mask.contiguous(), scale,
+           table ? blocks.const_data_ptr<int64_t>() : nullptr, out);
   return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(zoo, library) {
-  library.def("row_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor");
+  library.def(
+      "row_attention(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, Tensor? table=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_attention", row_attention); }

@@ -1,0 +1,1 @@
+"""Many requests at once: paged memory, continuous batching, and one step of the model for all that run."""
