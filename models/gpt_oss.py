@@ -242,11 +242,11 @@ class Experts(nn.Module):
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
         order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
-        counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
-        groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
+        counts = F.one_hot(chosen, self.router.weight.shape[0]).sum(dim=(0, 1))  # (E,)
+        groups = zip(self.experts, tokens.index_select(0, order // self.num_active).split(counts.tolist()))
         # Whom no token chose is not read. While torch.export traces, no count is known: all run.
         out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]
-        return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
+        return torch.cat(out).index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (t, A, D)
 
 
 class FeedForward(nn.Module):

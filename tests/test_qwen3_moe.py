@@ -304,7 +304,6 @@ def test_experts_in_one_tensor(published, tmp_path, keep):
         ({"num_experts": 0}, "num_experts is 0"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"shared_expert_intermediate_size": 64}, "does not know shared_expert_intermediate_size"),
-        ({"model_type": "mixtral"}, "model_type is 'mixtral'; .*a Mixtral has no such norms; supported: "),
     ],
 )
 def test_fields_that_are_refused(published, tmp_path, fields, message):

@@ -187,7 +187,8 @@ def test_shapes_are_those_of_a_run(name):
     compared = 0
     for box in boxes(captured(name)):
         path, _, call = box.id.partition("#")
-        if path in shapes and box.output:
+        # How many tokens one expert gets, the data decide.
+        if path in shapes and box.output and ".experts." not in path:
             assert numbers_of(box.output) == shapes[path][int(call or 1) - 1], box.id
             compared += 1
     assert compared > 10
@@ -368,6 +369,8 @@ WRITTEN = {
     "multiply": "*",
     "matmul": "@",
     "concat": "cat",
+    "divide": "/",
+    "floor_divide": "//",
     "pos_embed": "pos",  # through self.positions(), in one
     "relu": "activation",
     "silu": "F.silu|self.activation",
@@ -387,7 +390,7 @@ def test_the_lines_of_a_box_have_the_call(name):
         elif box.role == "mask":
             assert "mask" in first or "real" in first
         elif box.repeat > 1:
-            assert "layer(" in first
+            assert ("expert(" if box.active else "layer(") in first
         elif box.label in ("encoder", "decoder"):
             assert f"def {box.label[:-1]}" in text_of(box.definition)
         elif box.definition and text_of(box.definition).startswith("def "):

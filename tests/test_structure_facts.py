@@ -254,13 +254,17 @@ def test_the_tables_rows_are_those_of_the_model(name):
     for box, row in zip(boxes, rows):
         around = [each for each, _ in walk(root) if any(inner is box for inner, _ in walk(each))]
         indent, times = len(row[0]) - len(row[0].lstrip()), row[0].partition(" x ")[2]
-        assert indent == 2 * (len(around) - 1) and times == (str(box.repeat) if box.repeat > 1 else "")
+        active = f", {box.active} active" if box.active else ""
+        assert indent == 2 * (len(around) - 1)
+        assert times == (f"{box.repeat}{active}" if box.repeat > 1 else "")
         modules = [real(name).get_submodule(member) for member in box.members if not box.children]
         own = [parameter for module in modules for parameter in module.parameters()]
         new = {id(parameter): parameter.numel() for parameter in own if id(parameter) not in counted}
         counted |= set(new)
         if modules and len(own) == len({id(parameter) for parameter in own}):
-            assert row[3] == (f"{sum(new.values()):,}" if new else ""), box.id
+            # Of experts, members are those of one layer.
+            layers = info["facts"][box.id]["repeat"] // len(modules) if ".experts." in box.id else 1
+            assert row[3] == (f"{layers * sum(new.values()):,}" if new else ""), box.id
         flops = evaluate(info["facts"][box.id]["flops"], B=B, T=S, S=S, N=S) * info["facts"][box.id]["repeat"]
         assert row[5] == spoken_flops(flops)
 

@@ -57,11 +57,6 @@ def hf_type_of(hf_config, model=None):
         by_name = [name for name, page in PAGES.items() if model_type in list(page.HF_TYPES)]
         if by_name and not model:
             supported = f"convert it with convert_hf_checkpoint.py and --model {by_name[0]}"
-        # A relative that a page could be taken to load: why it does not.
-        refused = [
-            page.REFUSED[model_type] for page in PAGES.values() if model_type in getattr(page, "REFUSED", ())
-        ]
-        supported = "; ".join([*refused, supported])
         raise UserError(f"config.json: model_type is {model_type!r}; {supported}")
     return types[model_type]
 

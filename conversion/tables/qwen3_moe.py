@@ -73,7 +73,6 @@ QWEN3_MOE_TYPE = HFType(
 )
 
 HF_TYPES = {"qwen3_moe": QWEN3_MOE_TYPE}
-REFUSED = {"mixtral": "models/qwen3_moe.py norms queries and keys, and a Mixtral has no such norms"}
 
 
 def to_hf_config(config):
