@@ -193,14 +193,10 @@ def blocks_for(requests):
 def bytes_read_per_token(model):
     """Every parameter but the rows of the embeddings that a token does not look up, and idle experts."""
     tables = {"token_embed.weight", "pos_embed.weight"}
-    read = {
-        name: parameter.nbytes
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name not in tables
-    }
-    experts = sum(size for name, size in read.items() if ".experts." in name)
-    if not experts:
-        return sum(read.values())
-    return (
-        sum(read.values()) - experts + experts * model.config.num_active_experts // model.config.num_experts
-    )
+    named = model.named_parameters(remove_duplicate=False)
+    read = sum(parameter.nbytes for name, parameter in named if name not in tables)
+    for module in model.modules():
+        if hasattr(module, "experts") and hasattr(module, "router"):
+            one = sum(parameter.nbytes for parameter in module.experts[0].parameters())
+            read -= (len(module.experts) - module.num_active) * one
+    return read

@@ -309,7 +309,7 @@ class Experts(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D, E, f = config.d_model, config.num_experts, config.d_expert
-        self.config = config
+        self.config, self.num_active = config, config.num_active_experts
         self.router = nn.Linear(D, E, bias=False)
         self.router_bias = nn.Parameter(torch.zeros(E)) if config.sigmoid_scores else None
         self.shared = FeedForward(D, config.num_shared_experts * f)

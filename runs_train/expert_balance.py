@@ -13,7 +13,7 @@ Two experts, three tokens, one choice each; all choose expert 0, with probabilit
 
     share 1, 0    prob 0.8, 0.2    balance = 2 * (1 * 0.8 + 0 * 0.2) = 1.6
 
-Nothing here knows a model. A module that has `experts` and calls its `router` for their logits is watched. (A
+Nothing here knows a model. A module that calls its `router` for logits of its `experts` is watched. (A
 page that keeps experts busy by a bias of its own reads the router's weight itself, and is left alone.)
 Shapes: t tokens of a batch, E experts, A of them active.
 Proof: tests/test_train_language_model.py, against `transformers`.
@@ -42,7 +42,7 @@ class Routers:
         self.terms = {}
         for name, module in model.named_modules():
             if hasattr(module, "router") and hasattr(module, "experts"):
-                module.router.register_forward_hook(self.watch(name, model.config.num_active_experts))
+                module.router.register_forward_hook(self.watch(name, module.num_active))
 
     def watch(self, name, num_active):
         def note(router, inputs, logits):

@@ -104,16 +104,13 @@ def configs(folder):
 
 def num_parameters(config_name):
     """(all parameters of a config's model, those that work for a token: of experts the active ones)."""
-    model_name, config = load_config(config_name)
-    model = build_model(model_name, config)
-    lists = [module.experts for module in model.modules() if hasattr(module, "experts")]
-    everything, experts = (
-        sum(parameter.numel() for part in parts for parameter in part.parameters())
-        for parts in ([model], lists)
-    )
-    if not experts:
-        return everything, everything
-    return everything, everything - experts + experts * config.num_active_experts // config.num_experts
+    model = build_model(*load_config(config_name))
+    everything = active = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if hasattr(module, "experts") and hasattr(module, "router"):
+            one = sum(parameter.numel() for parameter in module.experts[0].parameters())
+            active -= (len(module.experts) - module.num_active) * one
+    return everything, active
 
 
 def trained(folder):
