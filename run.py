@@ -39,7 +39,9 @@ def main(argv=None):
     # A verification feeds the last token and the drafts; a drafter two tokens, where it lacks its own last.
     drafting = args.draft or args.lookup or args.multi_token
     widths = (1, args.num_draft_tokens + 1) if drafting else (1,)
-    checkpoint = open_checkpoint(args.checkpoint, **how, widths=widths if args.compile else ())
+    checkpoint = open_checkpoint(
+        args.checkpoint, **how, widths=widths if args.compile else (), adapter=args.adapter
+    )
     args.device = checkpoint.device
     run_page = page_for(checkpoint, args, drafting)
     if args.draft:
@@ -100,6 +102,7 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best of cuda, mps, cpu")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own; float32 on a CPU slow at bfloat16")
     add("--quantize", choices=QUANTIZED, help="the linear layers' weights, while loading")
+    add("--adapter", metavar="FOLDER", help="LoRA, trained on this checkpoint: by runs_train.lora, or PEFT")
     add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
     add("--compile", action="store_true", help="the decoding step: minutes once, kept on disk, then faster")
     add("--calibrate", metavar="FILE", help="a text that tells int4 which errors count")

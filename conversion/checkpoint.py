@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from conversion.adapter import CONFIG, Adapter, read_adapter
 from conversion.convert import calibration_windows, convert
 from conversion.find import find_folder
 from conversion.weight_files import open_weights
@@ -41,6 +42,7 @@ class Checkpoint:
     quantization: Quantization | None  # of the linear layers, while loading
     widths: tuple  # how many tokens a compiled step reads per row; none: nothing is compiled
     windows: tuple  # of the text that calibrates int4
+    adapter: Adapter | None = None  # which is merged into the weights where these are no codes
 
     @cached_property
     def kind(self):
@@ -54,7 +56,10 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.folder, self.fields)
+        tokenizer = load_tokenizer(self.folder, self.fields)
+        if self.adapter and self.adapter.chat_template:
+            tokenizer.chat_template = self.adapter.chat_template  # with which it was trained
+        return tokenizer
 
     @cached_property
     def model(self):
@@ -77,6 +82,7 @@ class Checkpoint:
             self.quantization,
             self.windows,
             arranged=not self.widths,
+            factors=self.adapter and self.adapter.factors,
         )
         if self.widths:
             from models.utils.compile import compile_decoding  # slow to import
@@ -114,13 +120,16 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(), calibration=None):
+def open_checkpoint(
+    name, device=None, dtype=None, quantization=None, widths=(), calibration=None, adapter=None
+):
     """The Checkpoint called `name`, which is converted first if that was not done yet.
 
     dtype: of the weights; None: as stored, or fp32 on a CPU that is slow at that. quantization: of the linear
     layers, while loading.
     calibration: the path of a text for int4. widths: how many tokens per row are fed at once behind what is
     cached; where they are given, such steps are compiled.
+    adapter: a folder of PEFT's, trained on this checkpoint.
     """
     folder, fields = read_or_convert(find_folder(name))
     where = folder / "config.json"
@@ -128,11 +137,16 @@ def open_checkpoint(name, device=None, dtype=None, quantization=None, widths=(),
     stored = stored_quantization(fields, where)
     if stored and quantization:
         raise UserError(f"{folder}: is {stored} already; run it without --quantize")
+    adapter = adapter and read_adapter(adapter, fields, folder)
+    if adapter and widths and (stored or quantization):
+        raise UserError(
+            "--adapter stays beside a quantized base, which --compile does not know; leave one out"
+        )
     device = device if isinstance(device, torch.device) else choose_device(device)
     windows = calibration_windows(calibration, folder, model_name, config)
     dtype = dtype or fast_dtype(folder, device, keep=stored or quantization)
     return Checkpoint(
-        folder, model_name, config, fields, stored, device, dtype, quantization, widths, windows
+        folder, model_name, config, fields, stored, device, dtype, quantization, widths, windows, adapter
     )
 
 
@@ -156,6 +170,10 @@ def read_or_convert(folder):
     try:
         return read_converted(folder)
     except NotConverted:
+        if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder}: holds an adapter, no model; give the model, and this with --adapter"
+            ) from None
         if line := unfinished_run(folder):
             raise UserError(line) from None
         report(f"{folder} is not converted yet; converting it first")

@@ -252,6 +252,12 @@ def layer_count(config):
     return max(config[name] for name in config if re.fullmatch(r"num_(\w+_)?layers", name))
 
 
+def expert_count(config):
+    """What {e} runs up to; a section of the config may say it, and none of a model without experts."""
+    groups = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return max(group.get("num_experts") or 0 for group in groups)
+
+
 def plan(layout, config, names):
     """The steps that fill our tensors called `names`, in their order; a row needs all of its tensors."""
     steps = []
@@ -268,7 +274,7 @@ def marks(template, config):
     """Everything that {n}, {e} and {p} of a template stand for, a dict per tensor."""
     values = {
         "{n}": range(layer_count(config)),
-        "{e}": range(config.get("num_experts", 0)),
+        "{e}": range(expert_count(config)),
         "{p}": ("weight", "bias"),
     }
     found = [mark for mark in values if mark in template]
@@ -289,7 +295,7 @@ def fill(template, values):
 def choices(name, config):
     """The names behind one that says {q,k,v}, and {e} where theirs has all experts in one; else itself."""
     if "{e}" in name:
-        experts = [fill(name, {"{e}": str(e)}) for e in range(config["num_experts"])]
+        experts = [fill(name, {"{e}": str(e)}) for e in range(expert_count(config))]
         return tuple(each for expert in experts for each in choices(expert, config))
     braces = re.search(r"\{(.*)\}", name)
     return tuple(name.replace(braces[0], choice) for choice in braces[1].split(",")) if braces else (name,)

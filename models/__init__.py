@@ -205,6 +205,8 @@ def build_model(model_name, config, device="meta", stored=None):
             raise
         # Sizes whose product no tensor can have.
         raise UserError(f"no {model_name} of such sizes can be built ({one_line(error)[:90]})") from None
+    except ValueError as error:
+        raise UserError(f"no {model_name} can be built: {one_line(error)}") from None
     if stored:
         from models.utils.quantize import swap
 

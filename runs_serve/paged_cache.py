@@ -170,11 +170,15 @@ class Memory:
         layers = plan.layers if self.is_all_paged else plan.new_cache()
         sizes = (num_blocks, plan.block_size, num_places, self.device)
         self.layers = [LayerMemory(layer, names, *sizes) for layer, names in zip(layers, plan.paged)]
+        # A page may take the most slots that any layer has for those of a full one: no table is shorter than
+        # a window.
+        own = [one for layer in self.layers for one in pytree.tree_leaves(layer.fresh) if one.dim() == 4]
+        self.least_width = max((-(-one.shape[2] // self.block_size) for one in own), default=1)
 
     @contextmanager
     def lend(self, tables, places):
         """A cache for these rows, as a page knows it; what is not paged is put back at the end."""
-        width = max(map(len, tables))
+        width = max(self.least_width, *map(len, tables))
         padded = [table + [NOBODY] * (width - len(table)) for table in tables]
         table = torch.tensor(padded, dtype=torch.long, device=self.device)  # (B, n)
         rows = Rows(table, self.block_size)

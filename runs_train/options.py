@@ -43,6 +43,25 @@ def add_folder_options(add):
     add("--restart", action="store_true", help="begin anew, in place of the run in that folder")
 
 
+def add_chat_options(add):
+    """What is tuned, and on which conversations."""
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="NAME",
+        help="a name in checkpoints/ or a folder: what is tuned",
+    )
+    add("--data", required=True, help="JSON lines of conversations, or stdlib: what its functions do")
+    add("--out", metavar="FOLDER", help="where to write [checkpoints/my-NAME-PAGE]")
+    add("--restart", action="store_true", help="begin anew, in place of the run in that folder")
+    add("--template", metavar="FILE", help="a chat template (Jinja) [the checkpoint's own, or a plain one]")
+    add(
+        "--context", type=whole(2), metavar="T", help="longest conversation, in tokens [max_seq_len, to 2048]"
+    )
+    batch = "places of a batch, in tokens [%(default)s]"
+    add("--batch-tokens", type=whole(1), default=2048, metavar="N", help=batch)
+
+
 def add_step_options(
     parser, steps, lr, warmup, weight_decay, draws, lr_help="the highest learning rate", least=0
 ):

@@ -60,7 +60,7 @@ class TrainingRun:
         self.losses = []  # one per step
         self.evaluations = []  # (step, figure)
         self.interrupts = Interrupts()
-        for parameter in model.parameters():
+        for parameter in filter(is_trained, model.parameters()):
             # The backward pass is one long call, in which Python hears of no Ctrl-C. Here it gets a turn.
             parameter.register_post_accumulate_grad_hook(lambda parameter: None)
 
@@ -273,12 +273,16 @@ def say(text):
 
 def make_optimizer(model, options, betas, eps=1e-8):
     """AdamW. Weight decay is for matrices: a norm's weight or a bias has no reason to be near zero."""
-    parameters = list(model.parameters())
+    parameters = list(filter(is_trained, model.parameters()))
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=eps, fused=True)
+
+
+def is_trained(parameter):
+    return parameter.requires_grad
 
 
 def learning_rate(step, options):

@@ -22,7 +22,7 @@ from tests import zoo
 
 PROJECT = Path(__file__).parents[1]
 # Every model, and what its config can change in the picture.
-SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
+SUBJECTS = zoo.affordable_subjects() | {
     "llama": ("tiny-llama-python", {}),
     "llama-biases": ("llama-3.1-8b", {"qkv_bias": True, "d_ff": 1000, "head_dim": 64, "num_layers": 3}),
     "gpt2": ("tiny-gpt2-python", {}),

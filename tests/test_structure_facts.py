@@ -16,7 +16,7 @@ from structure.table import flops as spoken_flops
 from structure.table import plain, rows_of, table
 from tests import zoo
 
-SUBJECTS = {name: (config, {}) for name, config in zoo.one_config_each().items()} | {
+SUBJECTS = zoo.affordable_subjects() | {
     "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),
     "gpt2": ("tiny-gpt2-python", {}),
     "gemma3": ("tiny-gemma-python", {"window": 24}),  # whose ring of 30 slots is shorter than S below

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from models import build_model, config_from_dict
+from models.utils.command_line import CHECKPOINTS
 from runs_train import text_data
 from runs_train.dates_data import all_days, write_days
 from runs_train.training_run import TrainingRun
@@ -17,6 +20,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     path.stem for path in (ROOT / "runs_train").glob("*.py") if "def parse_options(" in path.read_text()
 )
+# Those that begin with fresh weights of a --config; the others tune a --checkpoint.
+FRESH_PAGES = [
+    page for page in PAGES if "add_folder_options(" in (ROOT / f"runs_train/{page}.py").read_text()
+]
 TEXT = Path(text_data.__file__).read_text(encoding="utf-8")
 ROWS = list(write_days(all_days()[::90], 2, seed=0))
 
@@ -42,13 +49,28 @@ CONFIGS = {
         "num_layers": 2, "num_heads": 2, "d_ff": 24, "norm_eps": 1e-6, "qkv_bias": True, "dropout": 0.2,
         "pooler": False, "num_labels": 1000,
     },
+    # Of the vocabulary of tiny-llama-python, whose tokenizer they get.
+    "sft": {
+        "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 16, "num_layers": 2,
+        "num_heads": 2, "d_ff": 32, "norm_eps": 1e-5, "dropout": 0.2,
+    },
+    "lora": {
+        "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 32, "num_layers": 2,
+        "num_heads": 2, "d_ff": 64, "norm_eps": 1e-5, "dropout": 0.2,
+    },
 }  # fmt: skip
+CHATS = "".join(
+    json.dumps({"prompt": f"What comes after {n}?", "completion": f"{n + 1}, and then {n + 2}."}) + "\n"
+    for n in range(30)
+)
 # (what the file of data holds, or None where the data are a word; the options of the page's own)
 DATA = {
     "language_model": (TEXT, ["--vocab-size", 400, "--batch-size", 2, "--lr", 0.01]),
     "masked_language_model": (TEXT, ["--vocab-size", 300, "--batch-tokens", 200, "--lr", 0.01]),
     "seq2seq": ("".join("\t".join(row) + "\n" for row in ROWS[::6]), ["--batch-size", 4]),
     "image_classifier": (None, ["--batch-size", 16, "--lr", 0.01]),
+    "sft": (CHATS, ["--batch-tokens", 200, "--lr", 0.01]),
+    "lora": (CHATS, ["--batch-tokens", 200, "--lr", 0.01, "--dropout", 0.1]),
 }
 
 
@@ -59,16 +81,34 @@ def small_run(page, root, config=None, data=None):
     """
     content, own = DATA[page]
     (root / "config.json").write_text(json.dumps(config or CONFIGS[page]))
+    what = ["--config", root / "config.json"]
+    if page not in FRESH_PAGES:
+        what = ["--checkpoint", small_base(root / "base", config or CONFIGS[page])]
     if content:
         (root / "data").write_text(data or content, encoding="utf-8")
 
     def arguments(folder, *options, steps=8):
-        arguments = ["--config", root / "config.json", "--data", root / "data" if content else "digits"]
+        arguments = [*what, "--data", root / "data" if content else "digits"]
         arguments += ["--out", root / folder, "--steps", steps, "--warmup", 2, "--eval-every", 3]
         arguments += ["--save-every", 4, "--device", "cpu", *own, *options]
         return [str(argument) for argument in arguments]
 
     return arguments
+
+
+def small_base(folder, config):
+    """A converted checkpoint with random weights and the tokenizer of tiny-llama-python."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = build_model(*config_from_dict(config, "the base"), device="cpu")
+    model.init_weights()
+    # A tied matrix is named once.
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in "tokenizer.model", "tokenizer_config.json":
+        (folder / name).write_bytes((CHECKPOINTS / "tiny-llama-python" / name).read_bytes())
+    return folder
 
 
 def main_of(page):
@@ -77,6 +117,12 @@ def main_of(page):
 
 def state_of(folder):
     return torch.load(folder / "training" / "state.pt", weights_only=True)
+
+
+def weights_of(folder):
+    """The file that a run leaves in the end."""
+    (path,) = folder.glob("*model.safetensors")
+    return path
 
 
 def tokens_of(folder):
@@ -100,9 +146,10 @@ def goes_on_to_the_bit(train, root, monkeypatch, interrupt):
 
     whole, parts = state_of(root / "whole"), state_of(root / "parts")
     assert len(whole["losses"]) == 8 and whole["losses"] == parts["losses"]
-    assert [step for step, _ in whole["evaluations"]] == [3, 6, 8]
+    # What is tuned is measured before the first step too.
+    assert [step for step, _ in whole["evaluations"] if step] == [3, 6, 8]
     assert whole["evaluations"] == parts["evaluations"]
-    weights = [(root / folder / "model.safetensors").read_bytes() for folder in ("whole", "parts")]
+    weights = [weights_of(root / folder).read_bytes() for folder in ("whole", "parts")]
     assert weights[0] == weights[1]
 
 

@@ -80,6 +80,22 @@ def one_config_each(*preferred):
     }
 
 
+def affordable_subjects():
+    """{model name: (one of its configs, changes of its fields)}, of which a test may build the real model.
+
+    That is a checkpoint of the project's own, as it is, or else a published size made small.
+    """
+    subjects = {}
+    for model_name in MODEL_NAMES:
+        configs = configs_of(model_name)
+        own = [name for name in configs if name.startswith("tiny-")]
+        if own:
+            subjects[model_name] = (own[0], {})
+        else:
+            subjects[model_name] = (configs[0], small_fields(config_to_dict(*load_config(configs[0]))))
+    return subjects
+
+
 # Small models -----------------------------------------------------------------------------------------------
 
 # Sizes that differ where the architecture lets them; what is not named here is cut to at most LARGEST.
@@ -104,6 +120,9 @@ SMALL = {
     "num_labels": 5,
     "original_max_seq_len": 16,
 }
+# The same in the words of .cfg files, for the sections of a config; in_dim is that of a norm of q or k.
+WORDS = {"num_query_groups": "num_kv_heads", "hidden_dim": "d_ff", "in_dim": "head_dim"}
+SMALL |= {theirs: SMALL[ours] for theirs, ours in WORDS.items()}
 LARGEST = 8
 
 
@@ -128,13 +147,22 @@ def small_configs(model_name, **sizes):
     configs = []
     for name in configs_of(model_name):
         fields = small_fields(config_to_dict(*load_config(name)))
-        fields |= {field: size for field, size in sizes.items() if field in fields}
+        fields = resized(fields, sizes)
         if "vocab_size" in sizes:
             fields |= {field: sizes["vocab_size"] - 1 for field in fields if field.endswith("_id")}
         config = config_from_dict(fields, f"the small {name}")[1]
         if config not in configs:
             configs.append(config)
     return configs
+
+
+def resized(fields, sizes):
+    """The fields with other sizes, where a config has them; the same size in a section of it, too."""
+    new = {}
+    for name, value in fields.items():
+        size = sizes.get(name, sizes.get(WORDS.get(name), value))
+        new[name] = resized(value, sizes) if isinstance(value, dict) else size
+    return new
 
 
 def small_config(model_name, **sizes):

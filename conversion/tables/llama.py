@@ -74,13 +74,13 @@ def rope_base(theirs):
     return rope_parameters(theirs)["rope_theta"]
 
 
-def rope_scaling(theirs):
+def rope_scaling(theirs, page="models/llama.py"):
     """Llama 3.1's scaling is the one that models/llama.py implements."""
     parameters = rope_parameters(theirs)
     where = f"config.json: {'rope_scaling' if theirs['rope_scaling'] else 'rope_parameters'}"
     kind = parameters.pop("rope_type")
     if kind not in ("default", "llama3"):
-        raise UserError(f"{where} has rope_type {kind!r}; models/llama.py implements default and llama3")
+        raise UserError(f"{where} has rope_type {kind!r}; {page} implements default and llama3")
     names = list(ROPE_SCALING.values()) if kind == "llama3" else []
     strange = set(parameters).symmetric_difference({"rope_theta", *names})
     if strange:

@@ -6,12 +6,18 @@ from models.utils.errors import UserError
 from models.utils.head import keep_logits_in_fp32
 from models.utils.kernels.onednn import choose_products
 from models.utils.kernels.tiled_linear import tile_mxfp4
+from models.utils.lora import attach_trained, merge
 from models.utils.quantize import prepare, quantize_layers
 from models.utils.safetensors_files import CODE_NAMES, DTYPE_NAMES, open_safetensors
 
 
-def load_weights(model, folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True):
-    """Give a model on the meta device the weights of a converted folder; the arguments are load_model's."""
+def load_weights(
+    model, folder, device="cpu", dtype=None, quantization=None, windows=(), arranged=True, factors=None
+):
+    """Give a model on the meta device the weights of a converted folder; the arguments are load_model's.
+
+    factors: of the adapters that it gets besides, see models/utils/lora.py.
+    """
     # The model on the meta device has shapes and no memory; the tensors of the files are mapped, not copied.
     files = open_safetensors(folder)
     problems = mismatches(names_of_parameters(model), files.entries)
@@ -25,6 +31,9 @@ def load_weights(model, folder, device="cpu", dtype=None, quantization=None, win
     # Quantized from what is mapped, a layer at a time; the rest is copied where device or dtype is another.
     if quantization:
         quantize_layers(model, quantization, device, dtype, windows)
+    if factors:
+        attach_trained(model, factors)
+        merge(model)
     model.to(device=device, dtype=dtype)
     if arranged:
         prepare(model)

@@ -66,13 +66,18 @@ class Page:
         }
 
     def method(self, cls, name):
-        body = self.definitions[cls].body
-        return next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+        return next((method for method in self.methods(cls) if method.name == name), None)
+
+    def methods(self, cls):
+        """Those of a class, then those of the classes of this page that it derives from."""
+        node = self.definitions[cls]
+        own = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+        bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id in self.definitions]
+        return own + [method for base in bases for method in self.methods(base)]
 
     def specs_of_input(self, cls, path):
         """The shapes of an argument of the model: by its comment, or its field's in a record (cache_0_k)."""
-        methods = [node for node in self.definitions[cls].body if isinstance(node, ast.FunctionDef)]
-        arguments = [shape for method in methods for shape in self.parameters(method).get(path, [])]
+        arguments = [shape for method in self.methods(cls) for shape in self.parameters(method).get(path, [])]
         records = [node for node in self.definitions.values() if isinstance(node, ast.ClassDef)]
         fields = [field for record in records for field in record.body if isinstance(field, ast.AnnAssign)]
         ends = [field for field in fields if path.endswith(f"_{field.target.id}")]

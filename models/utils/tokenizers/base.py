@@ -83,9 +83,14 @@ class Tokenizer:
 
     def encode_chat(self, messages, add_generation_prompt=True, **variables):
         """The conversation as ids. The template's special tokens become tokens, the messages' stay text."""
+        return self.lay_out_chat(messages, add_generation_prompt, **variables)[1]
+
+    def lay_out_chat(self, messages, add_generation_prompt=True, **variables):
+        """(text, ids) of the conversation, as render_chat and encode_chat give them, from one rendering."""
         given, names = {"messages": messages, **variables}, self.names_for_template(add_generation_prompt)
         text, mark = render_guarded(self.need_chat_template(), names, given, self.special_tokens)
-        return self.encode_rendered(check_text(text), mark)
+        ids = self.encode_rendered(check_text(text), mark)
+        return text.replace(mark, "") if mark else text, ids
 
     def need_chat_template(self):
         if self.chat_template is None:
