@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from conversion.checkpoint import find_checkpoint
-from models import DECODER, build_model, config_names, kind_of, load_config
+from models import DECODER, build_model, config_names, config_to_dict, kind_of, load_config
 from structure.differences import read_pages
 from tests.copies import table as differences
 from tests.tiny_readmes import model_name_of, of_kind, row
@@ -113,7 +113,15 @@ def num_parameters(config_name):
     )
     if not experts:
         return everything, everything
-    return everything, everything - experts + experts * config.num_active_experts // config.num_experts
+    # A page says both numbers in its config, or in a section of it.
+    fields = config_to_dict(model_name, config)
+    sections = [fields, *(value for value in fields.values() if isinstance(value, dict))]
+    [(num_experts, num_active)] = [
+        (section["num_experts"], section["num_active_experts"])
+        for section in sections
+        if section.get("num_active_experts")
+    ]
+    return everything, everything - experts + experts * num_active // num_experts
 
 
 def trained(folder):
