@@ -226,10 +226,10 @@ class Experts(nn.Module):
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
         order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
         counts = F.one_hot(chosen, self.num_experts).sum(dim=(0, 1))  # (E,)
-        groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
+        groups = zip(self.experts, tokens.index_select(0, order // self.num_active).split(counts.tolist()))
         # Whom no token chose does not run; while a tracer is at work, who knows no count, all do.
         out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]
-        return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
+        return torch.cat(out).index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (t, A, D)
 
 
 class FeedForward(nn.Module):
