@@ -591,9 +591,10 @@ def test_a_step_that_fails_ends_who_runs_and_nobody_else(checkpoint, expected, m
 
     lost, saved, later = asyncio.run(asyncio.wait_for(scenario(), 60))
     assert [event.finish_reason for event in lost][-2:] == ["error", "error"]
-    for events in saved, later:
-        texts = ["".join(event.text for event in events if event.choice == choice) for choice in (0, 1)]
-        assert texts == [expected("x")[1]] * 2 or "error" in {event.finish_reason for event in saved}
+    # Who waited may have come in before the fault was over; who comes after it gets the text.
+    assert saved[-1].finish_reason
+    texts = ["".join(event.text for event in later if event.choice == choice) for choice in (0, 1)]
+    assert texts == [expected("x")[1]] * 2
     assert later[-1].finish_reason != "error" and engine.blocks.num_in_use == 0
     assert "ZeroDivisionError" in capsys.readouterr().err
 
