@@ -157,7 +157,8 @@ def reverse(folder, out=None, dtype=None, progress=True):
     """Write a converted checkpoint in Hugging Face's layout and return the folder that holds it."""
     converted = converted_folder(folder)
     config = read_json(converted / "config.json")
-    layout, stored = LAYOUTS[config["model"]], stored_quantization(config, converted / "config.json")
+    stored = stored_quantization(config, converted / "config.json")
+    layout = LAYOUTS[config_from_dict(config, converted / "config.json")[0]]
     if stored and stored.kind not in layout.in_codes:
         raise UserError(
             f"{converted}: is {stored}, and what rounding took is gone; convert the original again without "

@@ -295,7 +295,8 @@ def test_defaults_are_those_of_transformers(model_type):
     assert {name: values[name] for name in fields if name in values} == {
         n: fields[n] for n in fields if n in values
     }
-    assert hf_type.defaults.get("rope_theta", theirs.default_theta) == theirs.default_theta
+    if hf_type.model != "gemma3":  # which has two, and tests them on its own
+        assert hf_type.defaults.get("rope_theta", theirs.default_theta) == theirs.default_theta
     for name in ("bos_token_id", "eos_token_id"):
         assert hf_type.token_ids.get(name) == getattr(theirs, name, None)
 
@@ -303,7 +304,7 @@ def test_defaults_are_those_of_transformers(model_type):
 @pytest.mark.parametrize("model_type", HF_TYPES)
 def test_every_field_of_transformers_has_its_place(model_type):
     hf_type = HF_TYPES[model_type]
-    known = {"model_type", *hf_type.defaults, *hf_type.must_equal, *INERT, *hf_type.inert}
+    known = {"model_type", *hf_type.defaults, *hf_type.must_equal, *INERT, *hf_type.inert, hf_type.part}
     assert set(transformers.AutoConfig.for_model(model_type).to_dict()) <= known
 
 
@@ -357,6 +358,8 @@ def test_fields_that_say_that_something_is_off():
 def test_every_config_of_ours_has_one_of_theirs(name):
     model_name, config = load_config(name)
     flat = config_to_dict(model_name, config)
+    if name == "modular-sparse-experts":
+        pytest.skip("transformers has no decoder of sparse attention and experts")
     theirs = to_hf_config(model_name, flat)
     assert from_hf_config(theirs, model=model_name) == (model_name, flat)
     parsed = transformers.AutoConfig.for_model(**theirs)
@@ -420,7 +423,9 @@ def test_another_spelling_is_taken(kind, field, spelling, tmp_path):
 def test_a_transform_and_its_inverse_cancel(name):
     config = {"head_dim": 6, "num_heads": 4, "patch_size": 3, "rotary_dim": 6, "d_latent": 18}
     shape = {"squares_to_rows": (24, 4, 3, 3), "row_to_vector": (1, 36)}.get(name, (24, 36))
+    shape = (3, 8, 2, 16) if name.endswith("+blocks") else shape
     theirs = torch.arange(math.prod(shape)).view(shape)
+    theirs = theirs % 255 if name.endswith("+scales") else theirs  # 255 is no scale
     forward, inverse = TRANSFORMS[name]
     assert torch.equal(inverse(forward(theirs, config), config), theirs)
 

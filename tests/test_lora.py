@@ -188,6 +188,10 @@ def oracle_of(folder):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
 
 
+# What the small models of these pages would have to be for transformers to read them is not settled yet.
+NOT_COMPARED = dict.fromkeys(("deepseek_v3", "gpt_oss"), "its adapter was not compared with PEFT's yet")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @every_decoder
 @pytest.mark.parametrize("names", [(), ("q_proj", "o_proj")])
@@ -195,6 +199,8 @@ def test_peft_has_the_same_logits(tmp_path, model_name, names):
     model = small_model(model_name)
     if any(name not in {layer.rpartition(".")[2] for layer in linear_layers(model)} for name in names):
         pytest.skip("has no layer of this name")
+    if model_name in NOT_COMPARED:
+        pytest.skip(NOT_COMPARED[model_name])
     config, tokens = published(model, tmp_path), tokens_for(model)
     with torch.no_grad():
         ours = tuned(model, names)(tokens)

@@ -127,7 +127,7 @@ def llama():
 
 def good_drafter(model):
     """One that is right often, not always; how much of a disturbance that takes differs from page to page."""
-    for amount in (0.1, 0.2, 0.05, 0.4, 0.02, 0.8, 0.01):
+    for amount in (0.1, 0.2, 0.05, 0.4, 0.02, 0.8, 0.01, 0.15, 0.3, 0.005, 0.0025, 0.6, 1.2):
         drafter = ModelDrafter(guarded(disturbed(model, amount)))
         drafted, accepted = counts_of(list(speculate(guarded(model), drafter, PROMPTS, MAX_NEW_TOKENS)))
         if 0.25 < accepted / drafted < 0.9:

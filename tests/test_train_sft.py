@@ -121,7 +121,9 @@ def test_a_template_that_writes_early_answers_otherwise_names_the_message(folder
         "(m.content if loop.last else 'cut') + '<|im_end|>' }}{% endgen",
     )
     assert any(lay_out(tokenizer, turns("Hi", "Hello!"))[1])
-    with pytest.raises(UserError, match="^message 2: the chat template writes .* otherwise once more follow"):
+    with pytest.raises(
+        UserError, match="^message 2: the chat template writes .* otherwise once more messages follow"
+    ):
         lay_out(tokenizer, turns("Hi", "Hello!", "x", "y"))
 
 

@@ -236,10 +236,10 @@ class CompiledDecoder:
         if positions is not None and tokens.shape[1] <= self.widths[-1]:
             width = next(wider for wider in self.widths if wider >= tokens.shape[1])
             step, pads = self.steps.get((width, *shapes_of(cache))), width - tokens.shape[1]
-        # Behind the model's context there are no positions, and so no place for pads.
-        has_place = self.takes_pads and positions.max() + pads < self.model.config.max_seq_len
-        if pads and not (self.names_pads or has_place):
-            step = None
+        if pads and not self.names_pads:
+            # Behind the model's context there are no positions, and so no place for pads.
+            has_place = self.takes_pads and positions.max() + pads < self.model.config.max_seq_len
+            step = step if has_place else None
         if step is None:
             return self.model(tokens, positions, cache)
         if not pads:
