@@ -33,8 +33,8 @@ def tiny(name, seed=0, **sizes):
     """A random model whose texts do not repeat themselves at once."""
     model = zoo.small_model(name, seed, **{**SMALL, **sizes})
     if len(set(plain(model, PROMPTS[:1], 5)[0])) == 1:
-        # Embeddings that are large drown what layers add: where the head is the same matrix, the most probable
-        # token is the last one itself.
+        # Large embeddings drown what layers add: where the head is the same matrix, the most probable token
+        # is the last one itself.
         with torch.no_grad():
             model.token_embed.weight *= model.config.d_model**-0.5 / 2
     return model
