@@ -80,7 +80,7 @@ def test_a_part_of_the_head_and_no_scaling():
 
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"])
 def test_a_model_with_experts(name):
-    """How many tokens an expert gets is not known on the meta device, where the model runs; rope came before."""
+    """How many tokens an expert gets is unknown on the meta device, where the model runs; rope came first."""
     [one] = turns_of(name, num_layers=4)
     config = load_config(name)[1]
     assert len(one.tokens) == getattr(config, "rotary_dim", config.head_dim) // 2
