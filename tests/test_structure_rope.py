@@ -78,6 +78,34 @@ def test_a_part_of_the_head_and_no_scaling():
     assert rope.in_words(one) == "not scaled: the slowest pair turns once in 19,869 tokens"
 
 
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "gpt-oss-20b", "deepseek-v3"])
+def test_a_model_with_experts(name):
+    """How many tokens an expert gets is unknown on the meta device, where the model runs; rope came first."""
+    [one] = turns_of(name, num_layers=4)
+    config = load_config(name)[1]
+    assert len(one.tokens) == getattr(config, "rotary_dim", config.head_dim) // 2
+    assert (max(one.slowed) > 1.5) == (config.rope_scaling is not None)
+
+
+def test_layers_of_two_kinds_are_two_lines():
+    """Gemma 3's layers with a window turn by another base than those that see the whole text."""
+    config = load_config("gemma-3-1b")[1]
+    both = turns_of("gemma-3-1b")
+    assert len(both) == 2
+    pairs = torch.arange(config.head_dim // 2) * 2 / config.head_dim
+    assert_turns(both[0], 1 / config.local_rope_base**pairs)
+    assert_turns(both[1], 1 / config.rope_base**pairs / config.rope_factor)
+
+
+def test_an_error_before_rope_is_not_hidden(monkeypatch):
+    def fail(*args):
+        raise NotImplementedError("before rope")
+
+    monkeypatch.setattr("models.llama.Model.hidden", fail)
+    with pytest.raises(NotImplementedError, match="before rope"):
+        turns_of("llama-3.1-8b")
+
+
 def test_a_model_without_rope_is_told():
     with pytest.raises(UserError, match="models/gpt2.py has no RoPE"):
         turns_of("gpt2")
