@@ -228,7 +228,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.num_active = config.num_active_experts
+        self.num_experts, self.num_active = config.num_experts, config.num_active_experts
         self.router = nn.Linear(config.d_model, config.num_experts)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_experts))
 
@@ -242,7 +242,7 @@ class Experts(nn.Module):
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
         order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
-        counts = F.one_hot(chosen, self.router.weight.shape[0]).sum(dim=(0, 1))  # (E,)
+        counts = F.one_hot(chosen, self.num_experts).sum(dim=(0, 1))  # (E,)
         groups = zip(self.experts, tokens.index_select(0, order // self.num_active).split(counts.tolist()))
         # Whom no token chose is not read. While torch.export traces, no count is known: all run.
         out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]

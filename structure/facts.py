@@ -14,6 +14,7 @@ leaves alone is in bf16; so are activations and the cache.
 
 import math
 from dataclasses import asdict
+from itertools import product
 
 import torch
 
@@ -57,9 +58,9 @@ def flops_of(op):
         # One matrix product: what both have is summed over, or goes along.
         return [2 * math.prod(op.shape) * shapes[0][-1]]
     if op.target == "scaled_dot_product_attention":
-        q, k, v = shapes[:3]
-        pairs = math.prod(q[:-1]) * k[-2]
-        return [2 * pairs * q[-1], 2 * pairs * v[-1]]
+        # Values as wide as the result: they may be the same tensor as the keys, which then stands there once.
+        q, k = shapes[:2]
+        return [2 * math.prod(q) * k[-2], 2 * math.prod(op.shape) * k[-2]]
     if op.target in ("conv1d", "conv2d", "conv3d"):
         return [2 * math.prod(op.shape) * math.prod(shapes[1][1:])]
     return []
@@ -109,7 +110,7 @@ def facts_of(box, around, facts):
     own = {
         "flops": box.flops,
         "decode": () if box.once else box.flops,
-        "activation": [product_of((*box.output.numbers, box.times or 1))] if computes(box) else [],
+        "activation": terms_of((*box.output.numbers, box.times or 1)) if computes(box) else [],
         "cache": box.kept,
     }
     fact = {
@@ -174,14 +175,19 @@ def product_of(numbers):
     """The term [4096, "B*T"] of a shape ("B", "T", 4096)."""
     coefficient, letters = 1, []
     for number in numbers:
-        product, _, divisor = str(number).partition("/")
-        for factor in product.split("*"):
+        factors, _, divisor = str(number).partition("/")
+        for factor in factors.split("*"):
             if factor.isalpha():
                 letters.append(factor)
             else:
                 coefficient *= int(factor)
         coefficient = coefficient / int(divisor) if divisor else coefficient
     return [coefficient, "*".join(letters)]
+
+
+def terms_of(numbers):
+    """The terms of a shape: of ("B", "S+1") [[1, "B*S"], [1, "B"]]."""
+    return add([[product_of(each)] for each in product(*(str(number).split("+") for number in numbers))])
 
 
 def add(lists):

@@ -1,7 +1,6 @@
 """What show_structure.py captures of a model, against the model itself: tensors, shapes, lines of source."""
 
 import ast
-import math
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
@@ -17,7 +16,7 @@ from structure.capture.capture import capture
 from structure.capture.sizes import Sizes, letters_of_numbers, letters_of_specs
 from structure.capture.source import page_of_class, shapes_in
 from structure.capture.trace import trace
-from structure.facts import product_of, walk
+from structure.facts import evaluate, terms_of, walk
 from tests import zoo
 
 PROJECT = Path(__file__).parents[1]
@@ -171,11 +170,7 @@ def run_and_record(model):
 
 def numbers_of(shape):
     """A shape with the letters of CALL filled in."""
-    terms = [product_of([number]) for number in shape.numbers]
-    sizes = [
-        coefficient * math.prod(CALL[x] for x in letters.split("*") if x) for coefficient, letters in terms
-    ]
-    return tuple(sizes)
+    return tuple(evaluate(terms_of([number]), **CALL) for number in shape.numbers)
 
 
 @every
@@ -250,6 +245,8 @@ def test_sizes_are_found_again():
     assert sizes.numbers((7 * sizes["B"] * sizes["S"],)) == ("7*B*S",)
     assert sizes.numbers((sizes["N"] // 4, 5 * sizes["N"] // 3)) == ("N/4", "5*N/3")
     assert sizes.term(sizes["N"] // 4) == (0.25, "N")
+    assert sizes.numbers((sizes["S"] + 1,)) == ("S+1",)
+    assert sizes.terms(6 * sizes["B"] * (sizes["S"] + 1)) == [(6, "B*S"), (6, "B")]
     assert sizes["T"] <= 512
 
 

@@ -11,12 +11,14 @@ from models import build_model, config_from_dict, config_to_dict, load_config
 from models.utils.machine import spoken_bytes
 from models.utils.quantize import Int4Linear, Int8Linear, Quantization, quantize_layers
 from structure.capture.capture import capture
-from structure.facts import DTYPES, add, describe, evaluate, product_of, scaled, totals, walk
+from structure.facts import DTYPES, add, describe, evaluate, product_of, scaled, terms_of, totals, walk
 from structure.table import flops as spoken_flops
 from structure.table import plain, rows_of, table
 from tests import zoo
 
-SUBJECTS = zoo.affordable_subjects() | {
+# Widths of which int4 makes groups, and layers enough for one that stands there twice.
+WIDTHS = {"d_model": 64, "head_dim": 16, "d_ff": 96, "d_expert": 32, "d_latent": 32, "value_dim": 16}
+SUBJECTS = zoo.affordable_subjects(**WIDTHS, num_layers=4, max_seq_len=128) | {
     "llama": ("tiny-llama-python", {"num_kv_heads": 2, "tied_head": False, "qkv_bias": True}),
     "gpt2": ("tiny-gpt2-python", {}),
     "gemma3": ("tiny-gemma-python", {"window": 24}),  # whose ring of 30 slots is shorter than S below
@@ -27,7 +29,7 @@ SUBJECTS = zoo.affordable_subjects() | {
     "transformer": ("tiny-transformer-dates", {}),
     "transformer-short-memory": ("tiny-transformer-dates", {"cross_downsample": 3}),
 }
-B, T, S, N = 2, 5, 41, 12
+B, T, S, N = 2, 5, 97, 12
 QUANTIZED = {"int8": Quantization("int8"), "int4": Quantization("int4", 32)}
 every = pytest.mark.parametrize("name", SUBJECTS)
 
@@ -95,7 +97,10 @@ def test_flops_of_a_decoded_token(name):
         cache = model.new_cache(model.encode(ids(B, N)), S)
         flops = counted(lambda: model.decode(ids(B, 1), position, cache))
     else:
-        flops = counted(lambda: model(ids(B, 1), position, model.new_cache(B, S)))
+        cache = model.new_cache(B, S)
+        with torch.no_grad():  # a ring wants the tokens before
+            model(ids(B, S - 1), torch.arange(S - 1).expand(B, S - 1), cache)
+        flops = counted(lambda: model(ids(B, 1), position, cache))
     assert evaluate(decode, B=B, T=1, S=S, N=N) == flops
 
 
@@ -224,6 +229,7 @@ def test_a_source_is_read_once():
 
 
 def test_terms():
+    assert terms_of((3, "B", "S+1")) == [[3, "B*S"], [3, "B"]]
     assert product_of(("B", "T", 4096)) == [4096, "B*T"]
     assert product_of(("7*B", 3, "N/4")) == [5.25, "B*N"]
     assert add([[[1, "B"]], [[2, "B"], [5, ""]]]) == [[3, "B"], [5, ""]]

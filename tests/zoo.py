@@ -80,10 +80,11 @@ def one_config_each(*preferred):
     }
 
 
-def affordable_subjects():
+def affordable_subjects(**sizes):
     """{model name: (one of its configs, changes of its fields)}, of which a test may build the real model.
 
-    That is a checkpoint of the project's own, as it is, or else a published size made small.
+    That is a checkpoint of the project's own, as it is, or else a published size made small; sizes: with
+    these values for its fields, where the model has them.
     """
     subjects = {}
     for model_name in MODEL_NAMES:
@@ -92,7 +93,8 @@ def affordable_subjects():
         if own:
             subjects[model_name] = (own[0], {})
         else:
-            subjects[model_name] = (configs[0], small_fields(config_to_dict(*load_config(configs[0]))))
+            fields = small_fields(config_to_dict(*load_config(configs[0])))
+            subjects[model_name] = (configs[0], resized(fields, sizes))
     return subjects
 
 

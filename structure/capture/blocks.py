@@ -30,7 +30,7 @@ LOOP = "loop over time"  # the label of a box for one round of it
 @dataclass(frozen=True)
 class Shape:
     letters: str  # "(B, T, D)", from the checked shape comment of the line that made the tensor; "" if none
-    numbers: tuple  # ("B", "T", 4096): what depends on the call stays a letter, or is "7*B" or "N/3" of one
+    numbers: tuple  # ("B", "T", 4096): what depends on the call stays a letter, or is "7*B", "N/3", "S+1"
 
 
 @dataclass(frozen=True)

@@ -258,8 +258,8 @@ class Boxes:
         """((coefficient, letters), ...) of a sum."""
         total = defaultdict(int)
         for number in numbers:
-            coefficient, letters = self.sizes.term(number)
-            total[letters] += coefficient
+            for coefficient, letters in self.sizes.terms(number):
+                total[letters] += coefficient
         return tuple((exact(coefficient), letters) for letters, coefficient in total.items())
 
 

@@ -31,14 +31,19 @@ class Sizes:
         self.taken = {abs(n) for n in (*dimensions, *fields) if type(n) is int and n not in (0, 1)}
         # A table of positions ends at max_seq_len.
         longest = min(getattr(config, "max_seq_len", 9_000), 9_000)
-        self.primes = {letter: self.free(start or longest) for letter, start in LETTERS.items()}
+        self.primes = {letter: self.free(start or longest, letter) for letter, start in LETTERS.items()}
         # What depends on data is as long as the tokens of one expert are on average.
         num_experts = getattr(config, "num_experts", 1)
         self.share = Fraction(getattr(config, "num_active_experts", num_experts), num_experts)
         self.chosen = self.free(40_009)
 
-    def free(self, start):
-        return next(p for p in range(start, 1, -1) if is_prime(p) and not any(n % p == 0 for n in self.taken))
+    def free(self, start, letter=""):
+        """A prime that divides nothing else; of S + 1, which is even, the half is another one."""
+
+        def is_free(p):
+            return is_prime(p) and not any(n % p == 0 for n in self.taken)
+
+        return next(p for p in range(start, 1, -1) if is_free(p) and (letter != "S" or is_free((p + 1) // 2)))
 
     def few_tokens(self):
         """Let T be small: a loop over time has as many rounds."""
@@ -73,9 +78,15 @@ class Sizes:
                 letters.append(letter)
         return coefficient, "*".join(sorted(letters, key=list(LETTERS).index))
 
+    def terms(self, number):
+        """The term()s whose sum a number is: two, where there are S + 1 slots, one of which is for pads."""
+        factor, rest = divmod(number, self["S"] + 1)
+        return [self.term(number)] if rest else [self.term(factor * self["S"]), self.term(factor)]
+
     def numbers(self, shape):
-        """("B", "T", 4096) of a captured shape; "7*B" and "N/3" where it is no letter alone."""
-        return tuple(spoken(*self.term(number)) for number in shape)
+        """("B", "T", 4096) of a captured shape; "7*B", "N/3" and "S+1" where it is no letter alone."""
+        more = {self["S"] + n: f"S+{n}" for n in (1, 2)}
+        return tuple(more.get(number) or spoken(*self.term(number)) for number in shape)
 
 
 class Shapes:

@@ -12,9 +12,11 @@ const pass = model.letters.includes("T") ? "Prompt" : "A pass";
 let looked = null; // the id of the box whose facts are shown
 let named = null; // which of the modules that it stands for
 
-/** A number of a shape: "B*T/4" for these sizes. */
+/** A number of a shape, "B*T/4" or "S+1", for these sizes. */
 function sizeOf(number, sizes) {
-  const [product, divisor = 1] = String(number).split("/");
+  const sum = String(number).split("+");
+  if (sum.length > 1) return sum.reduce((n, part) => n + sizeOf(part, sizes), 0);
+  const [product, divisor = 1] = sum[0].split("/");
   return product.split("*").reduce((n, factor) => n * (sizes[factor] ?? Number(factor)), 1) / divisor;
 }
 
