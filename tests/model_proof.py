@@ -139,8 +139,13 @@ class ModelProof:
 
     def test_every_parameter_is_trained(self, model):
         fresh = build_model(self.model_name, model.config, device="cpu")
+        torch.manual_seed(0)
         fresh.init_weights()
         with torch.enable_grad():
             self.call(fresh, *self.inputs(model, 2, 12)).square().mean().backward()
-        idle = [name for name, p in fresh.named_parameters() if p.grad is None or not p.grad.any()]
-        assert [name for name in idle if not name.endswith(tuple(self.idle))] == []
+        parameters = dict(fresh.named_parameters())
+        idle = [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
+        # Of experts those that no token chose; of each layer some are chosen.
+        experts = {name for name in parameters if ".experts." in name}
+        assert [name for name in set(idle) - experts if not name.endswith(tuple(self.idle))] == []
+        assert not experts or len(experts & set(idle)) < len(experts) / 2

@@ -183,13 +183,13 @@ class Mixture(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.num_active_experts = config.num_active_experts
+        self.num_active = config.num_active_experts
         self.router = nn.Linear(config.d_model, config.num_experts, bias=False)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (t, D)
-        scores, chosen = self.router(tokens).topk(self.num_active_experts)  # each (t, A)
+        scores, chosen = self.router(tokens).topk(self.num_active)  # each (t, A)
         weights = scores.float().softmax(dim=-1).type_as(x)  # (t, A)
 
         out = torch.zeros_like(tokens)  # (t, D)
