@@ -10,7 +10,7 @@ Papers: Gemma Team 2025 (Gemma 3, section 2), Beltagy et al. 2020 (Longformer, s
     tokens (B, T)
       x = sqrt(D) token_embed(tokens)
       repeat L times:
-        x = x + attn_out_norm(attn(attn_norm(x)))    q_norm, k_norm, RoPE; a window sees W tokens, no more
+        x = x + attn_out_norm(attn(attn_norm(x)))    q_norm, k_norm, RoPE; a window sees w tokens, no more
         x = x + ffn_out_norm(ffn(ffn_norm(x)))       down_proj(gelu(gate_proj(x)) * up_proj(x))
       hidden = final_norm(x)
     logits (B, T, V) = lm_head(hidden), whose matrix is token_embed's
@@ -44,7 +44,7 @@ class Config:
     head_dim: int  # d: 256, in 27B 128
     d_ff: int  # f: 10,240 in 4B
     norm_eps: float  # keeps RMSNorm from dividing by zero
-    window: int  # W: how many tokens a windowed layer sees, the last one among them: 512, from 4B on 1,024
+    window: int  # w: how many tokens a windowed layer sees, the last one among them: 512, from 4B on 1,024
     full_every: int  # 6: the sixth layer, the twelfth, ... see the whole text
     rope_base: float  # of the full layers: 1,000,000
     rope_factor: float  # they turn so many times slower: 8 from 4B on, for texts beyond 32,768; else 1
@@ -96,23 +96,23 @@ class Model(nn.Module):
             for pads, which change nothing. A row begins behind the last token that it has read, or up to
             num_undo tokens earlier. None: these are the text's first T.
         """
-        B, T, W = *tokens.shape, self.config.window
+        B, T, w = *tokens.shape, self.config.window
         if positions is not None and cache is None:
             raise ValueError("positions are slots of a cache: give the cache too")
         is_new = positions is None
         if is_new:
             positions = torch.arange(T, device=tokens.device).expand(B, T)  # (B, T)
         if cache is not None:
-            positions = place_pads(positions, cache, W)
+            positions = place_pads(positions, cache, w)
 
         x = self.token_embed(tokens)  # (B, T, D)
         x = x * x.new_full((), math.sqrt(self.config.d_model))  # a number in the dtype of x, as in training
         # For the two kinds of layers, those with a window first.
-        rotations = [rope(positions, self.config, window) for window in (W, None)]  # each (B, 1, T, d // 2)
+        rotations = [rope(positions, self.config, window) for window in (w, None)]  # each (B, 1, T, d // 2)
         masks = None, None
         if not is_new:
             R, S = cache[0].k.shape[2], max(past.k.shape[2] for past in cache)
-            masks = ring_mask(positions, R, W), ring_mask(positions, S, None)  # (B, 1, T, R), (B, 1, T, S)
+            masks = ring_mask(positions, R, w), ring_mask(positions, S, None)  # (B, 1, T, R), (B, 1, T, S)
         for layer, past in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, rotations[layer.is_full], masks[layer.is_full], positions, past)
         return self.final_norm(x)
@@ -122,9 +122,9 @@ class Model(nn.Module):
 
         num_undo: how many tokens earlier than the last one a call may begin, as after a rejected draft.
         """
-        B, K, d, W = batch_size, self.config.num_kv_heads, self.config.head_dim, self.config.window
+        B, K, d, w = batch_size, self.config.num_kv_heads, self.config.head_dim, self.config.window
         # Beside the window a ring has room for a draft, and for a piece of a prompt (Attention.forward).
-        ring = min(W + max(num_undo, W // 4), num_slots)
+        ring = min(w + max(num_undo, w // 4), num_slots)
         sizes = [num_slots if layer.is_full else ring for layer in self.layers]
         zeros = self.token_embed.weight.new_zeros
         return tuple(
@@ -160,11 +160,11 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention to the whole past or, with a window, to the last W tokens.
+    """Attention to the whole past or, with a window, to the last w tokens.
 
     Differs from qwen3: a window, and the scale of scores is the config's.
     Why windows: most of what a token needs stands close by, and five layers with little to read make up for
-    the sixth. Five windows one upon the other still reach back 5 (W - 1) tokens.
+    the sixth. Five windows one upon the other still reach back 5 (w - 1) tokens.
     """
 
     def __init__(self, config: Config, window: int | None):

@@ -3,7 +3,7 @@ r"""Fine-tune a decoder on conversations: it learns what the assistant says in t
     python -m runs_train.sft --checkpoint tiny-llama-python --data stdlib
 
 teaches the tiny Llama, which has only ever continued Python, to answer "What does operator.is_not do?". It
-takes about two minutes and shows, before the first step and as it goes, what the model answers to
+takes about a minute on two cores and shows, before the first step and as it goes, what the model answers to
 questions that it does not learn from. Then: python run.py my-tiny-llama-python-sft --chat
 
     conversations --chat template--> tokens, of which the assistant's count

@@ -3,7 +3,7 @@
 The authors' own code was read beside it (google/gemma_pytorch, gemma/model.py), and says the same of: where
 the four norms stand; 1 + weight, in fp32, rounded after the product; sqrt(D) rounded to the dtype of the
 embeddings; q_norm and k_norm before RoPE; halves of a head turned, with a base for each kind of layer, and
-frequencies divided where they are scaled; a window of W tokens, the query's own among them; GELU's tanh form;
+frequencies divided where they are scaled; a window of w tokens, the query's own among them; GELU's tanh form;
 a head that is the embedding. One thing differs: they scale q, `transformers` scales the scores, which is the
 same but for rounding.
 """
