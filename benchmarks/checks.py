@@ -7,17 +7,22 @@ Two figures for each subject, against fp32:
 
 The error must be below a limit that rounding explains. A token may differ only where fp32 itself is nearly
 undecided between the two; from there on the texts are different, and nothing more can be said.
+
+Where a router chooses experts, rounding can tip a choice between two that score alike, and a token then reads
+other weights: its logits may differ by more, and a later token by anything. In fp32 nothing is forgiven.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from models import load_config
 from models.utils.errors import UserError
 
 # What rounding may cost. llama.cpp looks GELU up in a table of fp16, and exp too.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1, "int4": 0.6}
 LLAMA_CPP_FLOAT32 = 0.01
+ROUTED = 0.6
 # Two logits may each be wrong by a few times the root mean square.
 SIGMAS = 8
 
@@ -34,6 +39,9 @@ def check(subject, tokens, logits, expected):
     limit = LIMITS[subject.weights]
     if subject.name == "llama.cpp" and subject.weights == "float32":
         limit = LLAMA_CPP_FLOAT32
+    routed = subject.weights != "float32" and hasattr(load_config(subject.config)[1], "num_active_experts")
+    if routed:
+        limit = ROUTED
     std = expected.logits[0].std()
     error = float(np.sqrt(np.mean((logits - expected.logits[0]) ** 2)) / std)
     where = f"{subject.config}, {subject.weights}, {subject.name}"
@@ -46,7 +54,7 @@ def check(subject, tokens, logits, expected):
     if same < len(expected.tokens):
         logits = expected.logits[same]
         gap = float(logits[expected.tokens[same]] - logits[tokens[same]])
-        if gap > SIGMAS * limit * std:
+        if not routed and gap > SIGMAS * limit * std:
             raise UserError(
                 f"{where}: token {same + 1} of its text is {tokens[same]}, fp32's is {expected.tokens[same]} "
                 f"by a clear margin; nothing was timed"

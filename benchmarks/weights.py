@@ -102,12 +102,12 @@ class Writer:
 @torch.no_grad()
 def redrawn(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 2:
-            noise *= parameter.shape[1] ** -0.5
+        if parameter.dim() == 1:  # a bias, or a norm: about what it begins with (0 for 1 + w)
+            noise = 0.1 * noise + parameter.mean()
         else:
-            noise = 0.1 * noise + name.endswith("norm.weight")
+            noise *= parameter.shape[-1] ** -0.5
         parameter.copy_(noise.bfloat16())
     return model.eval()
 

@@ -317,6 +317,21 @@ def test_what_the_check_lets_pass(tokens, noise, message):
             check(subject, tokens, logits, expected)
 
 
+def test_rounding_may_tip_the_choice_of_experts_but_fp32_is_forgiven_nothing():
+    expected, tokens = expected_text(), [7, 7, 3]
+    for config, kind, message in (
+        ("qwen3-30b-a3b", "bfloat16", None),
+        ("qwen3-30b-a3b", "float32", "token 3 of its text is 3"),
+        ("llama-124m", "bfloat16", "token 3 of its text is 3"),
+    ):
+        subject = measure.Subject(config, kind, "eager", None)
+        if message is None:
+            assert check(subject, tokens, expected.logits[0], expected)["same_tokens"] == 2
+        else:
+            with pytest.raises(UserError, match=message):
+                check(subject, tokens, expected.logits[0], expected)
+
+
 def test_rows_of_a_batch_must_begin_alike_in_fp32():
     fp32, other, bf16 = (
         measure.Subject("a config", weights, name, None)
