@@ -1,8 +1,8 @@
 """Weights in FP8 with a scale for each block of 128 x 128, as DeepSeek-V3 is published; they become bf16.
 
-Beside a matrix `weight` (N, K), a byte a number, stands `weight_scale_inv` (N / 128, K / 128, rounded up): what
-the numbers of each block are multiplied by; the blocks at the edges may be smaller. What has no scale is no
-FP8. A number in e4m3 has 4 significant bits, a scale 24; bf16 keeps 8 bits of their product.
+Beside a matrix `weight` (N, K), a byte a number, stands `weight_scale_inv` (N / 128, K / 128, rounded up):
+what the numbers of each block are multiplied by. Blocks at the right and at the bottom may be smaller. A
+number in e4m3 has 4 significant bits and a scale 24; bf16 keeps 8 of their product's.
 Source: README_WEIGHTS.md of the published files.
 """
 

@@ -44,7 +44,7 @@ def load_weights(
 
 
 def move(model, device, dtype):
-    """model.to(device, dtype), but for the parameters that the page keeps in fp32 (the ends of their names)."""
+    """model.to(device, dtype), but for parameters whose names end as the page's `in_fp32` says."""
     ends = getattr(model, "in_fp32", ())
     exact = {name: each.data.float() for name, each in model.named_parameters() if name.endswith(ends)}
     model.to(device=device, dtype=dtype)
