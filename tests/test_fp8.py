@@ -120,7 +120,7 @@ def test_the_published_files(published, tmp_path):
 
 @pytest.mark.parametrize("shape", [(128, 128), (1, 1), (129, 127), (200, 300), (576, 40)])
 def test_every_code_in_blocks_of_all_sizes(tmp_path, shape):
-    """As by the formula in fp64, and as transformers reads files, which it does where all blocks are whole."""
+    """As by the formula in fp64, and as transformers reads files, which takes whole blocks alone."""
     bytes_ = torch.arange(torch.Size(shape).numel()).view(shape) % 254
     bytes_ = (bytes_ + (bytes_ >= 127)).to(torch.uint8)  # 127 and 255 are NaN
     scale = 10 ** (6 * torch.rand(blocks(shape), generator=torch.Generator().manual_seed(1)) - 5)
