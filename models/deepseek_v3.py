@@ -74,7 +74,7 @@ class Config:
     normalize_weights: bool  # whether the weights of a token's experts are made to add up to 1: True in V3
     weight_scale: float  # what these weights are then multiplied by: 2.5 in V3
     dense_layers: tuple[int, ...]  # numbers of the layers without experts: 0, 1, 2 in V3, all in Youtu
-    multi_token: bool  # whether there is a layer that looks one token further ahead, as published with V3
+    multi_token: bool  # whether there is a layer that looks one token further ahead: 11.6 B of V3's 683 B
     norm_eps: float  # keeps RMSNorm from dividing by zero
     rope_base: float  # the larger, the slower the slowest rotation; 10,000
     rope_scaling: RopeScaling | None  # YaRN in V2 and V3; None in Youtu
@@ -86,9 +86,7 @@ class Config:
         assert self.num_experts % self.num_groups == 0, "num_groups must divide num_experts"
         assert self.num_active_groups <= self.num_groups, "num_active_groups exceeds num_groups"
         size, all_active = self.num_experts // self.num_groups, self.num_active_groups == self.num_groups
-        assert size > 1 or all_active or not self.sigmoid_scores, (
-            "a group has one expert, where two are needed to choose it"
-        )
+        assert size > 1 or all_active or not self.sigmoid_scores, "a group has one expert, where two count"
         assert self.num_active_experts <= size * self.num_active_groups, (
             "num_active_experts exceeds the experts of num_active_groups"
         )
@@ -111,12 +109,7 @@ class Model(nn.Module):
             self.lm_head.weight = self.token_embed.weight
         self.ahead = Ahead(config) if config.multi_token else None
 
-    def forward(
-        self,
-        tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
-    ) -> Tensor:
+    def forward(self, tokens, positions=None, cache=None) -> Tensor:
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
@@ -335,8 +328,7 @@ class Experts(nn.Module):
         if config.num_active_groups < config.num_groups:
             groups = ranks.unflatten(-1, (config.num_groups, -1))  # (t, G, E // G)
             best = best_groups(groups, config.num_active_groups, 2 if config.sigmoid_scores else 1)
-            groups = groups.masked_fill(~best, -math.inf)
-            ranks = groups.flatten(1)  # (t, E)
+            ranks = groups.masked_fill(~best, -math.inf).flatten(1)  # (t, E)
         chosen = ranks.topk(config.num_active_experts).indices  # (t, A)
         weights = scores.gather(1, chosen)  # (t, A)
         if config.normalize_weights:
