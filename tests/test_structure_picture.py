@@ -1,6 +1,7 @@
 """Diagrams: every box and line in its place, every word in its box, and no image in git out of date."""
 
 import dataclasses
+import random
 from functools import lru_cache
 from pathlib import Path
 
@@ -190,21 +191,33 @@ def test_each_layer_of_gemma_turns_by_its_own_rope():
     assert readers == {"model:rope": {"layers.0", "layers.24"}, "model:rope#2": {"layers.5"}}
 
 
-def test_lines_that_turn_in_one_gap_turn_at_heights_of_their_own():
-    """p goes past b to d, and q, at the right of it, past b to e: the right one turns first."""
-    edges = "in-p in-q p-a q-b a-c b-c p-d q-e c-d c-e"
-    edges = [Edge(*ends.split("-"), Shape("", ())) for ends in edges.split()]
-    boxes = [Box(name, "linear", name) for name in "pqabcde"]
-    _, made = place.build_grid(
-        boxes, edges, 600.0, lambda box, wide, flat: place.build(box, wide / 2, wide / 2, 1, flat)
+@pytest.mark.parametrize("seed", range(20))
+def test_no_line_of_any_grid_meets_a_box_or_another_line(seed):
+    """Eight boxes, each of which reads a few of those before it, as chance has it."""
+    chance, names, edges = random.Random(seed), [f"box {n}" for n in range(8)], []
+    for n, name in enumerate(names):
+        sources = chance.sample(["in", *names[:n]], k=min(n + 1, chance.choice([1, 1, 2, 2, 3])))
+        edges += [Edge(source, name, Shape("", ())) for source in sources]
+    boxes = [Box(name, "linear", name) for name in names]
+    drawing, routes = place.build_grid(
+        boxes, edges, 900.0, lambda box, wide, flat: place.build(box, wide / 2, wide / 2, 1, flat)
     )
-    for gap in range(made.grid.num_rows):
-        turns = list(made.turns_in(gap))
-        for x0, x1, n in turns:
-            for u0, u1, m in turns:
-                if n != m and made.meet(n, m, x0, x1, u0, u1):
-                    assert made.heights[gap][n] != made.heights[gap][m]
-    assert any(len(heights) > 1 for heights in made.heights)
+    lines = [(line.source, line.target, line.points) for line in drawing.lines]
+    lines += [("in", target, points) for target, points in routes.inputs(drawing).items()]
+    assert len(lines) == len({(edge.source, edge.target) for edge in edges})
+    pieces = [
+        (source, target, *sorted(ends))
+        for source, target, points in lines
+        for ends in zip(points, points[1:])
+    ]
+    for n, (source, target, (x0, y0), (x1, y1)) in enumerate(pieces):
+        for tile in drawing.tiles:
+            beside = x1 < tile.x + 0.5 or tile.right - 0.5 < x0 or y1 < tile.y + 0.5 or tile.top - 0.5 < y0
+            assert beside, (source, target, tile.box.id)
+        for other, its_target, (u0, v0), (u1, v1) in pieces[:n]:
+            wide, high = min(x1, u1) - max(x0, u0), min(y1, v1) - max(y0, v0)
+            on_it = wide > 1 and abs(high) < 1 or high > 1 and abs(wide) < 1
+            assert not on_it or source == other or target == its_target, (source, target, other, its_target)
 
 
 @every_model

@@ -7,7 +7,7 @@ another, it turns in the gap between, at a height of its own if some other line 
 from structure.picture.arrange import GAP, RADIUS, TURN
 from structure.picture.sheet import LABEL, Line, labelled, shape_words, straight
 
-MARGIN = 10.0  # between where a line enters a box, and the box's corner
+ASIDE = 8.0  # from the middle of a column, where lines begin and end, to one that passes by
 APART = 6.0  # between two lines that turn at one height
 
 
@@ -36,14 +36,27 @@ class Routes:
 
     def heights_in(self, gap):
         """Which of the heights in a gap each line turns at, 0 the lowest. Of two lines that go to the right
-        the right one turns first, of two that go to the left the left one, so that they do not meet.
+        the right one turns first, of two that go to the left the left one, so that they do not cross; and
+        before all, a line turns above one that begins where it goes.
         """
         found = sorted(self.turns_in(gap), key=lambda turn: -turn[0] if turn[1] > turn[0] else turn[0])
-        heights = {}
-        for x0, x1, n in found:
-            near = [m for u0, u1, m in found if m in heights and self.meet(n, m, x0, x1, u0, u1)]
-            heights[n] = 1 + max((heights[m] for m in near), default=-1)
-        return heights
+        turns, heights = {n: (x0, x1) for x0, x1, n in found}, {}
+        order = list(turns)
+
+        def is_above(n, m):
+            (x0, x1), (u0, u1) = turns[n], turns[m]
+            if abs(x1 - u0) < APART or abs(u1 - x0) < APART:
+                return abs(x1 - u0) < APART
+            return order.index(n) > order.index(m)
+
+        def height(n, path=()):
+            if n not in heights:
+                others = [m for m in order if m not in (n, *path) and self.meet(n, m, *turns[n], *turns[m])]
+                below = [height(m, (*path, n)) for m in others if is_above(n, m)]
+                heights[n] = 1 + max(below, default=-1)
+            return heights[n]
+
+        return {n: height(n) for n in order}
 
     def meet(self, n, m, x0, x1, u0, u1):
         one, other = self.grid.edges[n], self.grid.edges[m]
@@ -96,20 +109,18 @@ class Routes:
 
 def columns(grid, edge, at, tiles):
     """x of a line in its source's row, those that it passes, and its target's; an input has no first one."""
-    source, target = tiles.get(edge.source), tiles[edge.target]
+    source, target, high = tiles.get(edge.source), tiles[edge.target], at[edge.target]
     rows = range(grid.row.get(edge.source, -1) + 1, grid.row[edge.target])
-    passed = [sum(at[edge.source, edge.target, row]) / 2 for row in rows]
-    high = at[edge.target]
-    if source is None:
-        low, begin = None, []
-    else:
+    xs = [sum(at[edge.source, edge.target, row]) / 2 + ASIDE for row in rows]
+    if source and source.kind == "junction":
+        xs = [source.middle, *xs]
+    elif source:
         low = at[edge.source]
-        begin = [within(low, passed[0] if passed else common(low, high))]
-        begin = [source.middle] if source.kind == "junction" else begin
-    before = passed[-1] if passed else common(low, high) if low else target.middle
-    end = within(high, before) if target.entry is None else target.entry
-    end = target.middle if target.kind == "junction" else end
-    return [*begin, *passed, end]
+        xs = [within(low, xs[0] if xs else common(low, high)), *xs]
+    end = within(high, xs[-1]) if xs else target.way_in
+    if target.kind == "junction" or target.entry is not None:
+        end = target.way_in
+    return [*xs, end]
 
 
 def common(low, high):
@@ -120,5 +131,5 @@ def common(low, high):
 
 
 def within(span, x):
-    """x, or the nearest place where a line may touch the box; its middle, if that is another column."""
+    """x, or the middle of the span where x is beside it."""
     return x if span[0] <= x <= span[1] else sum(span) / 2
