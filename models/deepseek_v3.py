@@ -109,16 +109,16 @@ class Model(nn.Module):
             self.lm_head.weight = self.token_embed.weight
         self.ahead = Ahead(config) if config.multi_token else None
 
-    def forward(self, tokens, positions=None, cache=None) -> Tensor:
-        """Logits for the token that follows each token; arguments as for hidden."""
-        return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
-
-    def hidden(
+    def forward(
         self,
         tokens: Tensor,  # (B, T)
         positions: Tensor | None = None,  # (B, T) or None
         cache: "Cache | None" = None,
     ) -> Tensor:
+        """Logits for the token that follows each token; arguments as for hidden."""
+        return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
+
+    def hidden(self, tokens, positions=None, cache=None) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
         cache: from new_cache, written in place at `positions`; None: nothing is kept.

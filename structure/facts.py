@@ -9,7 +9,7 @@ sum 16384 B T S + 33554432 B T, which anyone can evaluate for other sizes, a pag
     a source          N tokens, in an encoder-decoder
 
 The call that is looked at writes behind a cache. DeepSeek's attention is absorbed there, as in its steps; a
-prompt that begins a text it expands, for less than a third of the products that are counted here.
+prompt that begins a text it expands, and between tokens a third of the products counted here are made.
 
 Weights in int8 and int4 take what models/utils/quantize.py makes of them (int4 in groups of 32), and what it
 leaves alone is in bf16; so are activations and the cache.
