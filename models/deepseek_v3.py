@@ -327,7 +327,7 @@ class Experts(nn.Module):
         ranks = scores + self.router_bias if config.sigmoid_scores else scores
         if config.num_active_groups < config.num_groups:
             groups = ranks.unflatten(-1, (config.num_groups, -1))  # (t, G, E // G)
-            best = best_groups(groups, config.num_active_groups, 2 if config.sigmoid_scores else 1)
+            best = best_groups(groups, config.num_active_groups, 1 + config.sigmoid_scores)  # (t, G, 1)
             ranks = groups.masked_fill(~best, -math.inf).flatten(1)  # (t, E)
         chosen = ranks.topk(config.num_active_experts).indices  # (t, A)
         weights = scores.gather(1, chosen)  # (t, A)
