@@ -50,12 +50,14 @@ MAY_BE_NULL = {
     "head_dim",
     "layer_types",
     "mlp_only_layers",
+    "n_group",
     "n_inner",
     "num_key_value_heads",
     "num_local_experts",
     "q_lora_rank",
     "rope_parameters",
     "rope_scaling",
+    "topk_group",
 }
 MAY_BE_ZERO = {"first_k_dense_replace"}
 

@@ -60,7 +60,7 @@ from models.utils.quantize import (
 )
 from models.utils.safetensors_files import CODE_NAMES
 from models.utils.tokenizer import load_tokenizer
-from models.utils.weights import fill
+from models.utils.weights import fill, main_dtype
 
 CALIBRATION_TOKENS = 16384  # at most, of which a window goes through the model at a time
 CALIBRATION_WINDOW = 512
@@ -182,8 +182,8 @@ def reverse(folder, out=None, dtype=None, progress=True):
     with writing(out, beside / "reversed") as new:
         write_moves(new, weights, moves, dtype, progress)
         copy_companions(converted, new)
-        stored = next(iter(weights.entries.values())).dtype
-        write_json(new / "config.json", reversed_config(config, converted, dtype or stored))
+        numbers = [entry for entry in weights.entries.values() if isinstance(entry.dtype, torch.dtype)]
+        write_json(new / "config.json", reversed_config(config, converted, dtype or main_dtype(numbers)))
     return Path(out or beside / "reversed")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.config_fields import read_labels
+from conversion.fp8 import BlockScaled
 from conversion.meta import META_LLAMA, MetaOptions, open_meta
 from conversion.tables import LAYOUTS, from_hf_config, from_names, generation_ids
 from conversion.tensor_table import Layout
@@ -78,6 +79,8 @@ def open_hf(folder, allow, meta, model):
         with reading(where):
             model_name, config = from_hf_config(theirs, allow, model)
         weights = open_weights(folder)
+        if (theirs.get("quantization_config") or {}).get("quant_method") == "fp8":
+            weights = BlockScaled(weights, folder)
         with reading(where):
             config |= from_names(theirs, weights.entries, model)
             generation = generation_ids(theirs, model)

@@ -70,11 +70,11 @@ class Config:
     num_shared_experts: int  # how many times d_expert the shared one is wide: 1 in V3
     num_groups: int  # G: equal groups of neighbouring experts, 8 in V3
     num_active_groups: int  # g: how many of them a token's experts are chosen from, 4 in V3
-    sigmoid_scores: bool  # True in V3; False in V2: softmax, and no bias that balances
+    sigmoid_scores: bool  # True in V3; False in V2: softmax, no bias, and a group is as good as its best
     normalize_weights: bool  # whether the weights of a token's experts are made to add up to 1: True in V3
     weight_scale: float  # what these weights are then multiplied by: 2.5 in V3
     dense_layers: tuple[int, ...]  # numbers of the layers without experts: 0, 1, 2 in V3, all in Youtu
-    multi_token: bool  # whether there is a layer that looks one token further ahead, as published with V3
+    multi_token: bool  # whether there is a layer that looks one token further ahead: 11.6 B of V3's 683 B
     norm_eps: float  # keeps RMSNorm from dividing by zero
     rope_base: float  # the larger, the slower the slowest rotation; 10,000
     rope_scaling: RopeScaling | None  # YaRN in V2 and V3; None in Youtu
@@ -86,7 +86,7 @@ class Config:
         assert self.num_experts % self.num_groups == 0, "num_groups must divide num_experts"
         assert self.num_active_groups <= self.num_groups, "num_active_groups exceeds num_groups"
         size, all_active = self.num_experts // self.num_groups, self.num_active_groups == self.num_groups
-        assert size > 1 or all_active, "a group has one expert, where two are needed to choose it"
+        assert size > 1 or all_active or not self.sigmoid_scores, "a group has one expert, where two count"
         assert self.num_active_experts <= size * self.num_active_groups, (
             "num_active_experts exceeds the experts of num_active_groups"
         )
@@ -94,6 +94,9 @@ class Config:
 
 class Model(nn.Module):
     """Differs from qwen3_moe: one layer more, which looks ahead."""
+
+    # Kept in fp32 by whoever makes the rest bf16: what decides between two experts may be a last digit.
+    in_fp32 = ("router_bias",)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -115,12 +118,7 @@ class Model(nn.Module):
         """Logits for the token that follows each token; arguments as for hidden."""
         return self.lm_head(self.hidden(tokens, positions, cache))  # (B, T, V)
 
-    def hidden(
-        self,
-        tokens: Tensor,  # (B, T)
-        positions: Tensor | None = None,  # (B, T) or None
-        cache: "Cache | None" = None,
-    ) -> Tensor:
+    def hidden(self, tokens, positions=None, cache=None) -> Tensor:
         """What lm_head reads. Generation calls this and applies the head only where it picks a token.
 
         cache: from new_cache, written in place at `positions`; None: nothing is kept.
@@ -329,8 +327,8 @@ class Experts(nn.Module):
         ranks = scores + self.router_bias if config.sigmoid_scores else scores
         if config.num_active_groups < config.num_groups:
             groups = ranks.unflatten(-1, (config.num_groups, -1))  # (t, G, E // G)
-            groups = groups.masked_fill(~best_groups(groups, config.num_active_groups), -math.inf)
-            ranks = groups.flatten(1)  # (t, E)
+            best = best_groups(groups, config.num_active_groups, 1 + config.sigmoid_scores)  # (t, G, 1)
+            ranks = groups.masked_fill(~best, -math.inf).flatten(1)  # (t, E)
         chosen = ranks.topk(config.num_active_experts).indices  # (t, A)
         weights = scores.gather(1, chosen)  # (t, A)
         if config.normalize_weights:
@@ -350,13 +348,15 @@ class Experts(nn.Module):
 def best_groups(
     ranks: Tensor,  # (t, G, E // G)
     number: int,
+    count: int,
 ) -> Tensor:
-    """The `number` groups whose two best experts have the largest sum. Of two with 0.9 + 0.1 and 0.5 + 0.6:
+    """The `number` groups whose `count` best experts have the largest sum; V3 counts two, V2 one.
 
-    >>> best_groups(torch.tensor([[[0.9, 0.1], [0.5, 0.6]]]), 1).flatten()
-    tensor([False,  True])
+    >>> ranks = torch.tensor([[[0.9, 0.1], [0.5, 0.6]]])  # sums of 1.0 and 1.1
+    >>> best_groups(ranks, 1, 2).flatten(), best_groups(ranks, 1, 1).flatten()
+    (tensor([False,  True]), tensor([ True, False]))
     """
-    best = ranks.topk(2).values.sum(dim=-1).topk(number).indices  # (t, g)
+    best = ranks.topk(count).values.sum(dim=-1).topk(number).indices  # (t, g)
     return torch.zeros_like(ranks[..., 0], dtype=torch.bool).scatter(1, best, True)[..., None]  # (t, G, 1)
 
 

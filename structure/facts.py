@@ -8,6 +8,9 @@ sum 16384 B T S + 33554432 B T, which anyone can evaluate for other sizes, a pag
     a decoded token   T = 1, attending to the S slots of the cache that are filled
     a source          N tokens, in an encoder-decoder
 
+The call that is looked at writes behind a cache. DeepSeek's attention is absorbed there, as in its steps; a
+prompt that begins a text it expands, and between tokens a third of the products counted here are made.
+
 Weights in int8 and int4 take what models/utils/quantize.py makes of them (int4 in groups of 32), and what it
 leaves alone is in bf16; so are activations and the cache.
 """
@@ -134,20 +137,23 @@ def computes(box):
 def read_by_a_step(box):
     """{dtype: bytes} of the weights that a decoded token takes from memory, of experts those of all.
 
-    That is all of them, but for what runs once for a source, and for tables, of which it takes a few rows
-    (unless a head is tied to them, which takes them all).
+    That is all of them, but for what runs once for a source or not at all, and for tables, of which it takes
+    a few rows (unless a head is tied to them, which takes them all).
     """
     tied = {each.tied_to for each, _ in walk(box)}
     total = dict.fromkeys(DTYPES, 0)
     for each, repeat in walk(box):
         table = each.role in ("embedding", "position") and not each.flops and each.id not in tied
-        if not table and (not each.once or each.id in tied):
+        runs = each.used or not each.parameters
+        if runs and not table and (not each.once or each.id in tied):
             total = {dtype: total[dtype] + repeat * each.bytes.get(dtype, 0) for dtype in DTYPES}
     return total
 
 
 def bytes_of_experts(box, share, around=1, inside=False):
     """{dtype: bytes} of all experts of a model, of which each token uses a share."""
+    if not box.used:
+        return dict.fromkeys(DTYPES, 0)
     around, inside = around * box.repeat, inside or box.active > 0
     parts = [bytes_of_experts(child, share, around, inside) for child in box.children]
     # Experts whose matrices stand in one tensor are told by what a token does not use of it.

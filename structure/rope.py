@@ -120,7 +120,7 @@ def draw(name, model_name, config, dark=False):
     style(axes, found, tone)
     write_head(figure, name, model_name, found, tone)
     draw_turns(axes, found, tone)
-    draw_lengths(axes, lengths_of(config), len(found[0].tokens) - 1, tone)
+    draw_lengths(axes, lengths_of(config), tone)
     figure.facts = facts(found, config)
     return figure
 
@@ -158,13 +158,13 @@ def draw_turns(axes, found, tone):
         axes.fill_between(pairs, one.plain, one.tokens, color=colour, alpha=0.18, linewidth=0)
 
 
-def draw_lengths(axes, lengths, right, tone):
-    """A line for each length of a text; the shortest has its name below, to keep apart from the next."""
+def draw_lengths(axes, lengths, tone):
+    """A line for each length of a text, and its name at the left, above the curves; the shortest's below."""
     for n, (tokens, what) in enumerate(sorted(lengths.items())):
         axes.axhline(tokens, color=blocks.TEXT[tone], linewidth=0.9)
         y, side = (tokens * 1.12, "bottom") if n else (tokens * 0.88, "top")
         said = f"{what} {tokens:,}"
-        axes.text(right, y, said, color=blocks.TEXT[tone], size=SMALL, ha="right", va=side)
+        axes.text(0, y, said, color=blocks.TEXT[tone], size=SMALL, va=side)
 
 
 def colours(tone):

@@ -103,9 +103,15 @@ def configs(folder):
 
 
 def num_parameters(config_name):
-    """(all parameters of a config's model, those that work for a token: of experts the active ones)."""
+    """(all parameters of a config's model, those that work for a token: of experts the active ones).
+
+    A layer that looks ahead guesses the next token but one, and works for none.
+    """
     model = build_model(*load_config(config_name))
     everything = active = sum(parameter.numel() for parameter in model.parameters())
+    if getattr(model, "ahead", None):
+        active -= sum(parameter.numel() for parameter in model.ahead.parameters())
+        model.ahead = None
     for module in model.modules():
         if hasattr(module, "experts") and hasattr(module, "router"):
             one = sum(parameter.numel() for parameter in module.experts[0].parameters())

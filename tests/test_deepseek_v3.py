@@ -25,7 +25,6 @@ from conversion.convert import convert, reverse
 from models import build_model, load_config, load_model
 from models import deepseek_v3 as page
 from models.utils.errors import UserError
-from models.utils.unfilled import Unfilled
 from tests.decoder_proof import DecoderProof, random_tokens
 from tests.model_proof import assert_close
 from tests.oracle import redraw, weight_std
@@ -325,7 +324,7 @@ class TestDeepseekV3(MlaProof):
             ({"v_head_dim": 40}, "value_dim exceeds head_dim"),
             ({"qk_rope_head_dim": 7}, "rotary_dim must be even"),
             ({"index_topk": 2048}, "does not know index_topk"),
-            ({"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}, "'group_limited_greedy'"),
+            ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "topk_method is 'noaux_tc'"),
             ({"model_type": "deepseek_v2"} | V2 | {"norm_topk_prob": True}, "norm_topk_prob is True"),
         ],
         ids=str,
@@ -366,6 +365,35 @@ class TestDeepseekV2Lite(MlaProof):
         "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     }
     test_every_field_has_a_change = None
+
+
+class TestDeepseekV2(MlaProof):
+    """Softmax and groups, of which the best expert counts; the fields are proved above."""
+
+    oracle_config, oracle_model = DeepseekV2Config, DeepseekV2ForCausalLM
+    base = {
+        **TestDeepseekV2Lite.base,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "q_lora_rank": 28,
+        "routed_scaling_factor": 1.6,
+    }
+    test_every_field_has_a_change = None
+
+    def test_the_groups_matter(self, pair, tmp_path):
+        """Experts of other groups would often be chosen, and so would groups by their two best."""
+        pair[0].save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        tokens = random_tokens(pair[1], 2, 40)
+        for change in ({"topk_method": "greedy"}, {"topk_group": 3}, {"n_group": 2, "topk_group": 1}):
+            (tmp_path / "config.json").write_text(json.dumps(config | change))
+            convert(tmp_path, progress=False)
+            assert (load_model(tmp_path)(tokens) - pair[1](tokens)).abs().max() > 1e-2
+        experts = pair[1].layers[1].ffn
+        ranks = torch.rand(200, 4, 2)
+        differing = page.best_groups(ranks, 2, 1) != page.best_groups(ranks, 2, 2)
+        assert differing.any() and experts.config.num_groups == 4
 
 
 class TestYoutu(MlaProof):
@@ -466,12 +494,23 @@ def published(name):
 
 @pytest.mark.parametrize(
     "name, total, active",
-    [("deepseek-v3", 671.03, 36.63), ("deepseek-v2-lite", 15.71, 2.45), ("youtu-llm-2b", 1.96, 1.96)],
+    [
+        ("deepseek-v3", 671.03, 36.63),
+        ("deepseek-v2", 235.74, 20.85),
+        ("deepseek-v2-lite", 15.71, 2.45),
+        ("youtu-llm-2b", 1.96, 1.96),
+    ],
 )
 def test_parameter_counts(name, total, active):
-    """As published: 671 B with 36.6 B for a token (a row of the embedding aside), 15.7 B with 2.4, 1.96 B."""
+    """As published, without the layer ahead: 671 B with 36.6 B for a token (a row of the embedding aside),
+    236 B with 21, 15.7 B with 2.4, 1.96 B.
+    """
     model, config = published(name), published(name).config
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if not name.startswith("ahead.")
+    }
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts * (config.num_experts - config.num_active_experts) // config.num_experts
     read = sum(sizes.values()) - idle - sizes["token_embed.weight"] * (not config.tied_head)
@@ -479,10 +518,15 @@ def test_parameter_counts(name, total, active):
 
 
 def test_the_layer_ahead_of_the_published_model():
-    """README_WEIGHTS.md of the published files says 11.5 B."""
-    with torch.device("meta"), Unfilled():
-        ahead = page.Ahead(load_config("deepseek-v3")[1])
-    assert sum(parameter.numel() for parameter in ahead.parameters()) == 11_610_068_224
+    """README_WEIGHTS.md of the published files says 11.5 B of its own; README.md says 14 B and 685 B in all,
+    since the files repeat the embedding and the head for it.
+    """
+    model = published("deepseek-v3")
+    ahead, every = (sum(p.numel() for p in module.parameters()) for module in (model.ahead, model))
+    repeated = model.token_embed.weight.numel() + model.lm_head.weight.numel()
+    assert ahead == 11_610_068_224
+    assert every == 671_026_419_200 + ahead
+    assert round((every + repeated) / 1e9, 1) == 684.5
 
 
 def test_the_numbers_of_the_docstrings():

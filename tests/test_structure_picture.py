@@ -1,6 +1,7 @@
 """Diagrams: every box and line in its place, every word in its box, and no image in git out of date."""
 
 import dataclasses
+import random
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from models import build_model, load_config
 from show_structure import ROPE, images
 from structure.capture.blocks import Box, Edge, Shape, prepared
 from structure.capture.capture import capture
+from structure.facts import describe
 from structure.picture import arrange, ink, legend, picture, place
 from structure.picture.arrange import Grid
 from structure.picture.sheet import count
@@ -38,22 +40,6 @@ def info_of(name):
 
 
 every_model = pytest.mark.parametrize("name", ZOO)
-
-# Known faults of the layout, by what a test asks of a picture. Delete a name when it is mended.
-SKIPPING = "a line past several rows runs through boxes and on lines: experts and two ropes have such lines"
-NOT_YET = {
-    "ends": dict.fromkeys(
-        ("deepseek-v2-lite", "gpt-oss-20b", "qwen3-30b-a3b"),
-        "the line to a reader several rows above begins beside its box: from argsort, from kv_up",
-    ),
-    "through": dict.fromkeys(("deepseek-v2-lite", "gemma-3-1b", "gpt-oss-20b", "qwen3-30b-a3b"), SKIPPING),
-    "twice": dict.fromkeys(("deepseek-v2-lite", "gemma-3-1b", "gpt-oss-20b", "qwen3-30b-a3b"), SKIPPING),
-}
-
-
-def skip_not_yet(test, name):
-    if name in NOT_YET[test]:
-        pytest.skip(NOT_YET[test][name])
 
 
 def inside(inner, outer, slack=0.01):
@@ -146,7 +132,6 @@ def on_border(point, tile):
 
 @every_model
 def test_every_line_ends_on_its_boxes_and_turns_at_right_angles(name):
-    skip_not_yet("ends", name)
     sheet = sheet_of(name)
     tiles = {tile.box.id: tile for tile in sheet.tiles}
     for line in sheet.lines:
@@ -165,7 +150,6 @@ def test_every_line_ends_on_its_boxes_and_turns_at_right_angles(name):
 
 @every_model
 def test_no_line_runs_through_a_box_that_has_nothing_to_do_with_it(name):
-    skip_not_yet("through", name)
     sheet = sheet_of(name)
     closed = [tile for tile in sheet.tiles if tile.kind in ("tile", "idle", "junction")]
     readers = {}
@@ -185,7 +169,6 @@ def test_no_line_runs_through_a_box_that_has_nothing_to_do_with_it(name):
 
 @every_model
 def test_no_two_lines_lie_on_each_other_unless_they_come_from_or_lead_to_the_same(name):
-    skip_not_yet("twice", name)
     pieces = []
     for line in sheet_of(name).lines:
         pieces += [(line, *sorted(ends)) for ends in zip(line.points, line.points[1:])]
@@ -196,6 +179,45 @@ def test_no_two_lines_lie_on_each_other_unless_they_come_from_or_lead_to_the_sam
             wide, high = min(x1, u1) - max(x0, u0), min(y1, v1) - max(y0, v0)
             on_each_other = wide > 1 and abs(high) < 1 or high > 1 and abs(wide) < 1
             assert not on_each_other, (line, other)
+
+
+def test_each_layer_of_gemma_turns_by_its_own_rope():
+    """The fifth and the sixth layer read ropes of equal shape; no line confuses them."""
+    lines = sheet_of("gemma-3-1b").lines
+    readers = {}
+    for line in lines:
+        if line.source.startswith("model:rope"):
+            readers.setdefault(line.source, set()).add(line.target.rpartition(".")[0])
+    assert readers == {"model:rope": {"layers.0", "layers.24"}, "model:rope#2": {"layers.5"}}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_line_of_any_grid_meets_a_box_or_another_line(seed):
+    """Eight boxes, each of which reads a few of those before it, as chance has it."""
+    chance, names, edges = random.Random(seed), [f"box {n}" for n in range(8)], []
+    for n, name in enumerate(names):
+        sources = chance.sample(["in", *names[:n]], k=min(n + 1, chance.choice([1, 1, 2, 2, 3])))
+        edges += [Edge(source, name, Shape("", ())) for source in sources]
+    boxes = [Box(name, "linear", name) for name in names]
+    drawing, routes = place.build_grid(
+        boxes, edges, 900.0, lambda box, wide, flat: place.build(box, wide / 2, wide / 2, 1, flat)
+    )
+    lines = [(line.source, line.target, line.points) for line in drawing.lines]
+    lines += [("in", target, points) for target, points in routes.inputs(drawing).items()]
+    assert len(lines) == len({(edge.source, edge.target) for edge in edges})
+    pieces = [
+        (source, target, *sorted(ends))
+        for source, target, points in lines
+        for ends in zip(points, points[1:])
+    ]
+    for n, (source, target, (x0, y0), (x1, y1)) in enumerate(pieces):
+        for tile in drawing.tiles:
+            beside = x1 < tile.x + 0.5 or tile.right - 0.5 < x0 or y1 < tile.y + 0.5 or tile.top - 0.5 < y0
+            assert beside, (source, target, tile.box.id)
+        for other, its_target, (u0, v0), (u1, v1) in pieces[:n]:
+            wide, high = min(x1, u1) - max(x0, u0), min(y1, v1) - max(y0, v0)
+            on_it = wide > 1 and abs(high) < 1 or high > 1 and abs(wide) < 1
+            assert not on_it or source == other or target == its_target, (source, target, other, its_target)
 
 
 @every_model
@@ -255,6 +277,26 @@ def test_the_panel_counts_every_parameter_once(name):
     model = build_model(*load_config(name))
     by_role = legend.parameters_by_role(box_of(name))
     assert sum(by_role.values()) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_layer_that_does_not_run_is_counted_with_all_its_experts():
+    """And is no part of a token's work."""
+    small = {
+        "num_layers": 4,
+        "num_experts": 16,
+        "num_groups": 4,
+        "num_active_groups": 2,
+        "num_active_experts": 3,
+    }
+    name, config = load_config("deepseek-v3")
+    with_it, without = (box_of("deepseek-v3", **small, multi_token=ahead) for ahead in (True, False))
+    model = build_model(name, dataclasses.replace(config, **small))
+    ahead = sum(parameter.numel() for parameter in model.ahead.parameters())
+    assert with_it.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert legend.parameters_by_role(with_it) == legend.parameters_by_role(without) | {"group": ahead}
+    assert with_it.used == without.used
+    read, plain = (describe("", name, config, box)["read"] for box in (with_it, without))
+    assert read == plain
 
 
 def test_the_panel_knows_the_letters():

@@ -111,6 +111,17 @@ def test_a_model_without_rope_is_told():
         turns_of("gpt2")
 
 
+@pytest.mark.parametrize("name", ["gemma-3-1b", "gpt-oss-20b", "llama-3.1-8b"])
+def test_no_word_stands_on_a_curve(name):
+    figure = rope.draw(name, *load_config(name))
+    axes, renderer = figure.axes[0], figure.canvas.get_renderer()
+    words = [text.get_window_extent(renderer) for text in axes.texts]
+    assert words
+    for curve in axes.lines:
+        for point in axes.transData.transform(curve.get_xydata()) if len(curve.get_xydata()) > 2 else []:
+            assert not any(word.contains(*point) for word in words), point
+
+
 def test_lengths_are_those_of_the_config_and_its_scaling():
     config = load_config("llama-3.1-8b")[1]
     assert rope.lengths_of(config) == {131072: "max_seq_len", 8192: "original_max_seq_len"}

@@ -182,6 +182,12 @@ def test_rows_go_through_the_tiles_of_their_experts(group_size, plain):
     out = torch.ops.zoo.tiled_linear(x, tiles, 40, bits, plain, experts)
     for row, one, expert in zip(out, x, experts):
         assert torch.equal(row, torch.ops.zoo.tiled_linear(one[None], tiles[expert], 40, bits, plain)[0])
+    few = torch.ops.zoo.tiled_linear(x[:7], tiles, 40, bits, plain, experts)  # three experts for each row
+    assert torch.equal(
+        few, torch.ops.zoo.tiled_linear(x[:7].repeat_interleave(3, 0), tiles, 40, bits, plain, experts)
+    )
+    with pytest.raises(RuntimeError, match="needs as many experts"):
+        torch.ops.zoo.tiled_linear(x[:4], tiles, 40, bits, plain, experts)
     with pytest.raises(RuntimeError, match="no such expert"):
         torch.ops.zoo.tiled_linear(x, tiles, 40, bits, plain, experts + 4)
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 at Hugging Face, and its relatives: V2-Lite, without groups, and Youtu, without experts."""
+"""DeepSeek-V3 at Hugging Face, and its relatives: V2, with softmax, and Youtu, without experts."""
 
 import math
 
@@ -121,6 +121,9 @@ def rotation_scale(given):
     return (0.1 * mscale * math.log(given["factor"]) + 1) / (0.1 * all_dim * math.log(given["factor"]) + 1)
 
 
+# What the published config.json says of its weights; conversion/fp8.py reads them.
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
 # What transformers reads nowhere, so that another value would pass it unseen.
 UNREAD = {
     "topk_method": ("noaux_tc", None),
@@ -198,13 +201,27 @@ DEEPSEEK_V3_TYPE = HFType(
     inert=words("attention_dropout head_dim qk_head_dim aux_loss_alpha seq_aux ep_size output_router_logits"),
     token_ids={"bos_token_id": 0, "eos_token_id": 1},
     from_names=from_names,
+    quantization=FP8,
 )
+
+
+def in_groups(name):
+    """A field of V2's groups, which "greedy" leaves aside."""
+    return lambda theirs: 1 if theirs["topk_method"] == "greedy" else theirs[name]
+
 
 DEEPSEEK_V2_TYPE = HFType(
     model="deepseek_v3",
-    used=without(DEEPSEEK_V3_TYPE.used, "num_groups", "num_active_groups", "normalize_weights"),
+    used={
+        **without(DEEPSEEK_V3_TYPE.used, "normalize_weights"),
+        "num_groups": in_groups("n_group"),
+        "num_active_groups": in_groups("topk_group"),
+    },
     defaults={
-        **without(DEEPSEEK_V3_TYPE.defaults, "n_group", "topk_group", "norm_topk_prob"),
+        **without(DEEPSEEK_V3_TYPE.defaults, "norm_topk_prob"),
+        "topk_method": "greedy",
+        "n_group": None,
+        "topk_group": None,
         "vocab_size": 102400,
         "max_position_embeddings": 2048,
         "hidden_size": 4096,
@@ -222,20 +239,17 @@ DEEPSEEK_V2_TYPE = HFType(
     must_equal={
         **DEEPSEEK_V3_TYPE.must_equal,
         "mlp_bias": (False,),
-        # group_limited_greedy, V2's own, scores a group by its best expert alone.
-        "topk_method": ("greedy",),
+        "topk_method": ("greedy", "group_limited_greedy"),
         "scoring_func": ("softmax", None),
         "norm_topk_prob": (False,),
         "num_nextn_predict_layers": (0,),
     },
     fixed={
         "sigmoid_scores": False,
-        "num_groups": 1,
-        "num_active_groups": 1,
         "normalize_weights": False,
         "multi_token": False,
     },
-    inert=DEEPSEEK_V3_TYPE.inert | words("n_group topk_group"),
+    inert=DEEPSEEK_V3_TYPE.inert,
     token_ids={"bos_token_id": 1, "eos_token_id": 2},
 )
 
@@ -316,7 +330,12 @@ def to_hf_config(config):
             {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"},
             DEEPSEEK_V2_TYPE,
         )
-        special = {"topk_method": "greedy", "norm_topk_prob": False, "n_group": 1, "topk_group": 1}
+        special = {
+            "topk_method": "greedy" if config["num_groups"] == 1 else "group_limited_greedy",
+            "norm_topk_prob": False,
+            "n_group": config["num_groups"],
+            "topk_group": config["num_active_groups"],
+        }
     else:
         kind, hf_type = (
             {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"},

@@ -111,8 +111,12 @@ def stored_quantization(fields, where):
 
 
 def published_quantization(hf_config):
-    """The same of Hugging Face's config.json: MXFP4, whose codes are kept; conversion has refused others."""
-    return Quantization("mxfp4", 32) if hf_config.get("quantization_config") else None
+    """The same of Hugging Face's config.json: MXFP4, whose codes are kept.
+
+    FP8 becomes bf16 (conversion/fp8.py), and others conversion has refused.
+    """
+    stored = hf_config.get("quantization_config") or {}
+    return Quantization("mxfp4", 32) if stored.get("quant_method") == "mxfp4" else None
 
 
 # The arithmetic ---------------------------------------------------------------------------------------------

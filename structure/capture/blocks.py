@@ -101,11 +101,14 @@ def prepared(box, depth=0):
     if any(edge.residual for edge in edges):  # what else a part of the model answers is its own affair
         edges = [edge for edge in edges if edge.residual or edge.target != "out"]
     children, edges = without_chains(children, edges)
-    mains = {edge.target for edge in edges if main(edge, names)}
+    streams = {child.id for child in children if is_stack(child)}
+    mains = {edge.target for edge in edges if main(edge, names, streams)}
     edges = [
         edge
         for edge in edges
-        if main(edge, names) or side_name(edge) in names.get(edge.target, ()) or edge.target not in mains
+        if edge.target not in mains
+        or main(edge, names, streams)
+        or side_name(edge) in names.get(edge.target, ())
     ]
     return replace(box, children=children, edges=edges)
 
@@ -132,18 +135,18 @@ def without_chains(children, edges):
     return children, edges
 
 
-def main(edge, names):
-    """Whether it brings a box what it works on."""
-    return (
-        edge.residual
-        or not names.get(edge.target)
-        or not (edge.source.startswith("in:") or side_name(edge) in names[edge.target])
-    )
+def main(edge, names, streams):
+    """Whether it brings a box what it works on: one with a residual stream inside, this alone."""
+    if edge.residual or edge.target in streams:
+        return edge.residual
+    sides = names.get(edge.target)
+    return not sides or not (edge.source.startswith("in:") or side_name(edge) in sides)
 
 
 def side_name(edge):
-    """What the box that reads it calls an input: "rope", of "in:rope" and of ":rope"."""
-    return edge.source.split(":")[-1].split("#")[0]
+    """What the box that reads it calls an input: "rope#2", of "in:rope#2" and of "model:rope#2"."""
+    name = edge.source.split(":")[-1]
+    return name if ":" in edge.source else name.split("#")[0]
 
 
 def side_key(edge):

@@ -193,13 +193,19 @@ class Boxes:
                 box.title = f"{title_of_module(module, role)}, not run here".removeprefix(", ")
                 box.members, box.doc = (path,), self.page.docstring(cls)
                 for name, parameter in parameters.items():
-                    self.own(box, f"{path}.{name}", parameter)
+                    self.own(box, f"{path}.{name}", parameter, self.times(f"{path}.{name}"))
+                # Where experts make a token's work a part of the model, what does not run is not in it.
+                box.used = 0 if self.num_active else box.used
                 root.children.append(box)
                 root.parameters += box.parameters
                 root.used += box.used
 
-    def own(self, box, name, parameter):
-        """A tensor counts in the first box that has it."""
+    def times(self, path):
+        """For how many a module stands, by itself and in what it lies in."""
+        return math.prod(run.repeat for kept, run in self.folds.runs.items() if path.startswith(f"{kept}."))
+
+    def own(self, box, name, parameter, times=1):
+        """A tensor counts in the first box that has it, there for `times` equal ones."""
         ours = self.renamed(name)
         theirs = (self.names[ours],) if ours in self.names else ()
         box.weights += ((ours, tuple(parameter.shape), theirs),)
@@ -207,9 +213,9 @@ class Boxes:
             box.tied_to = self.counted[id(parameter)]
         else:
             self.counted[id(parameter)] = box.id
-            box.parameters += parameter.numel()
-            box.used += self.used(parameter)
-            box.bytes = {dtype: box.bytes.get(dtype, 0) + self.bytes[name][dtype] for dtype in DTYPES}
+            box.parameters += times * parameter.numel()
+            box.used += times * self.used(parameter)
+            box.bytes = {dtype: box.bytes.get(dtype, 0) + times * self.bytes[name][dtype] for dtype in DTYPES}
 
     def used(self, parameter):
         """How many numbers of a tensor work for a token: of the experts' in one tensor, the active ones'."""

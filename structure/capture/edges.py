@@ -138,7 +138,8 @@ class Wiring:
         depth = next(n for n, key in enumerate(home) if keys[n : n + 1] != (key,))
         spot = self.places.spots[home[depth]]
         names = [part for part in spot.name.split(".") if not part.isdigit()]
-        return f"in:{names[-1] if spot.kind == 'module' else spot.label}"
+        number = re.search(r"(#\d+)?$", home[depth])[0]  # of the second rope, where a model has two
+        return f"in:{names[-1] if spot.kind == 'module' else spot.label + number}"
 
     # What the way asks of an end ----------------------------------------------------------------------------
 

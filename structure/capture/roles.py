@@ -37,6 +37,7 @@ ENDINGS = {  # of a module's name or class, the first that fits
     "moe": "feed_forward",
     "mixture": "feed_forward",
     "experts": "feed_forward",
+    "ahead": "group",  # a layer of its own kind, not a head
     "head": "head",
     "classifier": "head",
     "pooler": "head",

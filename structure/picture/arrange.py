@@ -243,6 +243,12 @@ class Stack:
     def of_kind(self, kind):
         return [branch for branch in self.branches if branch.kind == kind]
 
+    def senders(self):
+        """The boxes below a frame from which lines lead to the sides of frames."""
+        boxes = [box for branch in self.of_kind("port") for box in branch.boxes]
+        read = {edge.source for edge in self.box.edges if edge.target in self.place}
+        return [box for box in boxes if box.id in read]
+
     def branch_of(self, id):
         return next((branch for branch in self.branches if id in branch), None)
 
@@ -253,6 +259,23 @@ class Stack:
             e for e in self.box.edges if e.target in frames and side_name(e) in side_names(self.of[e.target])
         ]
         return list(dict.fromkeys(map(side_key, sides)))
+
+    def detours(self):
+        """What enters the sides of frames above the first one, (frame's id, side_key), from the bottom up.
+
+        It runs up beside all frames, so as not to run through those below its own.
+        """
+        frames = [id for id in self.spine if is_stack(self.of[id])][1:]
+        sides = [
+            e
+            for id in frames
+            for e in self.box.edges
+            if e.target == id and not e.residual and side_name(e) in side_names(self.of[id])
+        ]
+        return list(dict.fromkeys((edge.target, side_key(edge)) for edge in sides))
+
+    def detour_room(self):
+        return CARDS + RAIL * len(self.detours()) if self.detours() else 0.0
 
     def lane_width(self, lane):
         return max(max(branch.width() for branch in lane), self.label_width(lane))
@@ -272,7 +295,7 @@ class Stack:
         left = max([self.half] + [frame[0] for frame in frames])
         right = max([self.half + max(lanes + ports, idle)] + [frame[1] for frame in frames])
         wings = sum(CHANNEL + branch.width() for branch in self.of_kind("wing"))
-        return left, right + wings
+        return left, right + self.detour_room() + wings
 
 
 # ---------------------------------------------------------------------------- room

@@ -23,6 +23,7 @@ ROLES = {
     "activation": "activation",
     "cache": "cache",
     "mask": "mask",
+    "group": "not run here",
 }
 
 LETTERS = {
@@ -96,7 +97,7 @@ def shifted(drawing, dx, dy=0.0):
 
 def parameters_by_role(box, times=1):
     """How many of the parameters are in attention, in embeddings, ...; their sum is the model's."""
-    if box.role != "group":
+    if box.role != "group" or not box.children:
         return Counter({box.role: box.parameters * times}) if box.parameters else Counter()
     total = Counter()
     for child in box.children:
@@ -114,6 +115,7 @@ def roles_of(box):
 def draw_parameters(drawing, box, y):
     """A bar of shares, then a row for each colour."""
     by_role, total, x = parameters_by_role(box), box.parameters, 0.0
+    shown = roles_of(box) - {"group"} | set(by_role)
     heading(drawing, "Parameters", f"{total:,}", y)
     if box.used < total:
         y -= ROW + 2
@@ -127,7 +129,7 @@ def draw_parameters(drawing, box, y):
             x += width
     y -= 9
     for role in ROLES:
-        if role in roles_of(box):
+        if role in shown:
             y -= ROW
             drawing.tiles.append(swatch(role, 0, y - 4.5, 15, 11))
             row(drawing, 24, ROLES[role], y)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from structure.capture.blocks import side_key, side_name, side_names
+from structure.capture.blocks import is_stack, side_key, side_name, side_names
 from structure.picture.arrange import CARDS, GAP, RAIL, TURN
 from structure.picture.sheet import LABEL, Line, Mouth, labelled, shape_words, straight
 
@@ -19,6 +19,12 @@ class StackLines:
         self.placed, self.drawing = placed, placed.drawing
         self.box, self.edges, self.stack = placed.box, placed.edges, placed.stack
         self.region, self.depth = placed.region, placed.depth
+        self.detours = sorted(self.stack.detours(), key=self.port_of)
+
+    def port_of(self, detour):
+        """(place of the frame, x where the line enters it)"""
+        xs = [port.x for port in self.placed.ports if (port.frame, port.key) == detour]
+        return self.stack.place[detour[0]], max(xs, default=0.0)
 
     def draw_edge(self, edge):
         stack, source, target = self.stack, edge.source, edge.target
@@ -102,7 +108,7 @@ class StackLines:
         if edge.source.startswith("in:") and self.drawing.tile(edge.target).kind == "region":
             self.enter(edge, self.drawing.tile(edge.target))
         for port in self.ports_of(edge):
-            port = self.on_rail(port, edge)
+            port = self.around(self.on_rail(port, edge), (edge.target, side_key(edge)))
             if edge.source.startswith("in:") and self.region and not self.depth:
                 self.draw_from_outside(edge, port)
             elif edge.source.startswith("in:"):
@@ -130,16 +136,31 @@ class StackLines:
                 return replace(port, x=x, path=[(x, port.path[0][1]), *port.path])
         return port
 
+    def around(self, port, detour):
+        """The line to a frame above the first one runs up beside all of them, and turns in below its own."""
+        if detour not in self.detours:
+            return port
+        number = self.detours.index(detour)
+        above = sum(frame == detour[0] for frame, _ in self.detours[number + 1 :])
+        x = self.placed.right + CARDS + RAIL * (number + 0.8)
+        y = self.drawing.tile(detour[0]).y - 9 - TURN * above
+        return replace(port, x=x, path=[(x, y), (port.x, y), *port.path])
+
     def draw_from_below(self, edge, port):
-        tile, frame = self.drawing.tile(edge.source), self.drawing.tile(edge.target)
+        tile, detour = self.drawing.tile(edge.source), (edge.target, side_key(edge)) in self.detours
+        frame = min((self.drawing.tile(id) for id in self.frames()), key=lambda frame: frame.y)
         x = min(max(port.x, tile.x + 10), tile.right - 10)
-        turn = frame.y - 9 - TURN * self.level(tile, port.x < x)
+        level = self.level(tile, port.x < x) + detour * len(self.stack.senders())
+        turn = frame.y - 9 - TURN * level
         points = [(x, tile.top), (x, turn), (port.x, turn), *port.path]
         self.drawing.lines.append(Line("side", edge.source, port.tile, straight(points), True, tile.box.role))
 
+    def frames(self):
+        return [id for id in self.stack.spine if is_stack(self.stack.of[id])]
+
     def level(self, tile, to_the_left):
         """How many lines turn above this one: of those that go left, the last turns highest."""
-        beside = [self.drawing.tile(box.id) for branch in self.stack.of_kind("port") for box in branch.boxes]
+        beside = [self.drawing.tile(box.id) for box in self.stack.senders()]
         return sum(
             other.x > tile.x if to_the_left else other.x < tile.x for other in beside if other.y == tile.y
         )

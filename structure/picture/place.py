@@ -33,6 +33,7 @@ from structure.picture.arrange import (
     extent,
 )
 from structure.picture.lines import draw_stack_lines
+from structure.picture.routes import Routes
 from structure.picture.sheet import (
     DETAIL,
     LABEL,
@@ -51,7 +52,6 @@ from structure.picture.sheet import (
     one_line,
     row_of_words,
     shape_lines,
-    shape_words,
     stacked,
     straight,
     tile_height,
@@ -88,21 +88,22 @@ def lay_out(box, width=0.0):
 
 
 def shared(sheet, mouths):
-    """Two neighbours of one name become one, whose line forks; two of other names move apart."""
-    found = []
+    """Neighbours of one name become one, whose line forks; two of other names move apart."""
+    groups = []
     for mouth in sorted(mouths, key=lambda mouth: mouth.x):
-        near = found[-1] if found and "out" not in (mouth.name, found[-1].name) else None
-        if near and near.name == mouth.name and mouth.x - near.x < width_of(mouth.name, NAME, True) + 24:
-            x = (near.x + mouth.x) / 2
-            for end in (near.x, mouth.x):
-                sheet.lines.append(to_mouth(x, end))
-            found[-1] = replace(near, x=x)
-            continue
-        room = 12 + (mouth_width(near) + mouth_width(mouth)) / 2 if near else 0.0
-        if near and near.name != mouth.name and mouth.x - near.x < room:
-            sheet.lines.append(to_mouth(near.x + room, mouth.x))
-            mouth = replace(mouth, x=near.x + room)
-        found.append(mouth)
+        near = groups[-1][-1] if groups else None
+        close = near and mouth.x - near.x < width_of(mouth.name, NAME, True) + 24
+        if close and near.name == mouth.name != "out":
+            groups[-1].append(mouth)
+        else:
+            groups.append([mouth])
+    found = []
+    for group in groups:
+        x, near = (group[0].x + group[-1].x) / 2, found[-1] if found else None
+        if near and "out" not in (near.name, group[0].name):
+            x = max(x, near.x + 12 + (mouth_width(near) + mouth_width(group[0])) / 2)
+        sheet.lines += [to_mouth(x, mouth.x) for mouth in group if abs(mouth.x - x) > 0.01]
+        found.append(replace(group[0], x=x))
     return found
 
 
@@ -151,14 +152,15 @@ def build_frame(box, width, depth):
     def build_child(child, wide, flat):
         return build(child, wide / 2, wide / 2, depth + 1, flat)
 
-    inner, grid = build_grid(box.children, box.edges, width - 2 * PADDING, build_child)
+    inner, routes = build_grid(box.children, box.edges, width - 2 * PADDING, build_child)
+    grid = routes.grid
     firsts = [edge for edge in box.edges if edge.source == "in" and edge.target in grid.row]
     from_below = [e for e in box.edges if e.source.startswith("in:") and grid.row.get(e.target) == 0]
     bottom = PADDING + 9 * (len(firsts) > 1) + 9 * bool(from_below)
     drawing = Drawing(width / 2, width / 2, bottom + inner.top + 9 + HEADER)
     drawing.add(inner, 0.0, bottom)
     frame = Tile(box, "frame", -width / 2, 0.0, width, drawing.top, depth)
-    draw_inputs(drawing, frame, [drawing.tile(edge.target) for edge in firsts])
+    draw_inputs(drawing, frame, routes.inputs(inner), bottom)
     for edge in box.edges:
         if edge.target == "out" and edge.source in grid.row:
             tile = drawing.tile(edge.source)
@@ -171,13 +173,14 @@ def build_frame(box, width, depth):
     return drawing
 
 
-def draw_inputs(drawing, frame, tiles):
+def draw_inputs(drawing, frame, paths, bottom):
     """From the middle of the frame's bottom, or from below the one box that reads it."""
-    xs = sorted(tile.way_in for tile in tiles)
+    xs = sorted(points[0][0] for points in paths.values())
     frame.entry = xs[len(xs) // 2] if len(xs) % 2 else sum(xs) / max(1, len(xs))
-    for tile in tiles:
-        points = [(frame.entry, 0), (frame.entry, 10), (tile.way_in, 10), (tile.way_in, tile.y)]
-        drawing.lines.append(Line("flow", frame.box.id, tile.box.id, straight(points)))
+    for id, points in paths.items():
+        points = [(x, y + bottom) for x, y in points]
+        points = [(frame.entry, 0), (frame.entry, 10), (points[0][0], 10), *points]
+        drawing.lines.append(Line("flow", frame.box.id, id, straight(points)))
 
 
 def port_of(box, drawing, grid, edge, right):
@@ -216,7 +219,7 @@ def repeat_words(box, x, y, anchor):
 
 
 def build_grid(boxes, edges, width, build, context=None):
-    """The boxes and the lines between them, from -width / 2 to width / 2, and the Grid.
+    """The boxes and the lines between them, from -width / 2 to width / 2, and their Routes.
 
     build: makes the Drawing of a box of a given width; `flat`, if its words may stand in one line.
     """
@@ -226,47 +229,27 @@ def build_grid(boxes, edges, width, build, context=None):
         key: (first * column - width / 2, (last + 1) * column - COLUMN_GAP - width / 2)
         for key, (first, last) in grid.spans.items()
     }
-    y = 0.0
+    rows, tiles = [], {}
     for row in range(grid.num_rows):
         here = [box for box in grid.boxes if grid.row[box.id] == row]
         wide = {box.id: at[box.id][1] - at[box.id][0] for box in here}
         flat = all(one_line(box) <= wide[box.id] for box in here if box.parameters and not box.children)
-        parts = [(build(box, wide[box.id], flat), sum(at[box.id]) / 2) for box in here]
+        rows.append([(build(box, wide[box.id], flat), sum(at[box.id]) / 2) for box in here])
+        for part, x in rows[-1]:
+            moved = Drawing()
+            moved.add(part, x)
+            tiles |= {tile.box.id: tile for tile in moved.tiles}
+    routes, y = Routes(grid, at, tiles), 0.0
+    for row, parts in enumerate(rows):
         height = max(part.top for part, _ in parts)
         for part, x in parts:
             drawing.ports += drawing.add(part, x, y + (height - part.top) / 2)[0]
         drawing.top = y + height
+        routes.floors.append(y)
         leaving = [edge for edge in grid.edges if grid.row.get(edge.source, -1) == row]
-        y += height + GAP + LABEL * any(labelled(edge, grid.context) for edge in leaving)
-    for edge in grid.edges:
-        if edge.source != "in":
-            route(drawing, grid, edge, *line_ends(grid, edge, at))
-    return drawing, grid
-
-
-def line_ends(grid, edge, at):
-    """x of its lower and of its upper end: the middle of what the two boxes that it joins have in common."""
-    low, high = at[grid.below(edge, grid.row[edge.target])], at[edge.target]
-    if low[0] < high[1] and high[0] < low[1]:
-        x = (max(low[0], high[0]) + min(low[1], high[1])) / 2
-        return x, x
-    return sum(low) / 2, sum(high) / 2
-
-
-def route(drawing, grid, edge, x, entry):
-    source, target = drawing.tile(edge.source), drawing.tile(edge.target)
-    x = source.middle if source.kind == "junction" else x
-    entry = entry if target.entry is None else target.entry
-    turn = target.y - GAP / 2
-    points = straight([(x, source.top), (x, turn), (entry, turn), (entry, target.y)])
-    if target.kind == "junction":
-        y, side = target.y + target.h / 2, target.x if x < target.x else target.right
-        aside = [(x, source.top), (x, y), (side, y)]
-        points = aside if abs(x - target.middle) > RADIUS else [(x, source.top), (x, target.y)]
-    drawing.lines.append(Line("flow", edge.source, edge.target, points, target.kind != "frame"))
-    twins = [each for each in grid.edges if each.source == edge.source and each.shape == edge.shape]
-    if labelled(edge, grid.context) and twins[0] is edge:
-        drawing.words += shape_words(edge.shape, x, source.top + LABEL / 2 + 4)
+        y += height + GAP + LABEL * any(labelled(edge, grid.context) for edge in leaving) + routes.room(row)
+    routes.draw(drawing)
+    return drawing, routes
 
 
 # ---------------------------------------------------------------------------- the stack
@@ -292,7 +275,8 @@ class PlacedStack:
         self.region, self.depth = is_region(box), depth
         self.padding = 0.0 if self.region else PADDING
         self.left = left - self.padding
-        self.right = right - self.padding - sum(CHANNEL + b.width() for b in self.stack.of_kind("wing"))
+        wings = sum(CHANNEL + branch.width() for branch in self.stack.of_kind("wing"))
+        self.right = right - self.padding - wings - self.stack.detour_room()
         self.bottom = 0.0 if self.region else PADDING + 2
         self.drawing = Drawing(left, right)
         self.ports = []  # of the frames in it
@@ -302,11 +286,11 @@ class PlacedStack:
     @property
     def channel(self):
         """x of the line that comes from a model beside this one."""
-        return self.right + CHANNEL / 2
+        return self.right + self.stack.detour_room() + CHANNEL / 2
 
     def add_frame(self):
         kind = "region" if self.region else "frame"
-        width = self.left + self.right + 2 * self.padding
+        width = self.left + self.right + self.stack.detour_room() + 2 * self.padding
         self.drawing.tiles.append(
             Tile(self.box, kind, -self.left - self.padding, 0.0, width, self.drawing.top, self.depth, 0.0)
         )
@@ -339,7 +323,8 @@ class PlacedStack:
         for n, id in enumerate(stack.spine):
             box = stack.of[id]
             half = self.left if wide and not is_junction(box) else RADIUS if is_junction(box) else stack.half
-            y = max(y, self.place_branches(n, is_junction(box)))
+            turns = sum(frame == id for frame, _ in stack.detours())
+            y = max(y + TURN * turns, self.place_branches(n, is_junction(box)))
             part = self.build(box, half, self.right if is_stack(box) else half)
             self.put(part, 0.0, y)
             self.tops[n] = y + part.top
@@ -351,16 +336,27 @@ class PlacedStack:
 
     def place_branches(self, n, junction):
         """Draws what the spine's n-th box reads from beside it; returns where this box may begin."""
-        floor, x = 0.0, self.right
+        floor, x = 0.0, self.left_of_inputs(n)
+        turns = len(self.stack.senders()) + len(self.stack.detours())
         for branch in reversed(self.in_order_of_rails(n)):
             x, top = self.place_port(branch, x)
-            floor = max(floor, top + FORK + TURN * len(self.stack.of_kind("port")))
+            floor = max(floor, top + FORK + TURN * turns)
         for number, lane in enumerate(self.stack.lanes):
             for branch in lane:
                 if branch.end == n:
                     top = self.place_branch(branch, number)
                     floor = max(floor, top + (14 - RADIUS if junction else FORK))
         return floor
+
+    def left_of_inputs(self, n):
+        """x where the boxes below the n-th one end; what frames read from outside passes beside them."""
+        frame = self.stack.of[self.stack.spine[n]]
+        sides = [e for e in self.edges if e.source.startswith("in:") and not e.residual]
+        keys = {side_key(edge) for edge in sides if edge.target == frame.id}
+        ports = self.build(frame, self.left, self.right).ports if keys else []
+        xs = [port.x - COLUMN_GAP for port in ports if port.key in keys]
+        above = any((edge.target, side_key(edge)) in self.stack.detours() for edge in sides)
+        return min([self.right if above else self.right + self.stack.detour_room(), *xs])
 
     def in_order_of_rails(self, n):
         """The branches that enter the side of the n-th box, from left to right as their lines will stand."""
@@ -399,7 +395,7 @@ class PlacedStack:
         return build(box, width / 2, width / 2, self.depth + 1, flat)
 
     def place_wings(self):
-        x = self.right
+        x = self.right + self.stack.detour_room()
         for branch in self.stack.of_kind("wing"):
             left, right = extent(branch.boxes[0])
             x += CHANNEL + right

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -231,10 +230,10 @@ std::vector<Run> sort_by_expert(const at::Tensor& experts, std::vector<int64_t>&
   return runs;
 }
 
-// x (M, K) in the order of the runs, of which row n is row order[n] of out; tiles (E, N / 32, K / g, bytes)
+// Row n of the runs is row order[n] of out, each row of x makes `each` of them; tiles (E, N / 32, K / g, bytes)
 template <int BITS, bool FLOATS, typename T>
 void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, const std::vector<Run>& runs,
-              const std::vector<int64_t>& order, bool plain) {
+              const std::vector<int64_t>& order, int64_t each, bool plain) {
   const int64_t num_rows = x.size(0), num_blocks = x.size(1) / INPUTS, num_outputs = out.size(1);
   const int64_t num_tiles = tiles.size(1), num_groups = tiles.size(2), per_group = num_blocks / num_groups;
   const T* inputs = x.const_data_ptr<T>();
@@ -246,11 +245,20 @@ void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, con
   at::parallel_for(0, num_rows, MAX_ROWS, [&](int64_t begin, int64_t end) {
     quantize<BITS>(inputs + begin * x.size(1), &blocks[begin * num_blocks], (end - begin) * num_blocks);
   });
+  if (each > 1 || runs.size() > 1) {
+    std::vector<Block> sorted;
+    sorted.reserve(order.size() * num_blocks);
+    for (const int64_t row : order) {
+      const auto from = blocks.begin() + row / each * num_blocks;
+      sorted.insert(sorted.end(), from, from + num_blocks);
+    }
+    blocks = std::move(sorted);
+  }
   at::parallel_for(0, runs.size() * num_tiles, 4, [&](int64_t begin, int64_t end) {
     float lanes[MAX_ROWS * LANES];
-    for (int64_t each = begin; each < end; each++) {
-      const auto [matrix, first, in_run] = runs[each / num_tiles];
-      const int64_t n = each % num_tiles, width = std::min<int64_t>(LANES, num_outputs - n * LANES);
+    for (int64_t job = begin; job < end; job++) {
+      const auto [matrix, first, in_run] = runs[job / num_tiles];
+      const int64_t n = job % num_tiles, width = std::min<int64_t>(LANES, num_outputs - n * LANES);
       const uint8_t* tile = weights + matrix * tiles.stride(0) + n * tiles.stride(1);
       // Tiles come from memory for the first rows of x; for all others they are in the core's own cache.
       for (int64_t row = first; row < first + in_run; row += MAX_ROWS) {
@@ -264,30 +272,32 @@ void multiply(const at::Tensor& x, const at::Tensor& tiles, at::Tensor& out, con
 }
 
 // x (..., K), tiles (N / 32, K / g, HEADER + 32 g bits / 8) -> (..., num_outputs), in the dtype of x.
-// floats: 4-bit codes stand for LEVELS. With experts (M): row m of x (M, K) goes through matrix experts[m] of tiles (E, N / 32, ...).
+// floats: 4-bit codes stand for LEVELS. With experts (M A): row m of x (M, K) goes through the matrices experts[m A]
+// to experts[m A + A - 1] of tiles (E, N / 32, ...), which gives (M A, num_outputs).
 at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t num_outputs, int64_t bits,
                         bool plain, const std::optional<at::Tensor>& experts, bool floats) {
   const int64_t K = x.size(-1), width = tiles.size(-2) * ((tiles.size(-1) - HEADER) * 8 / (LANES * bits));
   TORCH_CHECK(K == width, "x has ", K, " inputs, not ", width);
   TORCH_CHECK(tiles.dim() == (experts ? 4 : 3), "experts go with several matrices");
   at::Tensor rows = x.reshape({-1, K}).contiguous();
+  const int64_t each = experts ? experts->numel() / std::max<int64_t>(1, rows.size(0)) : 1;
   std::vector<int64_t> order(rows.size(0));
   std::vector<Run> runs = {{0, 0, rows.size(0)}};
   std::iota(order.begin(), order.end(), 0);
   if (experts) {
-    TORCH_CHECK(experts->numel() == rows.size(0), "each row of x needs an expert");
+    TORCH_CHECK(each > 0 && experts->numel() == each * rows.size(0), "each row of x needs as many experts");
     runs = sort_by_expert(experts->contiguous(), order);
     TORCH_CHECK(runs.front().matrix >= 0 && runs.back().matrix < tiles.size(0), "no such expert");
-    rows = rows.index_select(0, at::tensor(order));
   }
   const at::Tensor matrices = experts ? tiles : tiles.unsqueeze(0);
-  at::Tensor out = at::empty({rows.size(0), num_outputs}, x.options());
+  at::Tensor out = at::empty({each * rows.size(0), num_outputs}, x.options());
   const bool in_fp32 = x.scalar_type() == at::kFloat;
   auto* const in_8_bits = in_fp32 ? multiply<8, false, float> : multiply<8, false, at::BFloat16>;
   auto* const in_4_bits = in_fp32 ? multiply<4, false, float> : multiply<4, false, at::BFloat16>;
   auto* const in_floats = in_fp32 ? multiply<4, true, float> : multiply<4, true, at::BFloat16>;
-  (floats ? in_floats : bits == 8 ? in_8_bits : in_4_bits)(rows, matrices, out, runs, order, plain);
+  (floats ? in_floats : bits == 8 ? in_8_bits : in_4_bits)(rows, matrices, out, runs, order, each, plain);
   std::vector<int64_t> shape = x.sizes().vec();
+  if (each > 1) shape = {each * rows.size(0), num_outputs};
   shape.back() = num_outputs;
   return out.view(shape);
 }

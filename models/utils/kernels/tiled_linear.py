@@ -99,7 +99,7 @@ class TiledLinear(nn.Module):
         return add_bias(self.multiply(x, self.weight), self.bias)
 
     def multiply(self, x, tiles, experts=None):
-        """x times the layer's own tiles, or each row times those of its expert."""
+        """x times the layer's own tiles, or times those of experts: (r,), as many of them for each row."""
         return torch.ops.zoo.tiled_linear(x, tiles, self.num_outputs, self.bits, False, experts, self.floats)
 
 
@@ -232,4 +232,5 @@ def load_kernel():
 
 
 def shape_of(x, tiles, num_outputs, bits, plain=False, experts=None, floats=False):
-    return x.new_empty(*x.shape[:-1], num_outputs)
+    rows = x.shape[:-1] if experts is None else experts.shape
+    return x.new_empty(*rows, num_outputs)
