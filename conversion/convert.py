@@ -116,7 +116,10 @@ def convert(
             for place in dict.fromkeys((Path(folder), source.folder)):
                 copy_companions(place, new)
         for name, content in (source.files or {}).items():
+            (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(content)
+        if source.files is not None:
+            (new / FROM).write_text(identity(source.where), encoding="utf-8")
     return Path(out or usual)
 
 
@@ -124,6 +127,21 @@ def usual_place(folder):
     """Where a checkpoint's converted form stands: beside it, or for a GGUF file under its name."""
     is_file = Path(folder).suffix == ".gguf"
     return (CHECKPOINTS / Path(folder).stem if is_file else Path(folder)) / "converted"
+
+
+FROM = "converted_from.txt"  # in what was made of a GGUF file, whose name another file may have too
+
+
+def identity(path):
+    """What tells a file from others of its name, and from itself before it was fetched anew."""
+    about = path.stat()
+    return f"{path.resolve()}\n{about.st_size} bytes, of {about.st_mtime_ns}\n"
+
+
+def converted_from(path):
+    """Whether what stands at the usual place was made of this GGUF file, as it is now."""
+    note = usual_place(path) / FROM
+    return note.is_file() and note.read_text(encoding="utf-8") == identity(path)
 
 
 def whole_model(source, moves):

@@ -27,12 +27,14 @@ PUBLISHED = {
 
 
 def find_folder(name):
-    """The folder of a checkpoint: a path, or the name of one under checkpoints/."""
+    """The folder of a checkpoint: a path, or the name of one under checkpoints/; or a GGUF file."""
     for folder in (Path(name), CHECKPOINTS / name):
         if folder.is_dir():
             return folder
     if str(name).endswith(".gguf"):
-        raise UserError(f"{name}: convert it first: python convert_hf_checkpoint.py {name}")
+        if Path(name).is_file():
+            return Path(name)
+        raise UserError(f"{name}: no such file; one of the hub is fetched by convert_hf_checkpoint.py")
     raise UserError(f"{name}: no such checkpoint; {what_was_meant(str(name))}")
 
 

@@ -24,12 +24,15 @@ from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError
 from models.utils.quantize import Quantization, dequantize_int4, unpack
 from models.utils.tokenizer import load_tokenizer
-from tests.test_gguf_file import CONFIGS, SMALL
+from tests.test_gguf_write import CONFIGS, SMALL
 
 TEXTS = [
     "def f(x):\n    return 12345 + x  # 99 %\n", "", " ", "  two  spaces ", "it's 'quoted', they'LL see",
     "Ünïcödé 漢字 \t tab\r\n\r\n end", "a" * 50, "3.14159e-10", "<s> </s> <|im_start|>", "🙂🙃 x",
 ]  # fmt: skip
+
+
+PRES = ("llama-bpe", "qwen2", "gpt-2", "smollm", "gpt-4o", "deepseek-v3")
 
 
 def tensors_of(path):

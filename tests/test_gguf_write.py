@@ -1,13 +1,16 @@
-"""The proof of benchmarks/gguf_file.py: the gguf package reads it, and llama.cpp says what the model says."""
+"""The proof of conversion/gguf_write.py: the gguf package reads it, llama.cpp says what the model says."""
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from benchmarks.weights import redrawn
 from benchmarks.zoo import bytes_read_per_token
-from models import create_model, load_config
+from conversion.convert import convert
+from conversion.tensor_table import TRANSFORMS
+from models import create_model, load_config, load_model
 from models.utils.errors import UserError
 from runs_ar.generate import generate
 
@@ -17,19 +20,73 @@ from benchmarks import gguf_file  # noqa: E402 (needs the package)
 SIZES = {"vocab_size": 96, "max_seq_len": 64, "d_model": 64, "num_layers": 2, "d_ff": 96}
 LLAMA = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "rope_base": 500.0, "tied_head": False}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 32}
+MOE = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "d_expert": 32, "num_experts": 5}
+MOE |= {"num_active_experts": 2, "rope_base": 500.0}
 NEOX = {**SIZES, "num_heads": 2, "rotary_dim": 8}
 SMALL = {
     "llama": ("llama", LLAMA),
-    "llama, biases, tied": ("llama", {**LLAMA, "qkv_bias": True, "tied_head": True}),
+    "llama, biases, tied": ("llama", {**LLAMA, "head_dim": 16, "qkv_bias": True, "tied_head": True}),
     "llama, scaled rope": ("llama", {**LLAMA, "rope_scaling": SCALING}),
     "transformer_lm": ("transformer_lm", {**SIZES, "num_heads": 4, "head_dim": 32}),
     "gpt2": ("gpt2", {**SIZES, "num_heads": 4}),
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt_neox, in series": ("gpt_neox", {**NEOX, "rotary_dim": 32, "parallel_residual": False}),
 }
+# YaRN whose line begins and ends at whole pairs, 2 and 5 of 16, where llama.cpp rounds and gpt-oss does not.
+TURNS = {
+    "fast_turns": 64 / math.tau / 500 ** (2.0001 / 16),
+    "slow_turns": 64 / math.tau / 500 ** (4.9999 / 16),
+}
+YARN = {"factor": 4.0, "original_max_seq_len": 64, **TURNS, "rotation_scale": 0.1 * math.log(4) + 1}
+WITH_YARN = {"rope_base": 500.0, "rope_scaling": YARN}
+QWEN3 = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+GEMMA = {**QWEN3, "num_layers": 3, "window": 16, "full_every": 2, "rope_base": 500.0, "rope_factor": 4.0}
+GEMMA |= {"local_rope_base": 100.0, "score_scale": 32}
+OSS = {name: size for name, size in QWEN3.items() if name != "d_ff"} | {
+    "window": 8,
+    "d_expert": 64,
+    **WITH_YARN,
+}
+OSS |= {"num_experts": 4, "num_active_experts": 2}
+LATENT = {**SIZES, "num_layers": 3, "num_heads": 4, "d_query": 24, "d_latent": 32, "head_dim": 16}
+LATENT |= {"rotary_dim": 16, "value_dim": 24, "d_expert": 32, "num_experts": 8, "num_active_experts": 3}
+LATENT |= {"num_shared_experts": 2, "num_groups": 4, "num_active_groups": 2, "dense_layers": [0]}
+LATENT |= {"multi_token": False, "rope_base": 100.0}
+MLA_YARN = {**YARN, "fast_turns": 4.0, "slow_turns": 1.0, "rotation_scale": 1.0}
+NEWER = {
+    "qwen3": ("qwen3-0.6b", {**QWEN3, "rope_scaling": None}),
+    "qwen3, yarn": ("qwen3-0.6b", {**QWEN3, **WITH_YARN}),
+    "qwen3, yarn of another scale": (
+        "qwen3-0.6b",
+        {**QWEN3, "rope_base": 500.0, "rope_scaling": {**YARN, "rotation_scale": 1.3}},
+    ),
+    "qwen3_moe": ("tiny-moe-python", MOE),
+    "gemma3": ("gemma-3-1b", GEMMA),
+    "gpt_oss": ("gpt-oss-20b", OSS),
+    "deepseek_v3": ("deepseek-v3", {**LATENT, "rope_scaling": {**MLA_YARN, "score_mscale": 1.0}}),
+    "deepseek_v2": (
+        "deepseek-v2-lite",
+        {**LATENT, "d_query": None, "num_groups": 1, "num_active_groups": 1}
+        | {"rope_scaling": {**MLA_YARN, "score_mscale": 0.707}},
+    ),
+    "youtu": (
+        "youtu-llm-2b",
+        {
+            n: LATENT[n]
+            for n in (*SIZES, "num_heads", "d_query", "d_latent", "head_dim", "rotary_dim", "value_dim")
+        }
+        | {"dense_layers": [0, 1, 2], "rope_base": 100.0},
+    ),
+}
 CONFIGS = {"llama": "tiny-llama-python", "gpt2": "tiny-gpt2-python", "gpt_neox": "tiny-neox-python"}
 CONFIGS["transformer_lm"] = "transformer-lm-15m"
 PROMPT = [5, 17, 60, 2, 33, 91, 8, 41]
+
+
+def newer(name):
+    """(name of its file, model) of one of NEWER, every parameter redrawn."""
+    config, fields = NEWER[name]
+    return load_config(config)[0], redrawn(create_model(config, **fields))
 
 
 @pytest.fixture(params=SMALL)
@@ -119,16 +176,35 @@ def test_llama_cpp_says_the_same(small, tmp_path):
     assert tokens == [token for (token,) in generate(model, [PROMPT], 12)]
 
 
+@pytest.mark.parametrize("name", NEWER)
+def test_llama_cpp_runs_the_newer_models(name, tmp_path):
+    model_name, model = newer(name)
+    gguf_file.write_gguf(tmp_path / "F32.gguf", model_name, model, "F32")
+    logits, tokens = llama_cpp_says(str(tmp_path / "F32.gguf"))
+    assert difference(logits, model) < 5e-3
+    assert tokens == [token for (token,) in generate(model, [PROMPT], 12)]
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_ours_reads_back_what_was_written(name, tmp_path):
+    model_name, model = newer(name)
+    gguf_file.write_gguf(tmp_path / "F32.gguf", model_name, model, "F32")
+    convert(tmp_path / "F32.gguf", out=tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert (
+        asdict(again.config) == pytest.approx(asdict(model.config), rel=1e-6) or model.config == again.config
+    )
+    state = again.state_dict()
+    for tensor_name, tensor in model.state_dict().items():
+        assert torch.equal(state[tensor_name], tensor), tensor_name
+
+
 @pytest.mark.parametrize("kind, limit", [("F16", 0.01), ("Q8_0", 0.05), ("Q4_0", 0.6)])
 def test_llama_cpp_reads_the_other_kinds(small, tmp_path, kind, limit):
     model_name, model = small
     gguf_file.write_gguf(tmp_path / f"{kind}.gguf", model_name, model, kind)
     logits, _ = llama_cpp_says(str(tmp_path / f"{kind}.gguf"))
     assert 1e-5 < difference(logits, model) < limit
-
-
-MOE = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "d_expert": 32, "num_experts": 5}
-MOE |= {"num_active_experts": 2, "rope_base": 500.0}
 
 
 def test_experts_are_one_tensor(tmp_path):
@@ -146,26 +222,50 @@ def test_experts_are_one_tensor(tmp_path):
     assert bytes_read_per_token(model) == 4 * (everything - 2 * 3 * expert), "the head is the embedding"
 
 
-def test_llama_cpp_runs_the_same_experts(tmp_path):
-    model = redrawn(create_model("tiny-moe-python", **MOE))
-    gguf_file.write_gguf(tmp_path / "F32.gguf", "qwen3_moe", model, "F32")
-    logits, tokens = llama_cpp_says(str(tmp_path / "F32.gguf"))
-    assert difference(logits, model) < 5e-3
-    assert tokens == [token for (token,) in generate(model, [PROMPT], 12)]
+def test_what_is_always_f32(tmp_path):
+    """Norms, biases, and what chooses experts, is 1 of them wrong and another answers."""
+    model = redrawn(create_model("gpt-oss-20b", **OSS))
+    gguf_file.write_gguf(tmp_path / "Q4_0.gguf", "gpt_oss", model, "Q4_0")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "Q4_0.gguf").tensors}
+    full = {name for name, kind in kinds.items() if kind == "F32"}
+    assert full == {
+        name for name in kinds if "norm" in name or "bias" in name or "inp" in name or "sinks" in name
+    }
+    assert kinds["blk.1.ffn_up_exps.weight"] == kinds["blk.0.attn_q.weight"] == "Q4_0"
 
 
-def test_experts_that_llama_cpp_does_not_have():
-    model_name, config = load_config("qwen3-30b-a3b")
-    assert gguf_file.architecture(model_name, config) == "qwen3moe"
-    for change in {"dense_layers": (1,)}, {"normalize_weights": False}:
-        with pytest.raises(UserError, match="llama.cpp has experts in every layer"):
-            gguf_file.architecture(model_name, replace(config, **change))
+def test_what_llama_cpp_does_not_have():
+    """One line for each, before anything is written."""
+    kinds = {
+        "qwen3-30b-a3b": [
+            ({"dense_layers": (1,)}, "experts in every"),
+            ({"normalize_weights": False}, "add up"),
+        ],
+        "gemma-3-1b": [({"score_scale": 100}, "score_scale is 100, where llama.cpp takes 256")],
+        "gpt-oss-20b": [({"swiglu_limit": 5.0}, "swiglu_limit is 5.0, where llama.cpp has 7.0")],
+        "deepseek-v3": [({"dense_layers": (0, 2)}, "the first ones in llama.cpp")],
+        "bert-base-uncased": [({}, "no BERT with the head")],
+        "opus-mt": [({}, "no model like transformer")],
+        "transformer-lm-15m": [({"rope_base": None}, "no model like transformer_lm .smollm3.")],
+    }
+    for name, changes in kinds.items():
+        model_name, config = load_config(name)
+        for change, message in changes:
+            with pytest.raises(UserError, match=message) as error:
+                gguf_file.architecture(model_name, replace(config, **change))
+            assert "\n" not in str(error.value)
+    for name, arch in [
+        ("qwen3-30b-a3b", "qwen3moe"),
+        ("deepseek-v3", "deepseek2"),
+        ("youtu-llm-2b", "deepseek2"),
+    ]:
+        assert gguf_file.architecture(*load_config(name)) == arch
 
 
 def test_rows_in_the_wrong_order_are_noticed(tmp_path, monkeypatch):
     """What a forgotten permutation does to the logits is far beyond the limit of the tests above."""
     model = redrawn(create_model("tiny-llama-python", **LLAMA))
-    monkeypatch.setattr(gguf_file, "halves_to_pairs", lambda tensor, config: tensor)
+    monkeypatch.setitem(TRANSFORMS, "pairs_to_halves", TRANSFORMS["copy"])
     gguf_file.write_gguf(tmp_path / "F32.gguf", "llama", model, "F32")
     logits, _ = llama_cpp_says(str(tmp_path / "F32.gguf"))
     assert difference(logits, model) > 0.1
@@ -184,12 +284,3 @@ def test_bytes_that_a_token_reads(small, tmp_path):
 )
 def test_what_llama_cpp_calls_a_model(config, arch):
     assert gguf_file.architecture(*load_config(config)) == arch
-
-
-def test_a_model_that_llama_cpp_does_not_have():
-    with pytest.raises(UserError, match="no model like transformer"):
-        gguf_file.architecture(*load_config("opus-mt"))
-    model_name, config = load_config("transformer-lm-15m")
-    assert gguf_file.architecture(model_name, config) == "llama"
-    with pytest.raises(UserError, match="this one has no RoPE"):
-        gguf_file.architecture(model_name, replace(config, rope_base=None))
