@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from conversion.adapter import CONFIG, Adapter, read_adapter
-from conversion.convert import calibration_windows, convert, converted_from, usual_place
-from conversion.find import find_folder
+from conversion.convert import calibration_windows, convert
+from conversion.find import converted_from, find_folder, usual_place
 from conversion.weight_files import open_weights
 from models import build_model, config_from_dict, inputs_of, kind_of
 from models.utils.errors import UserError, report

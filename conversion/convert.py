@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from conversion.config_fields import label_fields, stored_labels
+from conversion.find import FROM, identity, usual_place
 from conversion.hub import COMPANIONS
 from conversion.match import (
     Move,
@@ -37,7 +38,6 @@ from conversion.tables import LAYOUTS, hf_type_of, to_hf_config
 from conversion.tensor_table import plan
 from conversion.weight_files import Spec, open_weights, write_weights
 from models import build_model, config_from_dict, config_to_dict
-from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError, one_line, printable
 from models.utils.files import (
     MAX_BYTES,
@@ -121,27 +121,6 @@ def convert(
         if source.files is not None:
             (new / FROM).write_text(identity(source.where), encoding="utf-8")
     return Path(out or usual)
-
-
-def usual_place(folder):
-    """Where a checkpoint's converted form stands: beside it, or for a GGUF file under its name."""
-    is_file = Path(folder).suffix == ".gguf"
-    return (CHECKPOINTS / Path(folder).stem if is_file else Path(folder)) / "converted"
-
-
-FROM = "converted_from.txt"  # in what was made of a GGUF file, whose name another file may have too
-
-
-def identity(path):
-    """What tells a file from others of its name, and from itself before it was fetched anew."""
-    about = path.stat()
-    return f"{path.resolve()}\n{about.st_size} bytes, of {about.st_mtime_ns}\n"
-
-
-def converted_from(path):
-    """Whether what stands at the usual place was made of this GGUF file, as it is now."""
-    note = usual_place(path) / FROM
-    return note.is_file() and note.read_text(encoding="utf-8") == identity(path)
 
 
 def whole_model(source, moves):

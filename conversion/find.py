@@ -38,6 +38,27 @@ def find_folder(name):
     raise UserError(f"{name}: no such checkpoint; {what_was_meant(str(name))}")
 
 
+def usual_place(folder):
+    """Where a checkpoint's converted form stands: beside it, or for a GGUF file under its name."""
+    is_file = Path(folder).suffix == ".gguf"
+    return (CHECKPOINTS / Path(folder).stem if is_file else Path(folder)) / "converted"
+
+
+FROM = "converted_from.txt"  # in what was made of a GGUF file, whose name another file may have too
+
+
+def identity(path):
+    """What tells a file from others of its name, and from itself before it was fetched anew."""
+    about = path.stat()
+    return f"{path.resolve()}\n{about.st_size} bytes, of {about.st_mtime_ns}\n"
+
+
+def converted_from(path):
+    """Whether what stands at the usual place was made of this GGUF file, as it is now."""
+    note = usual_place(path) / FROM
+    return note.is_file() and note.read_text(encoding="utf-8") == identity(path)
+
+
 def what_was_meant(name):
     """The end of an error: the nearest checkpoint there is, or how to get this one, or all there are."""
     here = {path.name: path.name for path in CHECKPOINTS.glob("*/")}

@@ -69,7 +69,7 @@ def read_scaling(fields):
         return None
     if "rope.scaling.yarn_log_multiplier" not in fields:
         raise ValueError("has YaRN without yarn_log_multiplier, which models/deepseek_v3.py does not")
-    mscale = plainly(10 * fields["rope.scaling.yarn_log_multiplier"])
+    mscale = round(10 * plainly(fields["rope.scaling.yarn_log_multiplier"]), 7)
     return {**scaling, "rotation_scale": 1.0, "score_mscale": mscale}
 
 

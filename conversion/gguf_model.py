@@ -12,7 +12,7 @@ import json
 import gguf
 
 from conversion.gguf import GGUFFile, InCodes
-from conversion.gguf_table import FIELDS, MUST_EQUAL, plainly
+from conversion.gguf_table import EXPERTS, FIELDS, MUST_EQUAL, plainly
 from conversion.gguf_tokenizer import special_ids, tokenizer_files
 from conversion.tables import LAYOUTS, PAGES, from_hf_config
 from conversion.tensor_table import Layout
@@ -78,6 +78,7 @@ def read_config(file, model_name, kind, allow):
     if missing:
         raise UserError(f"{file.path}: lacks {', '.join(missing)}; fetch it again")
     with reading(file.path):
+        refuse_counts(file, given)
         derived = {
             **{ours: file.entries[name].shape[0] for ours, name in COUNTED.items() if name in file.entries},
             "num_kv_heads": given["num_heads"],
@@ -88,7 +89,7 @@ def read_config(file, model_name, kind, allow):
         }
         found = {**derived, **{name: plainly(value) for name, value in given.items()}}
         config |= {name: value for name, value in found.items() if name in config}
-        config |= kind.read(fields, config)
+        config |= {name: value for name, value in kind.read(fields, config).items() if name in config}
     width = config.get("head_dim")
     if "rotary_dim" not in config and given.get("rotary_dim", width) != width:
         raise UserError(f"{file.path}: RoPE turns a part of a head, which models/{model_name}.py does not")
@@ -98,6 +99,18 @@ def read_config(file, model_name, kind, allow):
         page = PAGES[model_name]
         config["rope_scaling"] = page.scaling_of(file.read("rope_freqs.weight"), config, file.path)
     return config
+
+
+def refuse_counts(file, given):
+    """Stop at numbers of layers and experts that the tensors belie, before lists of that length are made."""
+    most = {"num_layers": max(1, len(file.entries))}
+    routers = [entry for name, entry in file.entries.items() if name.endswith("ffn_gate_inp.weight")]
+    most["num_experts"] = max((router.shape[0] for router in routers), default=0)
+    for name, limit in most.items():
+        value = given.get(name, 0)
+        if type(value) is not int or not 0 <= value <= limit:
+            theirs = (FIELDS | EXPERTS)[name]
+            raise UserError(f"{file.path}: {theirs} is {value!r}, where its tensors are for {limit} at most")
 
 
 def of_architecture(file):
@@ -163,7 +176,7 @@ def their_layout(model_name, architecture, config):
     """Our table with llama.cpp's names in Hugging Face's place; rows that it does not know fall away."""
     layout, kind = LAYOUTS[model_name], PAGES[model_name].GGUF[architecture]
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(key, config["num_layers"])
+    names = gguf.get_tensor_name_map(key, 1)  # of the first layer, whatever number of layers a file tells
     rows = [their_row(row, names, kind, layout.prefix) for row in layout.rows]
     tied = {} if kind.wants_head else layout.tied(config)
     return Layout(

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from models.utils.errors import UserError
+
 # Our field -> theirs, behind the architecture's name.
 FIELDS = {
     "max_seq_len": "context_length",
@@ -95,7 +97,7 @@ def read_yarn(fields):
     natural = natural_scale(scaling["factor"])
     scale = fields.get("rope.scaling.yarn_attn_factor", natural)
     if "rope.scaling.attn_factor" in fields:
-        scale = natural * fields["rope.scaling.attn_factor"]
+        scale = plainly(natural * fields["rope.scaling.attn_factor"])
     return {**scaling, "rotation_scale": scale}
 
 
@@ -103,6 +105,11 @@ def write_yarn(scaling):
     """The same as their fields; scaling: of our config, or None."""
     if not scaling:
         return {}
+    if (scaling["fast_turns"], scaling["slow_turns"]) != (32, 1):
+        raise UserError(
+            f"YaRN goes from {scaling['fast_turns']} to {scaling['slow_turns']} turns here, in llama.cpp "
+            "always from 32 to 1; this model is not written as GGUF"
+        )
     fields = {theirs: scaling[ours] for ours, theirs in YARN.items()}
     ratio = scaling["rotation_scale"] / natural_scale(scaling["factor"])
     if not math.isclose(ratio, 1, rel_tol=1e-6):

@@ -60,9 +60,7 @@ def vocabulary_fields(folder, config):
     if len(fields["tokens"]) > size:
         raise UserError(f"{folder}: its tokenizer has more than the {size} tokens of the model")
     pad(fields, size)
-    if not isinstance(
-        tokenizer, WordPieceTokenizer
-    ):  # around whose texts llama.cpp puts [CLS] and [SEP] itself
+    if not isinstance(tokenizer, WordPieceTokenizer):  # for which llama.cpp knows what stands around a text
         fields |= special_fields(tokenizer, folder)
     fields = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
     if tokenizer.chat_template is not None:

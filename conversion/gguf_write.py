@@ -10,7 +10,9 @@ Proof: tests/test_gguf_write.py, by the gguf package's reader, transformers and 
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,7 +185,7 @@ class Planned(NamedTuple):
     name: str
     shape: tuple
     type: gguf.GGMLQuantizationType
-    make: object  # () -> its numbers or blocks, a numpy array
+    make: Callable  # () -> its numbers or blocks, a numpy array
 
     @property
     def num_bytes(self):
@@ -198,32 +200,45 @@ def planned(their, read, kind, stored=None):
     shapes |= {name: shapes[same] for name, same in their.tied.items()}
     steps = plan(layout, config, list(shapes))
     refuse_strange(their, set(shapes).difference(*(step.ours for step in steps)))
-
-    def numbers(step, of):
-        tensors = [of(their.tied.get(name, name)) for name in step.ours]
-        return their.kind.split(step.theirs, step.transform.inverse(tensors, config), config)
-
-    def empty(name):
-        return torch.empty(shapes[name], device="meta")
-
     by_name, tensors = {step.theirs: step for step in steps}, []
     for step in steps:
-        if step.row in layout.codes:
-            if step.theirs.endswith(".scale"):
-                continue  # written with its codes
-            scales = by_name[scale_name(step.theirs)]
-            *rows, half = numbers(step, empty)[step.theirs].shape
-            make = lambda step=step, scales=scales: blocks(numbers(step, read), numbers(scales, read))  # noqa: E731
-            tensors.append(Planned(step.theirs, (*rows, 2 * half), MXFP4, make))
-            continue
-        for name, tensor in numbers(step, empty).items():
-            type = type_of(name, tensor.shape, kind)
-            make = lambda step=step, name=name, type=type: rounded(numbers(step, read)[name], type)  # noqa: E731
-            tensors.append(Planned(name, tuple(tensor.shape), type, make))
+        parts = theirs_of(step, their, lambda name: torch.empty(shapes[name], device="meta"))
+        if step.row not in layout.codes:
+            for name, tensor in parts.items():
+                type = type_of(name, tensor.shape, kind)
+                make = partial(numbers, step, their, read, name, type)
+                tensors.append(Planned(name, tuple(tensor.shape), type, make))
+        elif step.theirs.endswith(".weight"):
+            *rows, num_bytes = parts[step.theirs].shape
+            make = partial(blocks, step, by_name[scale_name(step.theirs)], their, read)
+            tensors.append(Planned(step.theirs, (*rows, 2 * num_bytes), MXFP4, make))
     if config.get("rope_scaling") and their.architecture == "llama":
         divisors = frequency_divisors(config)
         tensors.append(Planned("rope_freqs.weight", tuple(divisors.shape), TYPES["F32"], divisors.numpy))
     return tensors
+
+
+def theirs_of(step, their, read):
+    """{name: tensor} of what a step writes; read: from a name of ours to its tensor."""
+    tensors = [read(their.tied.get(name, name)) for name in step.ours]
+    return their.kind.split(step.theirs, step.transform.inverse(tensors, their.config), their.config)
+
+
+def numbers(step, their, read, name, type):
+    """A tensor as the file has it, rounded to its type."""
+    tensor = theirs_of(step, their, read)[name].detach().float().contiguous()
+    if type == TYPES["F16"] and tensor.abs().max() > torch.finfo(torch.float16).max:
+        raise UserError(f"{name}: has weights too large for F16; write F32 or Q8_0 instead")
+    return gguf.quants.quantize(tensor.numpy(), type)
+
+
+def blocks(step, scale_step, their, read):
+    """MXFP4's blocks of 17 bytes: a scale, then 32 codes, of which byte i has code i and code i + 16."""
+    codes = theirs_of(step, their, read)[step.theirs]
+    scales = theirs_of(scale_step, their, read)[scale_step.theirs]
+    codes = torch.stack([unpack(rows) for rows in codes]).unflatten(-1, (-1, 32))
+    packed = codes[..., :16] | codes[..., 16:] << 4
+    return torch.cat([scales[..., None], packed], dim=-1).flatten(-2).numpy()
 
 
 def refuse_strange(their, names):
@@ -243,21 +258,6 @@ def type_of(name, shape, kind):
         return TYPES["F32"]
     per_block, _ = gguf.GGML_QUANT_SIZES[TYPES[kind]]
     return TYPES["F16"] if shape[-1] % per_block else TYPES[kind]
-
-
-def rounded(tensor, type):
-    tensor = tensor.detach().float().contiguous()
-    if type == TYPES["F16"] and tensor.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError("a weight is too large for F16; write F32 or Q8_0 instead")
-    return gguf.quants.quantize(tensor.numpy(), type)
-
-
-def blocks(codes, scales):
-    """MXFP4's blocks of 17 bytes: a scale, then 32 codes, of which byte i has code i and code i + 16."""
-    ((codes,), (scales,)) = codes.values(), scales.values()
-    rows = torch.stack([unpack(rows) for rows in codes]).unflatten(-1, (-1, 32))
-    packed = rows[..., :16] | rows[..., 16:] << 4
-    return torch.cat([scales[..., None], packed], dim=-1).flatten(-2).contiguous().numpy()
 
 
 def frequency_divisors(config):

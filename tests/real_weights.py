@@ -101,9 +101,7 @@ def test_logits(model, theirs, tokenizer, text):
         ours, expected = model(tokens)[0], theirs(tokens).logits[0]
     largest = ((ours - expected).abs().amax(dim=-1) / expected.abs().amax(dim=-1)).aminmax()
     same = (ours.argmax(dim=-1) == expected.argmax(dim=-1)).sum().item()
-    print(
-        f"\nlogits of {TOKENS} tokens: off by {largest.min:.1e} to {largest.max:.1e} of a token's largest"
-    )
+    print(f"\nlogits of {TOKENS} tokens: off by {largest.min:.1e} to {largest.max:.1e} of a token's largest")
     print(f"{same} of {TOKENS} argmaxes equal")
     assert largest.max < 1e-4 and same == TOKENS
 

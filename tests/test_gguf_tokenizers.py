@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gguf_file import write_gguf
 from benchmarks.weights import redrawn
-from conversion import convert as convert_page
+from conversion import find
 from conversion.checkpoint import read_or_convert
 from conversion.convert import convert
 from conversion.gguf import GGUFFile
@@ -21,11 +21,12 @@ from conversion.gguf_vocabulary import vocabulary_fields
 from conversion.gguf_write import export
 from conversion.gguf_write import write_gguf as write_file
 from conversion.source import open_source
+from conversion.weight_files import open_weights
 from models import config_to_dict, create_model, load_model
 from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError
 from models.utils.files import read_json
-from models.utils.quantize import Quantization
+from models.utils.quantize import Quantization, dequantize_mxfp4
 from models.utils.tokenizer import load_tokenizer
 from runs_ar.generate import generate
 from tests.test_gguf import PRES, TEXTS, read_tokenizer, small_bpe, write_tokenizer
@@ -107,7 +108,7 @@ GEMMA = {**NEWER["gemma3"][1], "num_layers": 7, "full_every": 6, "num_heads": 2,
 GEMMA |= {"head_dim": 256, "score_scale": 256, "rope_factor": 1.0, "local_rope_base": 10000.0}
 READ_BY_TRANSFORMERS = {
     "llama": ("tiny-llama-python", LLAMA),
-    "gpt2": ("tiny-gpt2-python", {**SIZES, "num_heads": 4}),
+    "gpt2": ("tiny-gpt2-python", {**SIZES, "num_heads": 4, "d_ff": 256}),
     "qwen3": ("qwen3-0.6b", {**SIZES, "num_heads": 2, "num_kv_heads": 1}),
     "qwen3_moe": ("tiny-moe-python", {**MOE, "d_expert": 768}),
     "gemma3": ("gemma-3-1b", GEMMA),
@@ -136,21 +137,22 @@ def test_the_codes_of_gpt_oss_go_in_and_out(tmp_path):
     write_mxfp4(rounded, model_name, model)
     folder = convert(rounded, out=tmp_path / "codes", progress=False)
     assert read_json(folder / "config.json")["quantization"] == {"kind": "mxfp4", "group_size": 32}
-    with torch.no_grad():
-        for name, tensor in read(rounded).items():
-            if "_exps.weight" in name:
-                _, n, part, *_ = name.replace("ffn_", "").replace("_exps", "").split(".")
-                for expert, weight in zip(model.layers[int(n)].ffn.experts, tensor):
-                    getattr(expert, f"{part}_proj").weight.copy_(weight)
-    tokens = torch.tensor([PROMPT])
-    torch.testing.assert_close(load_model(folder)(tokens), model(tokens), rtol=1e-4, atol=1e-4)
+    codes, expected = open_weights(folder), read(rounded)
+    for n, layer in enumerate(model.layers):
+        for e, expert in enumerate(layer.ffn.experts):
+            for part in ("gate", "up", "down"):
+                name = f"layers.{n}.ffn.experts.{e}.{part}_proj"
+                packed, scale = codes.read(f"{name}.weight"), codes.read(f"{name}.scale")
+                weight = expected[f"blk.{n}.ffn_{part}_exps.weight"][e]
+                assert torch.equal(dequantize_mxfp4(packed, scale, torch.float32), weight)
+                getattr(expert, f"{part}_proj").weight.data.copy_(weight)
     again = GGUFFile(export_without_tokenizer(folder, tmp_path / "again.gguf"))
     for name, tensor in GGUFFile(rounded).tensors.items():
         if tensor.type == "MXFP4":
             assert again.tensors[name].type == "MXFP4"
             assert again.bytes_of(again.tensors[name]) == GGUFFile(rounded).bytes_of(tensor), name
     logits, _ = llama_cpp_says(str(rounded))
-    expected = model(tokens)[0, -1]
+    expected = model(torch.tensor([PROMPT]))[0, -1]
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
@@ -176,7 +178,6 @@ def write_mxfp4(path, model_name, model):
 
 def export_without_tokenizer(folder, path):
     from benchmarks.gguf_file import vocabulary
-    from conversion.weight_files import open_weights
 
     config = read_json(folder / "config.json")
     read = open_weights(folder).read
@@ -313,7 +314,7 @@ def test_checkpoints_that_cannot_be_written(tmp_path):
 
 def test_a_file_is_converted_when_it_is_run(tmp_path, monkeypatch):
     """Once; again when another file has its name, and not when it was converted by hand."""
-    monkeypatch.setattr(convert_page, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(find, "CHECKPOINTS", tmp_path / "checkpoints")
     path, other = tmp_path / "Tiny.gguf", tmp_path / "other" / "Tiny.gguf"
     other.parent.mkdir()
     write_gguf(path, "llama", redrawn(create_model("tiny-llama-python", **LLAMA)), "F32")

@@ -1,6 +1,7 @@
 """The proof of conversion/gguf_write.py: the gguf package reads it, llama.cpp says what the model says."""
 
 import math
+import random
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from benchmarks.weights import redrawn
 from benchmarks.zoo import bytes_read_per_token
 from conversion.convert import convert
+from conversion.match import match_tensors
+from conversion.source import open_source
 from conversion.tensor_table import TRANSFORMS
 from models import create_model, load_config, load_model
+from models.qwen3 import RopeScaling
 from models.utils.errors import UserError
 from runs_ar.generate import generate
 
@@ -32,13 +36,10 @@ SMALL = {
     "gpt_neox": ("gpt_neox", NEOX),
     "gpt_neox, in series": ("gpt_neox", {**NEOX, "rotary_dim": 32, "parallel_residual": False}),
 }
-# YaRN whose line begins and ends at whole pairs, 2 and 5 of 16, where llama.cpp rounds and gpt-oss does not.
-TURNS = {
-    "fast_turns": 64 / math.tau / 500 ** (2.0001 / 16),
-    "slow_turns": 64 / math.tau / 500 ** (4.9999 / 16),
-}
-YARN = {"factor": 4.0, "original_max_seq_len": 64, **TURNS, "rotation_scale": 0.1 * math.log(4) + 1}
-WITH_YARN = {"rope_base": 500.0, "rope_scaling": YARN}
+# YaRN whose line begins and ends at whole pairs, 4 and 12 of 16, where llama.cpp rounds and gpt-oss does not.
+YARN = {"factor": 4.0, "original_max_seq_len": 1138, "fast_turns": 32.0, "slow_turns": 1.0}
+YARN |= {"rotation_scale": 0.1 * math.log(4) + 1}
+WITH_YARN = {"rope_base": 1026.0, "rope_scaling": YARN}
 QWEN3 = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32}
 GEMMA = {**QWEN3, "num_layers": 3, "window": 16, "full_every": 2, "rope_base": 500.0, "rope_factor": 4.0}
 GEMMA |= {"local_rope_base": 100.0, "score_scale": 32}
@@ -52,13 +53,13 @@ LATENT = {**SIZES, "num_layers": 3, "num_heads": 4, "d_query": 24, "d_latent": 3
 LATENT |= {"rotary_dim": 16, "value_dim": 24, "d_expert": 32, "num_experts": 8, "num_active_experts": 3}
 LATENT |= {"num_shared_experts": 2, "num_groups": 4, "num_active_groups": 2, "dense_layers": [0]}
 LATENT |= {"multi_token": False, "rope_base": 100.0}
-MLA_YARN = {**YARN, "fast_turns": 4.0, "slow_turns": 1.0, "rotation_scale": 1.0}
+MLA_YARN = {**YARN, "rotation_scale": 1.0}
 NEWER = {
     "qwen3": ("qwen3-0.6b", {**QWEN3, "rope_scaling": None}),
     "qwen3, yarn": ("qwen3-0.6b", {**QWEN3, **WITH_YARN}),
     "qwen3, yarn of another scale": (
         "qwen3-0.6b",
-        {**QWEN3, "rope_base": 500.0, "rope_scaling": {**YARN, "rotation_scale": 1.3}},
+        {**QWEN3, **WITH_YARN, "rope_scaling": {**YARN, "rotation_scale": 1.3}},
     ),
     "qwen3_moe": ("tiny-moe-python", MOE),
     "gemma3": ("gemma-3-1b", GEMMA),
@@ -176,13 +177,23 @@ def test_llama_cpp_says_the_same(small, tmp_path):
     assert tokens == [token for (token,) in generate(model, [PROMPT], 12)]
 
 
+def picks_alike(model, tokens):
+    """Whether each token that llama.cpp picked is our choice too, or one that ties with it.
+
+    The logits of random weights lie close: of two that differ by a hundredth of their spread either may win.
+    """
+    logits = model(torch.tensor([PROMPT + tokens]))[0, len(PROMPT) - 1 : -1]
+    picked = logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    return (logits.amax(dim=-1) - picked <= 0.01 * logits.std(dim=-1)).all()
+
+
 @pytest.mark.parametrize("name", NEWER)
 def test_llama_cpp_runs_the_newer_models(name, tmp_path):
     model_name, model = newer(name)
     gguf_file.write_gguf(tmp_path / "F32.gguf", model_name, model, "F32")
     logits, tokens = llama_cpp_says(str(tmp_path / "F32.gguf"))
     assert difference(logits, model) < 5e-3
-    assert tokens == [token for (token,) in generate(model, [PROMPT], 12)]
+    assert picks_alike(model, tokens)
 
 
 @pytest.mark.parametrize("name", NEWER)
@@ -191,9 +202,7 @@ def test_ours_reads_back_what_was_written(name, tmp_path):
     gguf_file.write_gguf(tmp_path / "F32.gguf", model_name, model, "F32")
     convert(tmp_path / "F32.gguf", out=tmp_path / "out")
     again = load_model(tmp_path / "out")
-    assert (
-        asdict(again.config) == pytest.approx(asdict(model.config), rel=1e-6) or model.config == again.config
-    )
+    assert asdict(again.config) == asdict(model.config)
     state = again.state_dict()
     for tensor_name, tensor in model.state_dict().items():
         assert torch.equal(state[tensor_name], tensor), tensor_name
@@ -234,6 +243,9 @@ def test_what_is_always_f32(tmp_path):
     assert kinds["blk.1.ffn_up_exps.weight"] == kinds["blk.0.attn_q.weight"] == "Q4_0"
 
 
+SCALING_OF_OTHERS = RopeScaling(4.0, 1138, 16.0, 1.0, 1.14)
+
+
 def test_what_llama_cpp_does_not_have():
     """One line for each, before anything is written."""
     kinds = {
@@ -246,6 +258,7 @@ def test_what_llama_cpp_does_not_have():
         "deepseek-v3": [({"dense_layers": (0, 2)}, "the first ones in llama.cpp")],
         "bert-base-uncased": [({}, "no BERT with the head")],
         "opus-mt": [({}, "no model like transformer")],
+        "qwen3-4b": [({"rope_scaling": SCALING_OF_OTHERS}, "from 16.0 to 1.0 turns here")],
         "transformer-lm-15m": [({"rope_base": None}, "no model like transformer_lm .smollm3.")],
     }
     for name, changes in kinds.items():
@@ -284,3 +297,46 @@ def test_bytes_that_a_token_reads(small, tmp_path):
 )
 def test_what_llama_cpp_calls_a_model(config, arch):
     assert gguf_file.architecture(*load_config(config)) == arch
+
+
+ODD = ["x", "", -1, 0, 1, 3, 2**31 - 1, 2.5, float("nan"), float("inf"), -1e30, True, [], [1, 2], ["x", "y"]]
+
+
+def odd_files(name, path, how_many, seed=0):
+    """Files in which one field is something else, of another type mostly; yields what was changed."""
+    model_name, model = newer(name)
+    gguf_file.write_gguf(path, model_name, model, "F32")
+    reader = gguf.GGUFReader(path)
+    fields = {n: (f.contents(), f.types) for n, f in reader.fields.items() if not n.startswith("GGUF.")}
+    tensors = [(t.name, t.data.copy(), t.tensor_type) for t in reader.tensors]
+    generator = random.Random(seed)
+    for _ in range(how_many):
+        changed, value = generator.choice(list(fields)), generator.choice(ODD)
+        writer = gguf.GGUFWriter(path, fields["general.architecture"][0])
+        for field, (old, types) in fields.items():
+            if field == "general.architecture" and field != changed:
+                continue
+            if field != changed:
+                writer.add_key_value(field, old, types[0], types[1] if len(types) > 1 else None)
+            elif value != []:
+                writer.add_key_value(field, value, gguf.GGUFValueType.get_type(value))
+        for tensor in tensors:
+            writer.add_tensor(*tensor[:2], raw_dtype=tensor[2])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        yield f"{changed} = {value!r}"
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "deepseek_v3", "youtu"])
+def test_fields_of_odd_values_are_a_line(name, tmp_path):
+    """Each file opens, or is refused in one line; whether it fits a model is asked too."""
+    refused = 0
+    for what in odd_files(name, tmp_path / "x.gguf", 25):
+        try:
+            match_tensors(open_source(tmp_path / "x.gguf"))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error) and str(error).isprintable(), what
+    assert refused > 8

@@ -170,6 +170,7 @@ GGUF = {
         ("bert",),
         fields=LAYER_NORM,
         known={"attention.causal", "pooling_type"},
+        read=lambda fields, config: {"pooler": False, "head": None},
         write=write_gguf,
         left_out={"pooler.": "tells whether two texts belong together"},
     )

@@ -99,9 +99,12 @@ ROPE_SCALING = {
 
 
 def write_qwen2(config):
-    """llama.cpp's Qwen2 has heads that are d_model wide together, as all published ones."""
-    if config["num_heads"] * config["head_dim"] != config["d_model"]:
-        raise UserError("num_heads times head_dim is d_model in llama.cpp's qwen2; not written as GGUF")
+    """llama.cpp's Qwen2 has heads that are d_model wide together, as all published ones, and a plain RoPE."""
+    if config["num_heads"] * config["head_dim"] != config["d_model"] or config["rope_scaling"]:
+        raise UserError(
+            "num_heads times head_dim is d_model in llama.cpp's qwen2, and rope_scaling null; this model is "
+            "not written as GGUF"
+        )
     return {}
 
 
