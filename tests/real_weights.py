@@ -21,6 +21,7 @@ from models.utils.quantize import Quantization
 from models.utils.tokenizer import load_tokenizer
 from runs_ar.generate import generate
 from runs_ar.score import figures, negative_log_likelihood
+from tests.test_gguf_write import llama_cpp_object
 
 NAME = "SmolLM2-135M-Instruct.Q4_1"
 FILE = Path(__file__).parent.parent / "checkpoints" / NAME / f"{NAME}.gguf"
@@ -159,13 +160,8 @@ def test_bits_per_byte(tmp_path, tokenizer, text):
 # llama.cpp --------------------------------------------------------------------------------------------------
 
 
-def llama_cpp(path, **options):
-    package = pytest.importorskip("llama_cpp")
-    return package.Llama(str(path), verbose=False, n_threads=1, **options)
-
-
 def test_llama_cpp_cuts_texts_alike(tokenizer):
-    peer = llama_cpp(FILE, vocab_only=True)
+    peer = llama_cpp_object(FILE, vocab_only=True)
     differ = [
         text for text in texts() if peer.tokenize(text.encode(), add_bos=False) != tokenizer.encode(text)
     ]
@@ -180,7 +176,7 @@ def test_llama_cpp_continues_what_we_write_alike(folder, model, tokenizer, tmp_p
     from benchmarks.llama_cpp_peer import LlamaCpp
 
     path = export(folder, kind, out=tmp_path / f"{kind}.gguf")
-    vocabulary = llama_cpp(path, vocab_only=True)
+    vocabulary = llama_cpp_object(path, vocab_only=True)
     for text in texts()[:300]:
         assert vocabulary.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text)
     assert vocabulary.metadata["tokenizer.chat_template"] == tokenizer.chat_template

@@ -30,7 +30,17 @@ from models.utils.quantize import Quantization, dequantize_mxfp4
 from models.utils.tokenizer import load_tokenizer
 from runs_ar.generate import generate
 from tests.test_gguf import PRES, TEXTS, read_tokenizer, small_bpe, write_tokenizer
-from tests.test_gguf_write import LLAMA, MOE, NEWER, PROMPT, SIZES, llama_cpp_says, newer, read
+from tests.test_gguf_write import (
+    LLAMA,
+    MOE,
+    NEWER,
+    PROMPT,
+    SIZES,
+    llama_cpp_object,
+    llama_cpp_says,
+    newer,
+    read,
+)
 
 HELD_OUT = [
     *TEXTS,
@@ -42,7 +52,7 @@ HELD_OUT = [text for text in HELD_OUT if "<|im_start|>" not in text][:300]
 
 def llama_cpp_ids(path, texts):
     """What llama.cpp makes of texts with the vocabulary of a file, with what stands around them."""
-    peer = pytest.importorskip("llama_cpp").Llama(str(path), vocab_only=True, verbose=False)
+    peer = llama_cpp_object(path, vocab_only=True)
     return [peer.tokenize(text.encode(), add_bos=True, special=False) for text in texts]
 
 
@@ -108,7 +118,7 @@ GEMMA = {**NEWER["gemma3"][1], "num_layers": 7, "full_every": 6, "num_heads": 2,
 GEMMA |= {"head_dim": 256, "score_scale": 256, "rope_factor": 1.0, "local_rope_base": 10000.0}
 READ_BY_TRANSFORMERS = {
     "llama": ("tiny-llama-python", LLAMA),
-    "gpt2": ("tiny-gpt2-python", {**SIZES, "num_heads": 4, "d_ff": 256}),
+    "gpt2": ("tiny-gpt2-python", {**SIZES, "num_heads": 4, "d_ff": 256, "max_seq_len": 1024}),
     "qwen3": ("qwen3-0.6b", {**SIZES, "num_heads": 2, "num_kv_heads": 1}),
     "qwen3_moe": ("tiny-moe-python", {**MOE, "d_expert": 768}),
     "gemma3": ("gemma-3-1b", GEMMA),
@@ -246,7 +256,7 @@ def test_a_sentence_encoder(encoder, tmp_path, capsys):
     state = load_model(again).state_dict()
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items() if not n.startswith("pooler"))
     assert read_json(again / "1_Pooling" / "config.json") == {"pooling_mode_mean_tokens": True}
-    peer = pytest.importorskip("llama_cpp").Llama(str(path), embedding=True, verbose=False, n_ctx=64)
+    peer = llama_cpp_object(path, embedding=True, n_ctx=64)
     text = "return the length of a list"
     vector = torch.tensor(peer.embed(text))
     expected = load_model(again)(torch.tensor([after.encode(text)]))[0].mean(dim=0)

@@ -1,5 +1,7 @@
 """The proof of conversion/gguf_write.py: the gguf package reads it, llama.cpp says what the model says."""
 
+import ctypes
+import functools
 import math
 import random
 from dataclasses import asdict, replace
@@ -152,6 +154,19 @@ def their_name(name):
     }.items():  # fmt: skip
         name = name.replace(ours, theirs)
     return name
+
+
+@functools.cache
+def silent_log():
+    """Kept for ever, since llama.cpp may call it whenever it likes."""
+    return pytest.importorskip("llama_cpp").llama_log_callback(lambda level, text, user_data: None)
+
+
+def llama_cpp_object(path, **options):
+    """llama_cpp.Llama of a file: its vocabulary, its embeddings."""
+    package = pytest.importorskip("llama_cpp")
+    package.llama_log_set(silent_log(), ctypes.c_void_p(0))
+    return package.Llama(str(path), verbose=False, n_threads=1, **options)
 
 
 def llama_cpp_says(path, num_tokens=12):
