@@ -55,7 +55,7 @@ def page_of(file):
     """(our model, the file's architecture)."""
     architecture = file.fields.get("general.architecture")
     known = {name: model for model, page in PAGES.items() for name in getattr(page, "GGUF", {})}
-    if architecture not in known:
+    if not isinstance(architecture, str) or architecture not in known:
         raise UserError(
             f"{file.path}: general.architecture is {printable(repr(architecture))}; "
             f"read are {', '.join(sorted(known))}"

@@ -86,7 +86,7 @@ def tokenizer_files(file):
     kind = fields.get("tokenizer.ggml.model")
     if kind is None:
         return {}
-    if kind not in WRITERS:
+    if not isinstance(kind, str) or kind not in WRITERS:
         raise UserError(
             f"{file.path}: tokenizer.ggml.model is {printable(repr(kind))}; read are {', '.join(WRITERS)}"
         )
@@ -148,7 +148,7 @@ def tokenizer_config(vocabulary):
 
 def write_bpe(vocabulary, config):
     """tokenizer.json: the pieces, their merges, the pattern, and what is added around a text."""
-    if vocabulary.pre not in PATTERNS:
+    if not isinstance(vocabulary.pre, str) or vocabulary.pre not in PATTERNS:
         raise UserError(
             f"{vocabulary.path}: its tokenizer cuts texts as {printable(repr(vocabulary.pre))} does; known "
             f"are {', '.join(PATTERNS)}; copy the tokenizer.json of the original beside the converted weights"

@@ -454,11 +454,12 @@ def swap(model, quantization):
 
 
 @torch.no_grad()
-def quantize_layers(model, quantization, device="cpu", dtype=None, windows=()):
+def quantize_layers(model, quantization, device="cpu", dtype=None, windows=(), after=lambda weight: None):
     """Quantize the linear layers of a model that has its weights; one after the other, each in dtype first.
 
     Weights that are mapped from a file come into memory a layer at a time, and leave it quantized.
     windows: of a calibration text, for int4; the whole model reads them once before, where its weights are.
+    after: called with each weight that has been quantized.
     """
     plan, notes = plan_layers(model, quantization)
     products = calibrate(model, plan, windows)
@@ -469,6 +470,7 @@ def quantize_layers(model, quantization, device="cpu", dtype=None, windows=()):
             told = True
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *plan[name], device, dtype, products.pop(name, None)))
+        after(layer.weight)
     return notes
 
 
