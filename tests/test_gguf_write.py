@@ -223,6 +223,39 @@ def test_ours_reads_back_what_was_written(name, tmp_path):
         assert torch.equal(state[tensor_name], tensor), tensor_name
 
 
+def test_the_older_spelling_of_latent_attention(tmp_path):
+    """Keys and values from one matrix, and the sizes of as many keys as heads: the model is the same."""
+    model_name, model = newer("deepseek_v3")
+    new, old, c = tmp_path / "F32.gguf", tmp_path / "old-F32.gguf", model.config
+    gguf_file.write_gguf(new, model_name, model, "F32")
+    sizes = {
+        "head_count_kv": c.num_heads,
+        "key_length": c.head_dim + c.rotary_dim,
+        "value_length": c.value_dim,
+    }
+    tensors, writer = read(new), gguf.GGUFWriter(old, "deepseek2")
+    for name, field in gguf.GGUFReader(new).fields.items():
+        value = sizes.get(name.removeprefix("deepseek2.attention."), field.contents())
+        if not name.startswith("GGUF.") and name != "general.architecture" and not name.endswith("_mla"):
+            writer.add_key_value(name, value, *field.types)
+    for n in range(c.num_layers):
+        keys, values = (tensors.pop(f"blk.{n}.attn_{part}_b.weight") for part in "kv")
+        heads = [torch.cat([key.T, value]) for key, value in zip(keys, values)]
+        tensors[f"blk.{n}.attn_kv_b.weight"] = torch.cat(heads)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    again = load_model(convert(old, out=tmp_path / "out"))
+    assert again.config == model.config
+    state = again.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    logits, _ = llama_cpp_says(str(old))
+    assert difference(logits, model) < 5e-3
+
+
 @pytest.mark.parametrize("kind, limit", [("F16", 0.01), ("Q8_0", 0.05), ("Q4_0", 0.6)])
 def test_llama_cpp_reads_the_other_kinds(small, tmp_path, kind, limit):
     model_name, model = small
