@@ -75,11 +75,15 @@ def export(name, kind, out=None, progress=True):
 
 def pooling_type(folder):
     """How a sentence encoder makes one vector of those of all tokens: as its files say, or the mean."""
-    found = [path for path in folder.glob("*_Pooling/config.json") if (folder / "modules.json").is_file()]
-    names = [name for name, value in read_json(found[0]).items() if value is True] if found else []
-    kinds = [kind for kind, name in POOLING.items() if name in names] or [1]
-    if len(kinds) > 1 or len(names) > 1:
-        raise UserError(f"{found[0]}: joins {', '.join(names)}, of which a GGUF file can say one")
+    path = next(folder.glob("*_Pooling/config.json"), None)
+    if path is None or not (folder / "modules.json").is_file():
+        return 1
+    modes = [name for name, value in read_json(path).items() if name.startswith("pooling_mode_") and value]
+    kinds = [kind for kind, name in POOLING.items() if modes == [name]]
+    if not kinds:
+        raise UserError(
+            f"{path}: asks for {', '.join(modes)}; a GGUF file says one of {list(POOLING.values())}"
+        )
     return kinds[0]
 
 
