@@ -8,7 +8,7 @@ where it is one of those that llama.cpp has; of any other it is said what stands
     tokenizer.model, sentencepiece BPE  "llama"    tokens with scores, by which neighbours are merged
     vocab.txt, WordPiece                "bert"     a "▁" before what begins a word, no "##" elsewhere
 
-Proof: tests/test_gguf_write.py, by llama.cpp and by our own reader, id for id.
+Proof: tests/test_gguf_tokenizers.py, by llama.cpp and by our own reader, id for id.
 """
 
 import json

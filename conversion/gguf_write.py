@@ -6,7 +6,7 @@ Matrices are written in F32, F16, Q8_0 or Q4_0 (in blocks of 32 weights of a row
 whole blocks in F16). Norms, biases and a few small matrices are always in F32; MXFP4 stays what it is. What
 has to be known for this is what reading knows: the same tables, their transforms the other way round. The
 tokenizer's part is in conversion/gguf_vocabulary.py.
-Proof: tests/test_gguf_write.py, by the gguf package's reader, transformers and llama.cpp.
+Proof: tests/test_gguf_write.py; tests/test_gguf_tokenizers.py, also by transformers and llama.cpp.
 """
 
 import sys
