@@ -60,7 +60,10 @@ def export(name, kind, out=None, progress=True):
             "--quantize, then write that as GGUF"
         )
     model_name, _ = config_from_dict(config, where)
-    their = described(model_name, config)
+    try:
+        their = described(model_name, config)
+    except UserError as error:
+        raise UserError(f"{converted}: {error}") from None
     weights = open_weights(converted)
     stop_if(compare(wanted_shapes(config, where, stored), plain(weights.entries), ()), converted)
     folder = converted.parent if converted.name == "converted" else converted
