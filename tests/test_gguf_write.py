@@ -15,7 +15,7 @@ from conversion.convert import convert
 from conversion.match import match_tensors
 from conversion.source import open_source
 from conversion.tensor_table import TRANSFORMS
-from models import create_model, load_config, load_model
+from models import build_model, config_from_dict, config_to_dict, create_model, load_config, load_model
 from models.qwen3 import RopeScaling
 from models.utils.errors import UserError
 from runs_ar.generate import generate
@@ -289,6 +289,21 @@ def test_what_is_always_f32(tmp_path):
         name for name in kinds if "norm" in name or "bias" in name or "inp" in name or "sinks" in name
     }
     assert kinds["blk.1.ffn_up_exps.weight"] == kinds["blk.0.attn_q.weight"] == "Q4_0"
+
+
+def test_a_decoder_of_components_is_the_model_that_it_spells(tmp_path):
+    """Qwen3 of models/modular_decoder.py goes out as a qwen3 and comes back as models/qwen3.py."""
+    model_name, config = load_config("modular-qwen3-0.6b")
+    fields = config_to_dict(model_name, config) | {"vocab_size": 96, "d_model": 64, "num_layers": 2}
+    fields["attention"] |= {"num_heads": 4, "num_query_groups": 2, "head_dim": 32}
+    for norm in ("q_norm", "k_norm"):
+        fields["attention"][norm]["in_dim"] = 32
+    fields["feedforward"]["hidden_dim"] = 96
+    model = redrawn(build_model(*config_from_dict(fields, "test"), device="cpu"))
+    gguf_file.write_gguf(tmp_path / "x.gguf", model_name, model, "F32")
+    again, tokens = load_model(convert(tmp_path / "x.gguf", out=tmp_path / "out")), torch.tensor([PROMPT])
+    assert type(again).__module__ == "models.qwen3"
+    assert torch.allclose(again(tokens), model(tokens), atol=1e-5)
 
 
 SCALING_OF_OTHERS = RopeScaling(4.0, 1138, 16.0, 1.0, 1.14)
