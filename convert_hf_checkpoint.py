@@ -3,6 +3,7 @@
     python convert_hf_checkpoint.py checkpoints/NAME              a folder that is already here
     python convert_hf_checkpoint.py meta-llama/Llama-3.2-1B       a repository of the Hugging Face hub
     python convert_hf_checkpoint.py model.gguf                    a file of llama.cpp, into checkpoints/model/
+    python convert_hf_checkpoint.py NAME --gguf Q8_0              a checkpoint as a file for llama.cpp
 
 How the tensors go over stands in conversion/convert.py, where Hugging Face keeps them in conversion/tables/.
 """
@@ -18,6 +19,7 @@ examples:
   python convert_hf_checkpoint.py checkpoints/gpt2 --dtype bfloat16  half the size of float32
   python convert_hf_checkpoint.py checkpoints/gpt2 --dtype bfloat16 --quantize int4 --out gpt2-int4
   python convert_hf_checkpoint.py checkpoints/gpt2 --reverse         from ours to their layout again
+  python convert_hf_checkpoint.py gpt2 --gguf F16                    for llama.cpp, in its folder
   python convert_hf_checkpoint.py checkpoints/NAME --model transformer_lm     a Llama, read with another page
   python convert_hf_checkpoint.py Llama3.1-8B --max-seq-len 131072 --rope-factor 8     Meta's own files
 
@@ -41,6 +43,11 @@ def main():
         print(f"wrote {reverse(args.checkpoint, args.out, dtype)}")
         return
 
+    if args.gguf:
+        from conversion.gguf_write import export
+
+        print(f"wrote {export(args.checkpoint, args.gguf, args.out)}")
+        return
     folder = fetch(args.checkpoint)
     meta = MetaOptions(**{name: getattr(args, name) for name in MetaOptions.__dataclass_fields__})
     if args.inspect:
@@ -72,6 +79,9 @@ def parse_arguments():
     instead = parser.add_mutually_exclusive_group().add_argument
     instead("--inspect", action="store_true", help="print both sides' names and shapes; write nothing")
     instead("--reverse", action="store_true", help="from a converted checkpoint to Hugging Face's layout")
+    instead(
+        "--gguf", choices=GGUF_KINDS, help="write a checkpoint as a file for llama.cpp, matrices in this type"
+    )
     add("--dtype", choices=DTYPES, help="of the weights written (default: as stored)")
     add("--quantize", choices=QUANTIZED, help="the linear layers' weights; for a CPU with --dtype bfloat16")
     add("--group-size", type=int, metavar="N", help="of int4: 32 (the most exact, default), 64 or 128")
@@ -79,8 +89,8 @@ def parse_arguments():
     add("--model", choices=MODEL_NAMES, help="which of models/, where more than one can read the checkpoint")
     add(
         "--out",
-        metavar="FOLDER",
-        help="where to write (default: CHECKPOINT/converted or CHECKPOINT/reversed)",
+        metavar="PATH",
+        help="where to write (default: CHECKPOINT/converted, /reversed or /NAME.TYPE.gguf)",
     )
     add(
         "--allow",
@@ -105,7 +115,7 @@ def parse_arguments():
     add("--rope-original-seq-len", type=positive(int), metavar="N", default=8192, help="default: %(default)s")
     args = parser.parse_args()
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    mode = "inspect" if args.inspect else "reverse" if args.reverse else None
+    mode = next((mode for mode in MODES if getattr(args, mode)), None)
     for name in given if mode else ():
         if name not in MODES[mode]:
             option = f"--{name.replace('_', '-')}"
@@ -113,15 +123,18 @@ def parse_arguments():
     return args
 
 
+GGUF_KINDS = ("F32", "F16", "Q8_0", "Q4_0")
 # The options that mean something to those that do not convert.
 MODES = {
     "inspect": {"checkpoint", "inspect", "allow", "model", "max_seq_len", "rope_factor"}
     | {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_seq_len"},
     "reverse": {"checkpoint", "reverse", "out", "dtype"},
+    "gguf": {"checkpoint", "gguf", "out"},
 }
 WHY = {
     "inspect": "writes nothing",
     "reverse": "writes Hugging Face's layout, unquantized, of a checkpoint that is converted",
+    "gguf": "writes a checkpoint as it is, in the type that it names",
 }
 
 

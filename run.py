@@ -97,7 +97,7 @@ def parse(argv):
     parser = Parser("python run.py", __doc__)
     add = parser.add_argument
     add("name", nargs="?", metavar="CHECKPOINT", help="the same as --checkpoint CHECKPOINT")
-    add("--checkpoint", metavar="CHECKPOINT", help="a name in checkpoints/ or a folder; converted if need be")
+    add("--checkpoint", metavar="CHECKPOINT", help="a name in checkpoints/, a folder or a GGUF file")
     add("--list", action="store_true", help="what is in checkpoints/, and nothing else")
     add("--device", help="cpu, cuda, cuda:1, mps; default: the best of cuda, mps, cpu")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own; float32 on a CPU slow at bfloat16")

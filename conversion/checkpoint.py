@@ -16,7 +16,7 @@ import torch
 
 from conversion.adapter import CONFIG, Adapter, read_adapter
 from conversion.convert import calibration_windows, convert
-from conversion.find import find_folder
+from conversion.find import converted_from, find_folder, usual_place
 from conversion.weight_files import open_weights
 from models import build_model, config_from_dict, inputs_of, kind_of
 from models.utils.errors import UserError, report
@@ -166,7 +166,12 @@ def fast_dtype(folder, device, keep=False):
 
 
 def read_or_convert(folder):
-    """(the converted folder, the fields of its config.json)."""
+    """(the converted folder, the fields of its config.json) of a checkpoint's folder, or of a GGUF file."""
+    if folder.is_file():
+        if not converted_from(folder):
+            report(f"{folder} is not converted yet; converting it first")
+            convert(folder)
+        return read_converted(usual_place(folder))
     try:
         return read_converted(folder)
     except NotConverted:

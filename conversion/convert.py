@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from conversion.config_fields import label_fields, stored_labels
+from conversion.find import FROM, identity, usual_place
 from conversion.hub import COMPANIONS
 from conversion.match import (
     Move,
@@ -37,7 +38,6 @@ from conversion.tables import LAYOUTS, hf_type_of, to_hf_config
 from conversion.tensor_table import plan
 from conversion.weight_files import Spec, open_weights, write_weights
 from models import build_model, config_from_dict, config_to_dict
-from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError, one_line, printable
 from models.utils.files import (
     MAX_BYTES,
@@ -116,14 +116,11 @@ def convert(
             for place in dict.fromkeys((Path(folder), source.folder)):
                 copy_companions(place, new)
         for name, content in (source.files or {}).items():
+            (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(content)
+        if source.files is not None:
+            (new / FROM).write_text(identity(source.where), encoding="utf-8")
     return Path(out or usual)
-
-
-def usual_place(folder):
-    """Where a checkpoint's converted form stands: beside it, or for a GGUF file under its name."""
-    is_file = Path(folder).suffix == ".gguf"
-    return (CHECKPOINTS / Path(folder).stem if is_file else Path(folder)) / "converted"
 
 
 def whole_model(source, moves):

@@ -27,13 +27,36 @@ PUBLISHED = {
 
 
 def find_folder(name):
-    """The folder of a checkpoint: a path, or the name of one under checkpoints/."""
+    """The folder of a checkpoint: a path, or the name of one under checkpoints/; or a GGUF file."""
     for folder in (Path(name), CHECKPOINTS / name):
         if folder.is_dir():
             return folder
     if str(name).endswith(".gguf"):
-        raise UserError(f"{name}: convert it first: python convert_hf_checkpoint.py {name}")
+        if Path(name).is_file():
+            return Path(name)
+        raise UserError(f"{name}: no such file; one of the hub is fetched by convert_hf_checkpoint.py")
     raise UserError(f"{name}: no such checkpoint; {what_was_meant(str(name))}")
+
+
+def usual_place(folder):
+    """Where a checkpoint's converted form stands: beside it, or for a GGUF file under its name."""
+    is_file = Path(folder).suffix == ".gguf"
+    return (CHECKPOINTS / Path(folder).stem if is_file else Path(folder)) / "converted"
+
+
+FROM = "converted_from.txt"  # in what was made of a GGUF file, whose name another file may have too
+
+
+def identity(path):
+    """What tells a file from others of its name, and from itself before it was fetched anew."""
+    about = path.stat()
+    return f"{path.resolve()}\n{about.st_size} bytes, of {about.st_mtime_ns}\n"
+
+
+def converted_from(path):
+    """Whether what stands at the usual place was made of this GGUF file, as it is now."""
+    note = usual_place(path) / FROM
+    return note.is_file() and note.read_text(encoding="utf-8") == identity(path)
 
 
 def what_was_meant(name):

@@ -90,12 +90,17 @@ class GGUFFile:
         blocks = self.rows(tensor).reshape(tensor.shape[0], tensor.shape[1] // 32, -1)
         numbers = 2 if tensor.type == "Q4_1" else 1  # fp16, before the codes
         head = np.ascontiguousarray(blocks[..., : 2 * numbers]).view(np.float16).astype(np.float32)
-        pairs = torch.from_numpy(blocks[..., 2 * numbers :].copy())
-        # Byte i of a block has weight i in its low half and weight i + 16 in its high half.
-        codes = torch.cat([pairs & 15, pairs >> 4], dim=-1).flatten(1)
+        codes = halves(torch.from_numpy(blocks[..., 2 * numbers :].copy())).flatten(1)
         scale = torch.from_numpy(head[..., 0].copy())
         zero = torch.from_numpy(head[..., 1].copy()) + 8 * scale if numbers == 2 else torch.zeros_like(scale)
         return codes, scale, zero
+
+    def read_mxfp4(self, name):
+        """(codes (..., K) uint8, scales (..., K / 32) uint8) of a tensor of that type, see quantize.py."""
+        tensor = self.tensors[name]
+        with reading(self.path):
+            blocks = torch.from_numpy(self.rows(tensor).copy()).unflatten(-1, (-1, 17))
+            return halves(blocks[..., 1:]).flatten(-2), blocks[..., 0]
 
     def rows(self, tensor):
         """The bytes of a tensor in blocks, a row for each row of the tensor."""
@@ -108,6 +113,39 @@ class GGUFFile:
 
     def forget(self):
         """Nothing to let go: the file is mapped, and what was read from it is the caller's."""
+
+
+class InCodes:
+    """A GGUFFile that gives MXFP4 as it is stored: NAME.weight has the codes, NAME.scale the scales.
+
+    Two codes are a byte, as models/utils/quantize.py packs them: neighbours of a row.
+    """
+
+    def __init__(self, file):
+        self.file, self.path, self.forget, self.entries = file, file.path, file.forget, {}
+        for name, entry in file.entries.items():
+            if file.tensors[name].type == "MXFP4":
+                *rows, K = entry.shape
+                self.entries[name] = Entry((*rows, K // 2), "U8", entry.file)
+                self.entries[scale_name(name)] = Entry((*rows, K // 32), "U8", entry.file)
+            else:
+                self.entries[name] = entry
+
+    def read(self, name):
+        weight = name.removesuffix("scale") + "weight" if name not in self.file.entries else name
+        if self.file.tensors[weight].type != "MXFP4":
+            return self.file.read(name)
+        codes, scales = self.file.read_mxfp4(weight)
+        return scales if weight != name else codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def scale_name(name):
+    return name.removesuffix("weight") + "scale"
+
+
+def halves(pairs):
+    """The 32 codes of a block from 16 bytes: byte i has code i in its low half, i + 16 in its high one."""
+    return torch.cat([pairs & 15, pairs >> 4], dim=-1)
 
 
 class Stored:

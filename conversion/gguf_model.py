@@ -1,39 +1,27 @@
 """Which model of ours a GGUF file holds: its fields as our config, its tensors' names beside ours.
 
-llama.cpp calls sizes and constants the same in all architectures ("llama.block_count", "gpt2.block_count"),
-so that one list (FIELDS) reads them all; what a file has no field for is as transformers takes it where
-config.json is silent. The names of tensors come in two steps: the tables of conversion/tables/ know Hugging
-Face's names of ours, and the gguf package knows llama.cpp's names of those.
-
-Which architectures a page reads, and what llama.cpp changes in them, stands in the page's table as GGUF.
-Always changed are two things: a matrix is (outputs, inputs), also GPT-2's, and q, k and v in one matrix
-stand one block above the other, also GPT-NeoX's.
-Proof: tests/test_gguf.py.
+What all architectures share stands in conversion/gguf_table.py (FIELDS), what is special in one in the
+page's table, as GGUF; what a file has no field for is as transformers takes it where config.json is silent.
+The names of tensors come in two steps: the tables of conversion/tables/ know Hugging Face's names of ours,
+and the gguf package knows llama.cpp's names of those.
+Proof: tests/test_gguf.py; tests/test_gguf_write.py.
 """
 
-import gguf
-import numpy as np
+import json
 
-from conversion.gguf import GGUFFile
+import gguf
+
+from conversion.gguf import GGUFFile, InCodes
+from conversion.gguf_table import EXPERTS, FIELDS, MUST_EQUAL, plainly
 from conversion.gguf_tokenizer import special_ids, tokenizer_files
 from conversion.tables import LAYOUTS, PAGES, from_hf_config
 from conversion.tensor_table import Layout
 from models.utils.errors import UserError, printable
+from models.utils.files import reading
+from models.utils.quantize import Quantization
 
-# Our field -> theirs, behind the architecture's name.
-FIELDS = {
-    "max_seq_len": "context_length",
-    "d_model": "embedding_length",
-    "num_layers": "block_count",
-    "d_ff": "feed_forward_length",
-    "num_heads": "attention.head_count",
-    "num_kv_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "rotary_dim": "rope.dimension_count",
-    "rope_base": "rope.freq_base",
-    "parallel_residual": "use_parallel_residual",
-}
-NORM_EPS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+# Our field -> the tensor whose rows it counts.
+COUNTED = {"vocab_size": "token_embd.weight", "num_segments": "token_types.weight"}
 # Our field -> a tensor of the first layer that is there where it is true.
 BIASES = {
     "qkv_bias": ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"),
@@ -41,76 +29,88 @@ BIASES = {
     "o_bias": ("blk.0.attn_output.bias",),
     "ffn_bias": ("blk.0.ffn_up.bias",),
 }
-# What other fields must say: more than that is not implemented.
-MUST_EQUAL = {
-    "rope.scaling.type": ("none",),
-    "expert_count": (0,),
-    "tensor_data_layout": ("Meta AI original pth",),
-}
 
 
 def read_gguf(path, allow=()):
-    """(GGUFFile, our config, Layout, special tokens' ids, the tokenizer's files) of a GGUF file.
+    """(the file's weights, our config, Layout, special tokens' ids, the tokenizer's files, Quantization).
 
-    allow: fields that no list knows and that the caller takes to be harmless.
+    allow: fields that no list knows and that the caller takes to be harmless. Quantization: MXFP4, where all
+    experts of a gpt-oss are stored in it, since their codes are kept; else None.
     """
     file = GGUFFile(path)
-    model_name, model_type, turned = page_of(file)
-    config = read_config(file, model_name, model_type, allow)
-    layout = their_layout(file, LAYOUTS[model_name], config, turned)
-    return file, config, layout, special_ids(file.fields), tokenizer_files(file)
+    model_name, architecture = page_of(file)
+    kind = PAGES[model_name].GGUF[architecture]
+    config = read_config(file, model_name, kind, allow)
+    experts = {tensor.type for name, tensor in file.tensors.items() if name.endswith("_exps.weight")}
+    stored = Quantization("mxfp4", 32) if kind.codes and experts == {"MXFP4"} else None
+    layout = their_layout(model_name, architecture, config).stored_in(stored)
+    if "lm_head.weight" in layout.tied(config) and differs(file, "output.weight", "token_embd.weight"):
+        layout.skipped["output.weight"] = "tied: the embedding's matrix, rounded in another way"
+    weights = InCodes(file) if stored else kind.join(file)
+    files = tokenizer_files(file) | pooling_files(file)
+    return weights, config, layout, special_ids(file.fields), files, stored
 
 
 def page_of(file):
-    """(our model, Hugging Face's model_type, whose rows llama.cpp turns) of the file's architecture."""
+    """(our model, the file's architecture)."""
     architecture = file.fields.get("general.architecture")
-    known = {
-        name: (model, *what)
-        for model, page in PAGES.items()
-        for name, what in getattr(page, "GGUF", {}).items()
-    }
-    if architecture not in known:
+    known = {name: model for model, page in PAGES.items() for name in getattr(page, "GGUF", {})}
+    if not isinstance(architecture, str) or architecture not in known:
         raise UserError(
             f"{file.path}: general.architecture is {printable(repr(architecture))}; "
             f"read are {', '.join(sorted(known))}"
         )
-    return known[architecture]
+    return known[architecture], architecture
 
 
 # The config -------------------------------------------------------------------------------------------------
 
 
-def read_config(file, model_name, model_type, allow):
+def read_config(file, model_name, kind, allow):
     """Our flat config."""
     fields = of_architecture(file)
-    refuse_fields(file, fields, allow)
-    _, config = from_hf_config({"model_type": model_type})
-    given = {ours: fields[theirs] for ours, theirs in FIELDS.items() if theirs in fields}
-    given |= {"norm_eps": fields[name] for name in NORM_EPS if name in fields}  # noqa: B035 (one of the two)
+    refuse_fields(file, fields, kind, allow)
+    _, config = from_hf_config({"model_type": kind.model_types[0]})
+    given = {ours: fields[theirs] for ours, theirs in (FIELDS | kind.fields).items() if theirs in fields}
     missing = [
         FIELDS[name] for name in ("max_seq_len", "d_model", "num_layers", "num_heads") if name not in given
     ]
     if missing:
         raise UserError(f"{file.path}: lacks {', '.join(missing)}; fetch it again")
-    embedding = file.entries.get("token_embd.weight")
-    derived = {
-        "vocab_size": embedding.shape[0] if embedding else config["vocab_size"],
-        "num_kv_heads": given["num_heads"],
-        "head_dim": given["d_model"] // max(1, given["num_heads"]),
-        "rope_base": 10000.0,
-        "tied_head": "output.weight" not in file.entries,
-        **{ours: any(name in file.entries for name in names) for ours, names in BIASES.items()},
-    }
-    found = {**derived, **{name: plainly(value) for name, value in given.items()}}
-    config |= {name: value for name, value in found.items() if name in config}
-    if "rotary_dim" not in config and given.get("rotary_dim", config.get("head_dim")) != config.get(
-        "head_dim"
-    ):
+    with reading(file.path):
+        refuse_counts(file, given)
+        derived = {
+            **{ours: file.entries[name].shape[0] for ours, name in COUNTED.items() if name in file.entries},
+            "num_kv_heads": given["num_heads"],
+            "head_dim": given["d_model"] // max(1, given["num_heads"]),
+            "rope_base": 10000.0,
+            "tied_head": "output.weight" not in file.entries,
+            **{ours: any(name in file.entries for name in names) for ours, names in BIASES.items()},
+        }
+        found = {**derived, **{name: plainly(value) for name, value in given.items()}}
+        config |= {name: value for name, value in found.items() if name in config}
+        config |= {name: value for name, value in kind.read(fields, config).items() if name in config}
+    width = config.get("head_dim")
+    if "rotary_dim" not in config and given.get("rotary_dim", width) != width:
         raise UserError(f"{file.path}: RoPE turns a part of a head, which models/{model_name}.py does not")
     if "rope_freqs.weight" in file.entries:
+        if not hasattr(PAGES[model_name], "scaling_of"):
+            raise UserError(f"{file.path}: has rope_freqs.weight, which models/{model_name}.py does not know")
         page = PAGES[model_name]
         config["rope_scaling"] = page.scaling_of(file.read("rope_freqs.weight"), config, file.path)
     return config
+
+
+def refuse_counts(file, given):
+    """Stop at numbers of layers and experts that the tensors belie, before lists of that length are made."""
+    most = {"num_layers": max(1, len(file.entries))}
+    routers = [entry for name, entry in file.entries.items() if name.endswith("ffn_gate_inp.weight")]
+    most["num_experts"] = max((router.shape[0] for router in routers), default=0)
+    for name, limit in most.items():
+        value = given.get(name, 0)
+        if type(value) is not int or not 0 <= value <= limit:
+            theirs = (FIELDS | EXPERTS)[name]
+            raise UserError(f"{file.path}: {theirs} is {value!r}, where its tensors are for {limit} at most")
 
 
 def of_architecture(file):
@@ -121,16 +121,18 @@ def of_architecture(file):
     }
 
 
-def refuse_fields(file, fields, allow):
+def refuse_fields(file, fields, kind, allow):
     """Stop at values that our pages do not implement, and at fields that nobody here has heard of."""
+    read = {*FIELDS.values(), *kind.fields.values(), *kind.known}
     problems = [
         f"{name} is {fields[name]!r}, where {values[0]!r} is implemented"
         for name, values in MUST_EQUAL.items()
-        if name in fields and fields[name] not in values
+        if name in fields and name not in read and fields[name] not in values
     ]
-    if fields.get("attention.value_length", None) != fields.get("attention.key_length", None):
-        problems.append("attention.value_length differs from attention.key_length")
-    known = {*FIELDS.values(), *NORM_EPS, *MUST_EQUAL, "attention.value_length", "vocab_size"}
+    lengths = ("attention.value_length", "attention.key_length")
+    if lengths[0] not in read and fields.get(lengths[0]) != fields.get(lengths[1]):
+        problems.append(f"{lengths[0]} differs from {lengths[1]}")
+    known = {*read, *MUST_EQUAL, "attention.value_length", "vocab_size"}
     strange = [name for name in fields if name not in known and name not in allow]
     if strange:
         options = " ".join(f"--allow {printable(name)}" for name in strange)
@@ -144,51 +146,65 @@ def refuse_fields(file, fields, allow):
         raise UserError(f"{file.path}: {'; '.join(problems)}")
 
 
-def plainly(value):
-    """A float of 32 bits as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+# pooling_type -> what sentence-transformers calls it: how one vector is made of those of all tokens.
+POOLING = {1: "pooling_mode_mean_tokens", 2: "pooling_mode_cls_token"}
+
+
+def pooling_files(file):
+    """The files in which sentence-transformers says the same; none where the file says nothing."""
+    kind = of_architecture(file).get("pooling_type", 0)
+    if kind == 0:
+        return {}
+    if kind not in POOLING:
+        known = ", ".join(f"{number} ({name})" for number, name in POOLING.items())
+        raise UserError(f"{file.path}: pooling_type is {kind!r}, where {known} are known")
+    parts = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in parts]
+    return {
+        "modules.json": json.dumps(modules).encode(),
+        "1_Pooling/config.json": json.dumps({POOLING[kind]: True}).encode(),
+    }
 
 
 # The tensors ------------------------------------------------------------------------------------------------
 
+# What is left of a transform once llama.cpp's names stand in Hugging Face's place: see gguf_table.py.
+PLAINER = {"transpose": "copy", "transpose+split": "split", "split_per_head": "split"}
 
-def their_layout(file, layout, config, turned):
-    """Our table with llama.cpp's names in Hugging Face's place."""
-    architecture = file.fields["general.architecture"]
+
+def their_layout(model_name, architecture, config):
+    """Our table with llama.cpp's names in Hugging Face's place; rows that it does not know fall away."""
+    layout, kind = LAYOUTS[model_name], PAGES[model_name].GGUF[architecture]
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(key, config["num_layers"])
-    rows = [their_row(row, names, turned) for row in layout.rows]
-    skipped = {"rope_freqs.weight": "RoPE's scaling, computed from rope_scaling"}
-    tied = layout.tied(config)
-    if "lm_head.weight" in tied and differs(file, "output.weight", "token_embd.weight"):
-        skipped["output.weight"] = "tied: the embedding's matrix, rounded in another way"
-    return Layout(rows=rows, skipped=skipped, tied=lambda config: tied)
+    names = gguf.get_tensor_name_map(key, 1)  # of the first layer, whatever number of layers a file tells
+    rows = [their_row(row, names, kind, layout.prefix) for row in layout.rows]
+    tied = {} if kind.wants_head else layout.tied(config)
+    return Layout(
+        rows=[row for row in rows if row] + kind.rows,
+        in_codes={"mxfp4": kind.codes},
+        skipped={"rope_freqs.weight": "RoPE's scaling, computed from rope_scaling"},
+        tied=lambda config: tied,
+    )
 
 
-def their_row(row, names, turned):
-    template = row.theirs.replace("{n}", "0").replace("{p}", "weight")
-    name = names.get_name(template, (".weight", ".bias"))
+def their_row(row, names, kind, prefix):
+    """A row of Hugging Face's table with llama.cpp's name; None where it has none."""
+    template = row.theirs.replace("{n}", "0").replace("{p}", "weight").replace(".{e}", "")
+    if not template.endswith((".weight", ".bias")) or "{end}" in template:
+        return None
+    endings = (".weight", ".bias")
+    name = names.get_name(template, endings) or names.get_name(template.removeprefix(prefix), endings)
     if name is None:
-        raise ValueError(f"the gguf package has no name for {row.theirs}")
+        return None
     name = name.replace("blk.0.", "blk.{n}.")
     if "{p}" in row.theirs:
         name = name.removesuffix("weight") + "{p}"
-    transform = "split" if "{q,k,v}" in row.ours else "copy"
-    if any(f".{part}." in row.ours for part in turned):
-        transform = "pairs_to_halves"
-    return row._replace(theirs=name, transform=transform)
+    transform = "per_expert" if "{e}" in row.theirs else PLAINER.get(row.transform, row.transform)
+    special = [special for ending, special in kind.transforms.items() if row.ours.endswith(ending)]
+    return row._replace(theirs=name, transform=special[0] if special else transform)
 
 
 def differs(file, one, other):
     """Whether two tensors are stored in different types, so that they are not the same numbers."""
     types = {file.tensors[name].type for name in (one, other) if name in file.tensors}
     return len(types) > 1
-
-
-def spoken_types(file):
-    """How the matrices are stored, for a person: "Q4_1 210, Q8_0 1"."""
-    counts = {}
-    for tensor in file.tensors.values():
-        if len(tensor.shape) > 1:
-            counts[tensor.type] = counts.get(tensor.type, 0) + 1
-    return ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items(), key=lambda pair: -pair[1]))

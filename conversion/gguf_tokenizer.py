@@ -2,11 +2,13 @@
 
     tokenizer.ggml.model     "gpt2": byte-level BPE          -> tokenizer.json
                              "llama": sentencepiece's BPE    -> tokenizer.model
+                             "bert": WordPiece               -> vocab.txt
     tokenizer.ggml.tokens, .scores, .token_type, .merges     the vocabulary
     tokenizer.ggml.pre       how a text is cut before BPE merges within the pieces (PATTERNS)
     tokenizer.ggml.bos_token_id, .add_bos_token, ...         what stands around a text
     tokenizer.chat_template
 
+The way back is conversion/gguf_vocabulary.py.
 Proof: tests/test_gguf.py, against the tokenizers that the files were made from, and transformers.
 """
 
@@ -22,24 +24,52 @@ from models.utils.tokenizers.tiktoken_ranks import TiktokenTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token_type, as sentencepiece counts too
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-# tokenizer.ggml.pre -> the pattern that cuts a text; None is GPT-2's, "digits" the same after every digit.
+# Those of BERT: llama.cpp calls [CLS] and [SEP] also what begins and ends a text.
+WORDPIECE_SPECIAL = {
+    "cls_token": ("cls", "bos"),
+    "sep_token": ("seperator", "eos"),  # their spelling
+    "unk_token": ("unknown",),
+    "pad_token": ("padding",),
+    "mask_token": ("mask",),
+}
+WORD_START = "▁"  # of a piece that begins a word; what goes on has no mark, where BERT's own files have "##"
+# tokenizer.ggml.pre -> the pattern that cuts a text, or several, one after the other; None is GPT-2's,
+# "digits" the same after every digit.
 LLAMA3_PATTERN = TiktokenTokenizer.pattern
 ONE_DIGIT = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT4O_PATTERN = "|".join([
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + ENDINGS,
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + ENDINGS,
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+])  # fmt: skip
+DEEPSEEK_PATTERNS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 PATTERNS = {
     **dict.fromkeys(("default", "gpt-2", "gpt2"), None),
     **dict.fromkeys(("smollm", "codeshell"), "digits"),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe"), LLAMA3_PATTERN),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), ONE_DIGIT),
+    **dict.fromkeys(("gpt-4o", "llama4"), GPT4O_PATTERN),
+    "deepseek-v3": DEEPSEEK_PATTERNS,
 }
 BOS_UNLESS_SAID = ("llama-bpe", "llama3", "llama-v3")  # these put BOS before a text where no field says it
 
 
 def special_ids(fields):
     """What generation_config.json says: the ids of the special tokens; of the ends of a text all."""
+    if fields.get("tokenizer.ggml.model") == "bert":
+        return {}  # nothing is generated
     ids = {f"{name}_id": id for name, id in named_ids(fields).items() if name != "unk_token"}
-    eot = fields.get("tokenizer.ggml.eot_token_id")
-    if type(eot) is int and eot != ids.get("eos_token_id", eot):
-        ids["eos_token_id"] = [ids["eos_token_id"], eot]
+    ends = [ids.get("eos_token_id")]
+    ends += [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eom", "eot")]
+    ends = list(dict.fromkeys(id for id in ends if type(id) is int))
+    if "eos_token_id" in ids and len(ends) > 1:
+        ids["eos_token_id"] = ends
     return ids
 
 
@@ -56,7 +86,7 @@ def tokenizer_files(file):
     kind = fields.get("tokenizer.ggml.model")
     if kind is None:
         return {}
-    if kind not in WRITERS:
+    if not isinstance(kind, str) or kind not in WRITERS:
         raise UserError(
             f"{file.path}: tokenizer.ggml.model is {printable(repr(kind))}; read are {', '.join(WRITERS)}"
         )
@@ -103,6 +133,8 @@ def tokenizer_config(vocabulary):
     fields = vocabulary.fields
     sentencepiece = fields["tokenizer.ggml.model"] == "llama"
     bos_unless_said = sentencepiece or vocabulary.pre in BOS_UNLESS_SAID
+    if fields["tokenizer.ggml.model"] == "bert":
+        return wordpiece_config(vocabulary)
     config = {name: vocabulary.tokens[id] for name, id in named_ids(fields).items()}
     config["add_bos_token"] = vocabulary.flag("add_bos_token", bos_unless_said) and "bos_token" in config
     config["add_eos_token"] = vocabulary.flag("add_eos_token", False) and "eos_token" in config
@@ -116,7 +148,7 @@ def tokenizer_config(vocabulary):
 
 def write_bpe(vocabulary, config):
     """tokenizer.json: the pieces, their merges, the pattern, and what is added around a text."""
-    if vocabulary.pre not in PATTERNS:
+    if not isinstance(vocabulary.pre, str) or vocabulary.pre not in PATTERNS:
         raise UserError(
             f"{vocabulary.path}: its tokenizer cuts texts as {printable(repr(vocabulary.pre))} does; known "
             f"are {', '.join(PATTERNS)}; copy the tokenizer.json of the original beside the converted weights"
@@ -148,7 +180,9 @@ def cutting(pattern):
         return as_bytes
     if pattern == "digits":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), as_bytes])
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"), as_bytes])
+    patterns = pattern if isinstance(pattern, tuple) else (pattern,)
+    cuts = [pre_tokenizers.Split(tokenizers.Regex(each), "isolated") for each in patterns]
+    return pre_tokenizers.Sequence([*cuts, as_bytes])
 
 
 def around(core, config):
@@ -208,4 +242,35 @@ def varint(value):
     return bytes([*out, value])
 
 
-WRITERS = {"gpt2": write_bpe, "llama": write_sentencepiece}
+# WordPiece --------------------------------------------------------------------------------------------------
+
+
+def write_wordpiece(vocabulary, config):
+    """vocab.txt: a piece a line, those that go on within a word with "##" in front."""
+    lines = [piece(token, kind) for token, kind in zip(vocabulary.tokens, vocabulary.types)]
+    if len(set(lines)) < len(lines) or any(line.split() != [line] for line in lines):
+        raise UserError(
+            f"{vocabulary.path}: its tokenizer has a token twice, or a space in one; fetch it again"
+        )
+    return {"vocab.txt": "".join(f"{line}\n" for line in lines).encode()}
+
+
+def piece(token, kind):
+    if kind not in (NORMAL, USER_DEFINED):
+        return token
+    return token[len(WORD_START) :] if token.startswith(WORD_START) else f"##{token}"
+
+
+def wordpiece_config(vocabulary):
+    """The special tokens, and that a text loses its capitals, unless the vocabulary has some."""
+    fields, tokens, config = vocabulary.fields, vocabulary.tokens, {}
+    for name, theirs in WORDPIECE_SPECIAL.items():
+        ids = [fields.get(f"tokenizer.ggml.{each}_token_id") for each in theirs]
+        ids = [id for id in ids if type(id) is int and 0 <= id < len(tokens)]
+        config |= {name: tokens[ids[0]]} if ids else {}
+    normal = (token for token, kind in zip(tokens, vocabulary.types) if kind == NORMAL)
+    capitals = any(token.lower() != token and not token.startswith(f"{WORD_START}[") for token in normal)
+    return {**config, "do_lower_case": not capitals}
+
+
+WRITERS = {"gpt2": write_bpe, "llama": write_sentencepiece, "bert": write_wordpiece}

@@ -59,11 +59,11 @@ def open_gguf(path, allow, meta, model):
         raise UserError(f"{path}: says what --max-seq-len and --rope-... are for; leave these options out")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    file, config, layout, generation, files = read_gguf(path, allow)
+    file, config, layout, generation, files, stored = read_gguf(path, allow)
     if model not in (None, config["model"]):
         raise UserError(f"{path}: is for models/{config['model']}.py; leave out --model {model}")
     config_from_dict(config, path)
-    return Source(path.parent, path, config, file, layout, generation, files=files)
+    return Source(path.parent, path, config, file, layout, generation, stored=stored, files=files)
 
 
 def open_hf(folder, allow, meta, model):

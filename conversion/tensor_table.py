@@ -111,6 +111,10 @@ TRANSFORMS = {
         lambda theirs, config: [theirs.flatten(1)],
         lambda ours, config: ours[0].unflatten(1, (-1, config["patch_size"], config["patch_size"])),
     ),
+    # Gemma's norms multiply by 1 + weight, and llama.cpp stores the sum.
+    "less_one": Transform(
+        lambda theirs, config: [theirs.float() - 1], lambda ours, config: ours[0].float() + 1
+    ),
     "row_to_vector": Transform(lambda theirs, config: [theirs[0]], lambda ours, config: ours[0][None]),
     "per_expert": experts(),
     "per_expert+scales": experts(there=without_nan),

@@ -699,6 +699,8 @@ def test_options_that_say_nothing(tmp_path, fails):
     assert "--out says nothing to --inspect" in one_line(fails(folder, "--inspect", "--out", "x"))
     assert "--dtype says nothing to --inspect" in one_line(fails(folder, "--inspect", "--dtype", "float16"))
     assert "--model says nothing to --reverse" in one_line(fails(folder, "--reverse", "--model", "llama"))
+    assert "--dtype says nothing to --gguf" in one_line(fails(folder, "--gguf", "F16", "--dtype", "float16"))
+    assert "Q5_K" in one_line(fails(folder, "--gguf", "Q5_K"))
     for option in ("--out", "--model", "--calibrate"):
         assert option in one_line(fails(folder, option, ""))
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import conversion.convert as convert_page
+import conversion.gguf_write as gguf_write
 from benchmarks import gguf_file
+from conversion import find
 from conversion.convert import convert
 from conversion.find import find_folder
 from conversion.gguf import IN_BLOCKS, GGUFFile
@@ -24,12 +25,15 @@ from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError
 from models.utils.quantize import Quantization, dequantize_int4, unpack
 from models.utils.tokenizer import load_tokenizer
-from tests.test_gguf_file import CONFIGS, SMALL
+from tests.test_gguf_write import CONFIGS, SMALL
 
 TEXTS = [
     "def f(x):\n    return 12345 + x  # 99 %\n", "", " ", "  two  spaces ", "it's 'quoted', they'LL see",
     "Ünïcödé 漢字 \t tab\r\n\r\n end", "a" * 50, "3.14159e-10", "<s> </s> <|im_start|>", "🙂🙃 x",
 ]  # fmt: skip
+
+
+PRES = ("llama-bpe", "qwen2", "gpt-2", "smollm", "gpt-4o", "deepseek-v3")
 
 
 def tensors_of(path):
@@ -142,7 +146,7 @@ def test_qwen3(tmp_path):
 def test_codes_stay_as_they_are(tmp_path, monkeypatch, name, kind):
     """--quantize int4 of a file that is int4: the weights are those of the file, not rounded again."""
     model = create_model(CONFIGS[name], **SMALL[name][1])
-    monkeypatch.setitem(gguf_file.TYPES, "Q4_0", gguf.GGMLQuantizationType[kind])
+    monkeypatch.setitem(gguf_write.TYPES, "Q4_0", gguf.GGMLQuantizationType[kind])
     gguf_file.write_gguf(tmp_path / "x.gguf", name, model, "Q4_0")
     convert(tmp_path / "x.gguf", out=tmp_path / "plain")
     convert(tmp_path / "x.gguf", out=tmp_path / "int4", quantization=Quantization("int4", 32))
@@ -163,7 +167,7 @@ def test_codes_stay_as_they_are(tmp_path, monkeypatch, name, kind):
 
 
 def test_without_out_it_goes_to_checkpoints_under_the_file_s_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_page, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr(find, "CHECKPOINTS", tmp_path / "checkpoints")
     gguf_file.write_gguf(
         tmp_path / "Tiny.Q8_0.gguf", "gpt2", create_model(CONFIGS["gpt2"], **SMALL["gpt2"][1]), "Q8_0"
     )
@@ -403,31 +407,23 @@ def test_random_damage_is_never_a_traceback(tmp_path):
 def changed(tmp_path, **fields):
     """A whole small Llama whose file has other fields."""
     model = create_model(CONFIGS["llama"], **SMALL["llama"][1])
-    write_fields = gguf_file.write_fields
-
-    def write_more(writer, *args):
-        write_fields(writer, *args)
-        for name, value in fields.items():
-            writer.add_key_value(name.replace("__", "."), *value)
-
+    given = gguf_write.model_fields
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_file, "write_fields", write_more)
+        more = {name.replace("__", "."): value for name, value in fields.items()}
+        patch.setattr(gguf_write, "model_fields", lambda their: given(their) | more)
         gguf_file.write_gguf(tmp_path / "x.gguf", "llama", model, "F32")
     return tmp_path / "x.gguf"
 
 
-UINT32, STRING, FLOAT32 = (gguf.GGUFValueType[name] for name in ("UINT32", "STRING", "FLOAT32"))
-
-
 def test_what_no_page_implements_is_named(tmp_path):
     for fields, message in [
-        ({"llama__expert_count": (8, UINT32)}, "expert_count is 8"),
-        ({"llama__rope__scaling__type": ("yarn", STRING)}, "rope.scaling.type is 'yarn'"),
-        ({"llama__flavour": (3.0, FLOAT32)}, "flavour is not known; .*: --allow flavour"),
+        ({"llama__expert_count": 8}, "expert_count is 8"),
+        ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type is 'yarn'"),
+        ({"llama__flavour": 3.0}, "flavour is not known; .*: --allow flavour"),
     ]:
         with pytest.raises(UserError, match=message):
             open_source(changed(tmp_path, **fields))
-    assert open_source(changed(tmp_path, llama__flavour=(3.0, FLOAT32)), allow=["flavour"])
+    assert open_source(changed(tmp_path, llama__flavour=3.0), allow=["flavour"])
 
 
 def test_wrong_calls(tmp_path):
@@ -442,7 +438,7 @@ def test_wrong_calls(tmp_path):
         (lambda: convert(tmp_path / "other.gguf"), "general.architecture is 'rwkv7'; read are .*gptneox"),
         (lambda: open_source(path, model="gpt2"), "is for models/llama.py; leave out --model gpt2"),
         (lambda: convert(path, calibration=tmp_path / "notes.txt"), "--calibrate"),
-        (lambda: find_folder(str(path)), "convert it first: python convert_hf_checkpoint.py"),
+        (lambda: find_folder(str(tmp_path / "missing.gguf")), "no such file; one of the hub is fetched by"),
     ]:
         with pytest.raises(UserError, match=message):
             call()

@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.utils import machine
 from models.utils.errors import UserError
 from models.utils.machine import choose_dtype, instructions, training_dtype
+from models.utils.safetensors_files import SafetensorsFile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FLAGS = {"avx2": True, "avx512_bw": True, "avx512_vnni": True, "avx512_bf16": True, "amx_bf16": False}
@@ -90,3 +93,16 @@ def test_freed_memory_is_not_fetched_again():
         pytest.skip("this system has another libc")
     assert int(before) > 100
     assert int(after) < int(before) / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is given back, and how, is Linux's")
+def test_mapped_memory_is_given_back(tmp_path):
+    """32 MB that were read are no longer with the process; and whoever reads them again finds them."""
+    save_file({"x": torch.ones(8 * 2**20)}, tmp_path / "x.safetensors")
+    tensor, process = SafetensorsFile(tmp_path / "x.safetensors").read("x"), psutil.Process()
+    before = process.memory_info().rss
+    assert tensor.sum() == 8 * 2**20
+    assert process.memory_info().rss - before > 24e6
+    machine.give_back(tensor)
+    assert process.memory_info().rss - before < 12e6
+    assert tensor.sum() == 8 * 2**20

@@ -15,6 +15,7 @@ holds, together with what config.json names (tensors of it that lack are reporte
 import torch
 
 from conversion.config_fields import DECODER, HFType, activation_named, highest, num_labels, renamed, words
+from conversion.gguf_table import LAYER_NORM, GGUFType
 from conversion.tensor_table import Computed, Layout, table
 from models.utils.errors import UserError
 
@@ -152,6 +153,28 @@ BERT_TYPE = HFType(
 )
 
 HF_TYPES = {"bert": BERT_TYPE}
+
+
+def write_gguf(config):
+    """llama.cpp has BERT as an encoder of sentences, which are all of segment 0."""
+    if config["head"] is not None or config["activation"] != "gelu":
+        raise UserError(
+            f"llama.cpp has no BERT with the head {config['head']} and {config['activation']}; written as "
+            "GGUF are those without a head, which give vectors of sentences, with gelu"
+        )
+    return {"attention.causal": False, "tokenizer.ggml.token_type_count": config["num_segments"]}
+
+
+GGUF = {
+    "bert": GGUFType(
+        ("bert",),
+        fields=LAYER_NORM,
+        known={"attention.causal", "pooling_type"},
+        read=lambda fields, config: {"pooler": False, "head": None},
+        write=write_gguf,
+        left_out={"pooler.": "tells whether two texts belong together"},
+    )
+}
 
 
 def to_hf_config(config):

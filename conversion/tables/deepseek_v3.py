@@ -3,11 +3,14 @@
 import math
 
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
+from conversion.gguf_latent import GGUF
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
 from conversion.tables.llama import rope_base, rope_parameters, without
 from conversion.tables.qwen3 import OPTIONAL, YARN, YARN_DEFAULTS, natural_scale
 from conversion.tensor_table import Layout, Row, table
 from models.utils.errors import UserError
+
+__all__ = ["GGUF", "HF_TYPES", "LAYOUT", "to_hf_config"]
 
 LAYER = table("""
     layers.{n}.attn_norm.weight                 model.layers.{n}.input_layernorm.weight

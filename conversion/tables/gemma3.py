@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from conversion.config_fields import DECODER, HFType, renamed, words
+from conversion.gguf_table import GGUFType, plainly
 from conversion.tables.qwen3 import LAYOUT as QWEN3_LAYOUT
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
@@ -28,6 +29,58 @@ LAYOUT = Layout(
         layers.{n}.ffn_out_norm.weight       model.layers.{n}.post_feedforward_layernorm.weight
     """),
 )
+
+
+# llama.cpp writes down neither the scale of scores nor, in older files, what is the same in all of them.
+LARGE = 62  # layers of the 27B, whose score_scale is D / H; that of the others is d
+
+
+def read_gguf(fields, config):
+    kind = fields.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"rope.scaling.type is {kind!r}, where none and linear are known")
+    factor = fields.get("rope.scaling.factor", 1.0) if kind == "linear" else 1.0
+    is_large = config["num_layers"] == LARGE
+    return {
+        "rope_base": plainly(fields.get("rope.freq_base", 1_000_000.0)),
+        "rope_factor": plainly(factor) or 1.0,
+        "local_rope_base": plainly(fields.get("rope.freq_base_swa", 10_000.0)),
+        "full_every": fields.get("attention.sliding_window_pattern", 6),
+        "score_scale": config["d_model"] // config["num_heads"] if is_large else config["head_dim"],
+    }
+
+
+def write_gguf(config):
+    is_large = config["num_layers"] == LARGE
+    wanted = config["d_model"] // config["num_heads"] if is_large else config["head_dim"]
+    if config["score_scale"] != wanted:
+        raise UserError(
+            f"score_scale is {config['score_scale']}, where llama.cpp takes {wanted} in a gemma3 of "
+            f"{config['num_layers']} layers; this model is not written as GGUF"
+        )
+    factor = config["rope_factor"]
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": factor} if factor != 1 else {}
+    return {
+        **linear,
+        "rope.freq_base_swa": config["local_rope_base"],
+        "attention.sliding_window_pattern": config["full_every"],
+    }
+
+
+# Norms multiply by 1 + weight here; llama.cpp stores the sum.
+GGUF = {
+    "gemma3": GGUFType(
+        ("gemma3_text",),
+        fields={"window": "attention.sliding_window"},
+        transforms={"norm.weight": "less_one"},
+        known=words("""
+            rope.freq_base rope.freq_base_swa rope.scaling.type rope.scaling.factor
+            attention.sliding_window_pattern
+        """),
+        read=read_gguf,
+        write=write_gguf,
+    )
+}
 
 
 def full_every(theirs):

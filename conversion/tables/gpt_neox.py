@@ -3,6 +3,7 @@
 import math
 
 from conversion.config_fields import DECODER, HFType, activation_named, checked_value, renamed, words
+from conversion.gguf_table import LAYER_NORM, GGUFType
 from conversion.tensor_table import Computed, Layout, rope_frequencies, table
 from models.utils.errors import UserError
 
@@ -37,8 +38,13 @@ LAYOUT = Layout(
 )
 
 
-# llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
-GGUF = {"gptneox": ("gpt_neox", ())}
+GGUF = {
+    "gptneox": GGUFType(
+        ("gpt_neox",),
+        fields={**LAYER_NORM, "parallel_residual": "use_parallel_residual"},
+        wants_head=True,
+    )
+}
 
 
 def rotary_dim(theirs):

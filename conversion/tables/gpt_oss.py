@@ -7,6 +7,7 @@ come over as they are, code for code (models/utils/quantize.py).
 import math
 
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
+from conversion.gguf_table import EXPERTS, YARN_FIELDS, GGUFType, read_yarn, write_yarn
 from conversion.tables.llama import rope_base, rope_parameters
 from conversion.tables.qwen3 import OPTIONAL, YARN, natural_scale
 from conversion.tensor_table import Layout, Row, table
@@ -52,6 +53,51 @@ LAYOUT = Layout(
     rows=PLAIN + BIASES + WEIGHTS,
     in_codes={"mxfp4": CODES},
 )
+
+SWIGLU = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # which llama.cpp has in its code, and files do not
+
+
+def read_gguf(fields, config):
+    scaling = read_yarn(fields)
+    if scaling is None:
+        raise ValueError("has no YaRN, without which there is no gpt-oss")
+    return {"rope_scaling": scaling, **SWIGLU}
+
+
+def write_gguf(config):
+    """llama.cpp rounds the ends of YaRN's line to whole pairs, which the published gpt-oss does not."""
+    for name, value in SWIGLU.items():
+        if config[name] != value:
+            raise UserError(f"{name} is {config[name]}, where llama.cpp has {value}; not written as GGUF")
+    return {"feed_forward_length": config["d_expert"], **write_yarn(config["rope_scaling"])}
+
+
+GGUF = {
+    "gpt-oss": GGUFType(
+        ("gpt_oss",),
+        fields={**EXPERTS, "window": "attention.sliding_window"},
+        rows=table("""
+            layers.{n}.attn.sinks                         blk.{n}.attn_sinks.weight
+            layers.{n}.ffn.experts.{e}.gate_proj.weight   blk.{n}.ffn_gate_exps.weight   per_expert
+            layers.{n}.ffn.experts.{e}.up_proj.weight     blk.{n}.ffn_up_exps.weight     per_expert
+            layers.{n}.ffn.experts.{e}.down_proj.weight   blk.{n}.ffn_down_exps.weight   per_expert
+            layers.{n}.ffn.experts.{e}.gate_proj.bias     blk.{n}.ffn_gate_exps.bias     per_expert
+            layers.{n}.ffn.experts.{e}.up_proj.bias       blk.{n}.ffn_up_exps.bias       per_expert
+            layers.{n}.ffn.experts.{e}.down_proj.bias     blk.{n}.ffn_down_exps.bias     per_expert
+        """),
+        codes=table("""
+            layers.{n}.ffn.experts.{e}.gate_proj.weight   blk.{n}.ffn_gate_exps.weight   per_expert
+            layers.{n}.ffn.experts.{e}.gate_proj.scale    blk.{n}.ffn_gate_exps.scale    per_expert+scales
+            layers.{n}.ffn.experts.{e}.up_proj.weight     blk.{n}.ffn_up_exps.weight     per_expert
+            layers.{n}.ffn.experts.{e}.up_proj.scale      blk.{n}.ffn_up_exps.scale      per_expert+scales
+            layers.{n}.ffn.experts.{e}.down_proj.weight   blk.{n}.ffn_down_exps.weight   per_expert
+            layers.{n}.ffn.experts.{e}.down_proj.scale    blk.{n}.ffn_down_exps.scale    per_expert+scales
+        """),
+        known=YARN_FIELDS | {"feed_forward_length"},
+        read=read_gguf,
+        write=write_gguf,
+    )
+}
 
 # What the published config.json says of the codes; another choice of modules is refused.
 MXFP4 = {

@@ -24,6 +24,7 @@ import torch
 
 import models.llama as model_page
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
+from conversion.gguf_table import GGUFType
 from conversion.tensor_table import Computed, Layout, rope_frequencies, table
 from models import config_from_dict
 from models.utils.errors import UserError
@@ -97,9 +98,25 @@ ROPE_SCALING = {
 }
 
 
-# llama.cpp's architectures: Hugging Face's model_type, and the maps whose rows it keeps as Meta does, for a
-# RoPE that turns neighbours. Llama's name serves Mistral as well.
-GGUF = {"llama": ("llama", ("q_proj", "k_proj")), "qwen2": ("qwen2", ())}
+def write_qwen2(config):
+    """llama.cpp's Qwen2 has heads that are d_model wide together, as all published ones, and a plain RoPE."""
+    if config["num_heads"] * config["head_dim"] != config["d_model"] or config["rope_scaling"]:
+        raise UserError(
+            "num_heads times head_dim is d_model in llama.cpp's qwen2, and rope_scaling null; this model is "
+            "not written as GGUF"
+        )
+    return {}
+
+
+# llama.cpp's architectures, see conversion/gguf_table.py. The rows of a Llama's q and k it keeps as Meta
+# does, for a RoPE that turns neighbours; that name serves Mistral as well.
+GGUF = {
+    "llama": GGUFType(
+        ("llama", "mistral"),
+        transforms={"q_proj.{p}": "pairs_to_halves", "k_proj.{p}": "pairs_to_halves"},
+    ),
+    "qwen2": GGUFType(("qwen2",), write=write_qwen2),
+}
 
 
 def scaling_of(divisors, config, where):

@@ -1,8 +1,7 @@
 """Qwen3 at Hugging Face: Llama's names, and two norms."""
 
-import math
-
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
+from conversion.gguf_table import YARN_FIELDS, GGUFType, natural_scale, read_yarn, write_yarn
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
 from conversion.tables.llama import LLAMA_TYPE, rope_parameters
 from conversion.tensor_table import Layout, table
@@ -18,8 +17,14 @@ LAYOUT = Layout(
     """),
 )
 
-# llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
-GGUF = {"qwen3": ("qwen3", ())}
+GGUF = {
+    "qwen3": GGUFType(
+        ("qwen3",),
+        known=YARN_FIELDS,
+        read=lambda fields, config: {"rope_scaling": read_yarn(fields)},
+        write=lambda config: write_yarn(config["rope_scaling"]),
+    )
+}
 
 # YaRN's fields -> ours; what transformers takes where an optional one is missing or null.
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_max_seq_len"}
@@ -50,11 +55,6 @@ def rope_scaling(theirs):
     if values["truncate"] is not True:
         raise UserError(f"{where}: truncate is {values['truncate']!r}; models/qwen3.py implements true")
     return {ours: values[name] for name, ours in (YARN | OPTIONAL).items()}
-
-
-def natural_scale(factor):
-    """What attention_factor, our rotation_scale, is where a file does not say it (YaRN, eq. 15)."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 QWEN3_TYPE = HFType(

@@ -4,6 +4,7 @@ The files hold a tensor per expert and matrix, as we do; transformers stacks the
 """
 
 from conversion.config_fields import HFType, renamed
+from conversion.gguf_table import EXPERTS, YARN_FIELDS, GGUFType, read_yarn, write_yarn
 from conversion.tables import qwen3
 from conversion.tables.qwen3 import QWEN3_TYPE
 from conversion.tensor_table import Layout, table
@@ -20,6 +21,31 @@ LAYOUT = Layout(
         layers.{n}.ffn.experts.{e}.down_proj.weight   model.layers.{n}.mlp.experts.{e}.down_proj.weight
     """),
 )
+
+
+def write_experts(config):
+    """What a GGUF file says beside the sizes; llama.cpp's Qwen3-MoE has no other experts than these."""
+    if config["dense_layers"] or not config["normalize_weights"]:
+        raise UserError(
+            "llama.cpp has experts in every layer of a qwen3moe, with weights that add up to 1; this model "
+            "has not, and is not written as GGUF"
+        )
+    return write_yarn(config["rope_scaling"])
+
+
+GGUF = {
+    "qwen3moe": GGUFType(
+        ("qwen3_moe",),
+        fields=EXPERTS,
+        known=YARN_FIELDS,
+        read=lambda fields, config: {
+            "rope_scaling": read_yarn(fields),
+            "normalize_weights": True,
+            "dense_layers": [],
+        },
+        write=write_experts,
+    )
+}
 
 
 def dense_layers(theirs):

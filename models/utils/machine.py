@@ -1,6 +1,7 @@
 """What the machine has (device, instructions, memory) and what a run took of it (time, memory)."""
 
 import ctypes
+import mmap
 import os
 import sys
 import time
@@ -171,6 +172,19 @@ class Stopwatch:
         if figures["seconds_to_first_token"] is not None:
             parts.append(f"first token after {figures['seconds_to_first_token']:.2f} s")
         return ", ".join([*parts, f"peak memory {spoken_bytes(figures['peak_memory_bytes'])}"])
+
+
+def give_back(tensor):
+    """Let the system have the memory of a tensor that is mapped from a file and will not be read again.
+
+    Its pages stay with the process otherwise, as long as any of the file is mapped. Elsewhere than on Linux
+    nothing happens.
+    """
+    MADV_DONTNEED = 4  # sys/mman.h
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
 
 
 def keep_freed_memory():

@@ -60,7 +60,7 @@ from models.utils.machine import is_slow, spoken_bytes
 
 GROUP_SIZES = (128, 64, 32)  # that torch's int4 kernel knows
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-WEIGHTS_AT_ONCE = 2**20
+WEIGHTS_AT_ONCE = 2**17  # half a megabyte in fp32, which stays in a core's cache
 MAX_KERNEL_ROWS = 8  # from here on torch multiplies faster by a matrix that it can read as bf16
 
 
@@ -140,10 +140,14 @@ def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
 
 def round_int4(groups: Tensor, low: Tensor, high: Tensor, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale, zero) with 16 levels from low to high; of shapes (..., g), (..., 1) and (..., 1)."""
-    # Levels 0 to 15 make 15 steps. `zero` is the weight of code 8, where q - 8 = 0.
-    scale = ((high - low) / 15).clamp_min(1e-12).to(dtype)
-    zero = (low + 8 * scale.float()).to(dtype)
+    scale, zero = ends_of_levels(low, high, dtype)
     return nearest_codes(groups, scale, zero), scale, zero
+
+
+def ends_of_levels(low, high, dtype):
+    """(scale, zero) of 16 levels from low to high, which make 15 steps; zero is code 8, where q - 8 = 0."""
+    scale = ((high - low) / 15).clamp_min(1e-12).to(dtype)
+    return scale, (low + 8 * scale.float()).to(dtype)
 
 
 def nearest_codes(groups, scale, zero):
@@ -159,36 +163,36 @@ def search_int4(groups, dtype):
     """Of several clipped ranges, each improved by two line fits, the one with the least squared error.
 
     Clipping: rarer weights at the ends are represented worse, the many in the middle by finer levels. Line
-    fit: with the codes given, w = scale * (q - 8) + zero is a line through the points (q - 8, w), and least
+    fit: with the codes given, w = scale * l + zero, l = q - 8, is a line through the points (l, w), and least
     squares gives its slope and its height. Then each weight takes its nearest code again.
+
+    With g = w - mean(w) both need three sums of a group alone, which is why this takes seconds and no more:
+        error = sum (scale l + z - g)^2 = scale^2 sum l^2 + 2 scale (z sum l - sum l g) + size z^2 + sum g^2
+        slope = sum l g / (sum l^2 - (sum l)^2 / size)              where z = zero - mean(w)
     """
+    size, mean = groups.shape[-1], groups.mean(-1, keepdim=True)
+    centred = groups - mean
+    spread_of_weights = centred.square().sum(-1, keepdim=True)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    best = round_int4(groups, low, high, dtype)
-    least = squared_error(groups, *best)
+    best, least = None, None
     for ratio in CLIPPING:
-        candidate = round_int4(groups, ratio * low, ratio * high, dtype)
+        scale, zero = ends_of_levels(ratio * low, ratio * high, dtype)
         for _ in range(3):
-            error = squared_error(groups, *candidate)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best))
-            candidate = fit_line(groups, *candidate)
-    return best
-
-
-def fit_line(groups, codes, scale, zero):
-    """Scale and zero by least squares from the codes, then new codes; of a single level the old scale."""
-    levels = codes - 8
-    mean_level, mean = levels.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
-    spread = (levels - mean_level).square().sum(-1, keepdim=True)
-    slope = ((levels - mean_level) * (groups - mean)).sum(-1, keepdim=True) / spread
-    slope = torch.where(spread > 0, slope, scale.float()).clamp_min(1e-12).to(scale.dtype)
-    height = (mean - slope.float() * mean_level).to(zero.dtype)
-    return nearest_codes(groups, slope, height), slope, height
-
-
-def squared_error(groups, codes, scale, zero):
-    return ((codes - 8) * scale.float() + zero.float() - groups).square().sum(-1, keepdim=True)
+            levels = torch.sub(groups, zero).div_(scale).round_().clamp_(-8, 7)
+            total, product = levels.sum(-1, keepdim=True), (levels * centred).sum(-1, keepdim=True)
+            squares = levels.square_().sum(-1, keepdim=True)
+            z = zero.float() - mean
+            error = scale.float() * (scale.float() * squares + 2 * (z * total - product))
+            error += size * z * z + spread_of_weights
+            # A thousandth of an error is less than these sums are rounded by.
+            better = error < 0.999 * least if best else torch.ones_like(error, dtype=torch.bool)
+            least = torch.where(better, error, least) if best else error
+            best = [torch.where(better, *pair) for pair in zip((scale, zero), best or (scale, zero))]
+            # Of a single level any slope is right.
+            spread = squares - total * total / size
+            scale = torch.where(spread > 0, product / spread, scale.float()).clamp_min(1e-12).to(dtype)
+            zero = (mean - scale.float() * total / size).to(dtype)
+    return nearest_codes(groups, *best), *best
 
 
 def calibrated_int4(groups, dtype, shares):
@@ -454,11 +458,12 @@ def swap(model, quantization):
 
 
 @torch.no_grad()
-def quantize_layers(model, quantization, device="cpu", dtype=None, windows=()):
+def quantize_layers(model, quantization, device="cpu", dtype=None, windows=(), after=lambda weight: None):
     """Quantize the linear layers of a model that has its weights; one after the other, each in dtype first.
 
     Weights that are mapped from a file come into memory a layer at a time, and leave it quantized.
     windows: of a calibration text, for int4; the whole model reads them once before, where its weights are.
+    after: called with each weight that has been quantized.
     """
     plan, notes = plan_layers(model, quantization)
     products = calibrate(model, plan, windows)
@@ -469,6 +474,7 @@ def quantize_layers(model, quantization, device="cpu", dtype=None, windows=()):
             told = True
         layer = model.get_submodule(name)
         model.set_submodule(name, quantize_layer(layer, *plan[name], device, dtype, products.pop(name, None)))
+        after(layer.weight)
     return notes
 
 

@@ -7,6 +7,7 @@ from models.utils.head import keep_logits_in_fp32
 from models.utils.kernels.onednn import choose_products
 from models.utils.kernels.tiled_linear import tile_mxfp4
 from models.utils.lora import attach_trained, merge
+from models.utils.machine import give_back
 from models.utils.quantize import prepare, quantize_layers
 from models.utils.safetensors_files import CODE_NAMES, DTYPE_NAMES, open_safetensors
 
@@ -30,7 +31,7 @@ def load_weights(
 
     # Quantized from what is mapped, a layer at a time; the rest is copied where device or dtype is another.
     if quantization:
-        quantize_layers(model, quantization, device, dtype, windows)
+        quantize_layers(model, quantization, device, dtype, windows, after=give_back)
     if factors:
         attach_trained(model, factors)
         merge(model)
