@@ -127,6 +127,23 @@ def test_llama_cpp_reads_the_other_kinds(small, tmp_path, kind, limit):
     assert 1e-5 < difference(logits, model) < limit
 
 
+def test_llama_cpp_writes_several_texts_at_once_as_each_alone(small, tmp_path, monkeypatch):
+    """Three texts of which two are written at a time; the longest prompt takes several calls."""
+    pytest.importorskip("llama_cpp")
+    from benchmarks import llama_cpp_peer
+
+    monkeypatch.setattr(llama_cpp_peer, "CHUNK", 32)
+    model_name, model = small
+    gguf_file.write_gguf(tmp_path / "F32.gguf", model_name, model, "F32")
+    peer = llama_cpp_peer.LlamaCpp(str(tmp_path / "F32.gguf"), threads=1, num_slots=64, num_texts=2)
+    peer.load()
+    prompts, counts = [PROMPT[:3], (PROMPT * 9)[:40], PROMPT], [12, 3, 7]
+    made = peer.run(prompts, counts)
+    for prompt, count, tokens in zip(prompts, counts, made["tokens"], strict=True):
+        assert tokens == [token for (token,) in generate(model, [prompt], count)]
+    assert len(made["times"]) < sum(counts)
+
+
 MOE = {**SIZES, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "d_expert": 32, "num_experts": 5}
 MOE |= {"num_active_experts": 2, "rope_base": 500.0}
 
