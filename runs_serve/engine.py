@@ -22,7 +22,7 @@ taken if it is the token that is picked in its place. Where tokens are drawn tha
 for a draft x without alternatives: it passes with probability p(x), and what is drawn otherwise follows p
 without x. So drafts change no text, not even a sampled one.
 
-Shapes: B rows, T tokens of each in this call, V vocabulary.
+Shapes: B rows, T tokens of each in this call, D features, V vocabulary.
 Proof: tests/test_serve.py.
 """
 

@@ -127,14 +127,14 @@ def test_llama_cpp_reads_the_other_kinds(small, tmp_path, kind, limit):
     assert 1e-5 < difference(logits, model) < limit
 
 
-def test_llama_cpp_writes_several_texts_at_once_as_each_alone(small, tmp_path, monkeypatch):
+def test_llama_cpp_writes_several_texts_at_once_as_each_alone(tmp_path, monkeypatch):
     """Three texts of which two are written at a time; the longest prompt takes several calls."""
     pytest.importorskip("llama_cpp")
     from benchmarks import llama_cpp_peer
 
     monkeypatch.setattr(llama_cpp_peer, "CHUNK", 32)
-    model_name, model = small
-    gguf_file.write_gguf(tmp_path / "F32.gguf", model_name, model, "F32")
+    model = redrawn(create_model(CONFIGS["llama"], **LLAMA))
+    gguf_file.write_gguf(tmp_path / "F32.gguf", "llama", model, "F32")
     peer = llama_cpp_peer.LlamaCpp(str(tmp_path / "F32.gguf"), threads=1, num_slots=64, num_texts=2)
     peer.load()
     prompts, counts = [PROMPT[:3], (PROMPT * 9)[:40], PROMPT], [12, 3, 7]
