@@ -61,21 +61,22 @@ def config_from_cfg(path):
     model_name = "modular_decoder"
     page = importlib.import_module(f"models.{model_name}")
     try:
-        page.TransformerDecoder.from_config(path, empty_init=True)  # names every fault, with its section
+        model = page.TransformerDecoder.from_config(path, empty_init=True)  # names a fault, with its section
         sections = page.read_section(path, "model")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {one_line(error)}") from None
-    names = {"vocab_size": "num_embeddings", "d_model": "embedding_dim"}
-    fields = {ours: sections["embedding"].get(theirs) for ours, theirs in names.items()}
-    fields |= {"max_seq_len": sections["max_length"], "prenorm": True, "tied_head": False}
-    fields |= {name: sections[name] for name in page.Config.__annotations__ if name in sections}
-    config = build_dataclass(page.Config, fields, path)
-    if config.sections() | sections != config.sections():
+    parts = {name: sections[name]["@" + name] for name in ("embedding", "head")}
+    is_plain = parts == {"embedding": "VocabEmbedding", "head": "LMHead"} and model.lm_head.bias is None
+    if not is_plain or "sampler" in sections:
         raise UserError(
             f"{path}: its embedding, head or sampler is not the plain one, which alone a config can say; "
             f"build it with TransformerDecoder.from_config"
         )
-    return model_name, config
+    fields = {"vocab_size": model.config.vocab_size, "max_seq_len": model.config.max_seq_len}
+    fields |= {"d_model": model.config.d_model, "prenorm": True, "tied_head": False}
+    fields |= {name: sections[name] for name in page.Config.__annotations__ if name in sections}
+    truths = {name: {"True": True, "False": False}.get(str(value), value) for name, value in fields.items()}
+    return model_name, build_dataclass(page.Config, truths, path)
 
 
 def config_to_dict(model_name, config):
