@@ -332,9 +332,8 @@ def test_what_a_config_cannot_say(tmp_path):
     texts = [CFG.replace('prenorm = "True"\n', text) for text in fields]
     defaults, told = (load_config(cfg_file(tmp_path, text))[1] for text in texts)
     assert (defaults.tied_head, defaults.prenorm, told.tied_head, told.prenorm) == (False, True, True, False)
-    for section in ("[model.head]", "[model.sampler]"):
-        text = CFG.replace("[model.head]", "[model.head]\nbias = true")
-        text = text if "head" in section else f'{CFG}\n{section}\n@sampler = "SimpleSampler"\n'
+    sampler = '\n[model.sampler]\n@sampler = "SimpleSampler"\n'
+    for text in (CFG.replace('bias = "False"\n', "bias = true\n"), CFG + sampler):
         with pytest.raises(UserError, match="head or sampler is not the plain one"):
             load_config(cfg_file(tmp_path, text))
     with pytest.raises(UserError, match=r"model.cfg: \[model.norm\] unknown field 'epsilon'"):
