@@ -23,7 +23,7 @@ for a draft x without alternatives: it passes with probability p(x), and what is
 without x. So drafts change no text, not even a sampled one.
 
 Shapes: B rows, T tokens of each in this call, D features, V vocabulary.
-Proof: tests/test_serve.py.
+Proof: tests/test_serve.py, tests/test_serve_compiled.py.
 """
 
 from collections import defaultdict

@@ -15,7 +15,7 @@ back. (gpt_oss.py also keeps the position that each slot holds. Here that is the
 
 Shapes: B rows, T new tokens of a row, K heads of keys and values, S slots (of the longest row), d features,
     N blocks, n blocks of a row.
-Proof: tests/test_serve.py.
+Proof: tests/test_serve.py, tests/test_serve_compiled.py.
 """
 
 import inspect

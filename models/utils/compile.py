@@ -403,6 +403,8 @@ def fingerprint(model, cache, width):
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
+        # A cache that is more than tensors is traced too.
+        inspect.getsource(sys.modules[type(cache).__module__]) if hasattr(cache, "free_sizes") else "",
         *(
             Path(page).read_text(encoding="utf-8")
             for page in (__file__, head.__file__, stacked_experts.__file__)
