@@ -5,6 +5,7 @@
     python app.py --checkpoint tiny-bert-python            an encoder: /v1/embeddings
     ZOO_API_KEY=secret python app.py --host 0.0.0.0        for other machines too
     python app.py --pace 4                                 four steps a second, slow enough to watch
+    python app.py --compile                                minutes once, kept on disk; then faster
 
 Then open http://127.0.0.1:8000, or let a client of OpenAI's speak to http://127.0.0.1:8000/v1. Ctrl-C ends
 the server once all answers are complete, a second one at once. runs_serve/README.md says what is served.
@@ -100,9 +101,12 @@ def service_of(args):
 
     keep_freed_memory()
     quantization = quantization_of(args.quantize, None, None)
-    checkpoint = open_checkpoint(args.checkpoint, args.device, dtype_named(args.dtype), quantization)
+    dtype, widths = dtype_named(args.dtype), (1,) if args.compile else ()
+    checkpoint = open_checkpoint(args.checkpoint, args.device, dtype, quantization, widths)
     if checkpoint.kind == DECODER:
         serve = serve_decoder
+    elif args.compile:
+        raise UserError("--compile: for decoders, whose steps it makes faster")
     elif checkpoint.kind == ONE_PASS and {"tokens", "attention_mask"} <= set(checkpoint.inputs):
         serve = serve_encoder
     else:
@@ -131,7 +135,8 @@ def serve_decoder(args, checkpoint, **options):
     from runs_serve.web import DecoderService
     from runs_serve.writing import Writer
 
-    model = checkpoint.load(num_slots=(args.num_blocks or 0) * args.block_size)
+    checkpoint.check_memory(args.num_blocks * args.block_size)
+    model = checkpoint.read()
     sizes = {"num_blocks": args.num_blocks, "block_size": args.block_size, "max_running": args.max_running}
     engine = LiveEngine(model, checkpoint.tokenizer, **sizes)
     sizes["num_blocks"] = engine.blocks.num_blocks
@@ -194,6 +199,7 @@ def parse(argv):
         help="guess tokens from the text so far; the same texts, sooner or not",
     )
     add("--pace", type=positive(float), metavar="N", help="at most N steps a second, to watch the page at /")
+    add("--compile", action="store_true", help="the decoding step: minutes once, kept on disk, then faster")
 
     add = parser.add_argument_group("limits").add_argument
     add("--queue", type=number, default=64, metavar="N", help="texts that may wait; default: %(default)s")

@@ -22,7 +22,7 @@ from models.utils.machine import available_memory, spoken_bytes
 
 WEIGHTS = {"float32": 4, "bfloat16": 2, "int8": 1.1, "int4": 0.7}  # bytes of one, about
 GGUF_KINDS = {"float32": "F32", "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
-ZOO = ("eager", "compiled", "speculative", "compiled+speculative", "served")
+ZOO = ("eager", "compiled", "speculative", "compiled+speculative", "served", "compiled+served")
 PEERS = ("transformers", "llama.cpp")
 IN_ONE_PASS = ("eager", "transformers")
 # What a model that answers in one pass is given: its word for it, ours, and how many at once.
@@ -48,9 +48,7 @@ class Subject:
     def takes_part(self, phase):
         if "speculative" in self.name:
             return phase == "decode"
-        if self.name == "served":
-            return phase.startswith("batch")
-        return self.name != "llama.cpp" or not phase.startswith("batch")
+        return "served" not in self.name or phase.startswith("batch")
 
     def run(self, task):
         time.sleep(SECONDS_TO_SETTLE)
@@ -65,6 +63,12 @@ class Subject:
 class Task:
     prompts: list  # lists of token ids
     new_tokens: int | list  # of each prompt; a list: for each its own
+
+    def longest_text(self):
+        counts = (
+            self.new_tokens if isinstance(self.new_tokens, list) else [self.new_tokens] * len(self.prompts)
+        )
+        return max(len(prompt) + count for prompt, count in zip(self.prompts, counts))
 
     def num_tokens(self):
         return (
@@ -220,9 +224,9 @@ def start(config, weights, name, folder, threads, args, tasks):
     settings["folder"] = str(folder / (f"hf-{weights}" if name == "transformers" else weights))
     if name == "llama.cpp":
         kind = GGUF_KINDS[weights]
-        alone = [task for phase, task in tasks.items() if not phase.startswith("batch")]
-        num_slots = max(len(task.prompts[0]) + task.new_tokens for task in alone)
-        settings = {"file": str(folder / f"{kind}.gguf"), "threads": threads, "num_slots": num_slots}
+        settings = {"file": str(folder / f"{kind}.gguf"), "threads": threads}
+        settings["num_slots"] = max(task.longest_text() for task in tasks.values())
+        settings["num_texts"] = max(len(task.prompts) for task in tasks.values())
     if "speculative" in name:
         settings["draft"] = str(folder / "draft" / weights)
         settings |= {"num_draft_tokens": args.num_draft_tokens, "agreement": args.agreement}

@@ -5,7 +5,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 SPOKEN = {"float32": "fp32", "bfloat16": "bf16", "eager": "zoo", "speculative": "zoo, speculative"}
-COLORS = {  # of those that are drawn; "served", which is for many texts at once, is in the table alone
+COLORS = {  # of those that are drawn; "served", for many texts at once, is in the table alone
     "transformers": "#c9cdd3",
     "llama.cpp": "#e3b878",
     "eager": "#a9c8e8",

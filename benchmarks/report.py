@@ -99,8 +99,11 @@ def table(report):
             lines += ["", config, *aligned([HEADS, *decoders])]
         batches = [phase for phase in entries[0]["phases"] if phase.startswith("batch")]
         if batches:
-            heads = ["weights", "subject"] + [head for phase in batches for head in (phase, "x trf")]
-            rows = [batch_row(entry, entries, batches) for entry in entries if batches[0] in entry["phases"]]
+            entries = [entry for entry in entries if batches[0] in entry["phases"]]
+            has_llama_cpp = any(entry["subject"] == "llama.cpp" for entry in entries)
+            peers = {"transformers": "x trf"} | ({"llama.cpp": "x l.cpp"} if has_llama_cpp else {})
+            heads = ["weights", "subject"] + [head for phase in batches for head in (phase, *peers.values())]
+            rows = [batch_row(entry, entries, batches, peers) for entry in entries]
             what = "ragged prompts, tokens/s of all rows" if decoders else f"{entries[0]['answers']} a second"
             lines += ["", f"{config}, {what}", *aligned([heads, *rows])]
     return [*lines, "", *legend]
@@ -140,12 +143,12 @@ def row(entry, entries, bandwidth):
     return cells
 
 
-def batch_row(entry, entries, batches):
+def batch_row(entry, entries, batches, peers):
     cells = [entry["weights"], entry["subject"]]
     for phase in batches:
-        peer = peer_of(entry, entries, "transformers")
         speed = 1 / entry["phases"][phase]["median"]
-        cells += [f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}", ratio(entry, peer, phase)]
+        cells.append(f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}")
+        cells += [ratio(entry, peer_of(entry, entries, name), phase) for name in peers]
     return cells
 
 

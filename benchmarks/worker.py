@@ -20,6 +20,7 @@ SUBJECTS = {
     "speculative": "zoo:Speculative",
     "compiled+speculative": "zoo:CompiledSpeculative",
     "served": "zoo:Served",
+    "compiled+served": "zoo:CompiledServed",
     "transformers": "transformers_peer:Transformers",
     "llama.cpp": "llama_cpp_peer:LlamaCpp",
     "eager encoder": "zoo:Encoder",

@@ -93,6 +93,10 @@ class Served(Eager):
         return {"tokens": rows, "times": times}
 
 
+class CompiledServed(Served, Compiled):
+    """The same, its steps compiled."""
+
+
 class Encoder(OnePass, Eager):
     """A model that answers in one pass, called as a function."""
 

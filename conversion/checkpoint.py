@@ -74,6 +74,13 @@ class Checkpoint:
     def load(self, num_slots=0):
         """The model with its weights on the device; num_slots: of the cache that it will be asked for."""
         self.check_memory(num_slots)
+        model = self.read()
+        if self.widths:
+            model.new_cache(1, num_slots)  # compiles, before anybody's clock starts
+        return model
+
+    def read(self):
+        """The same for who has a memory of his own."""
         model = load_weights(
             self.model,
             self.folder,
@@ -88,7 +95,6 @@ class Checkpoint:
             from models.utils.compile import compile_decoding  # slow to import
 
             model = compile_decoding(model, self.widths, report)
-            model.new_cache(1, num_slots)  # compiles, before anybody's clock starts
         return model
 
     def weight_bytes(self):

@@ -33,8 +33,10 @@ def config_names():
 
 
 def load_config(name_or_path):
-    """(model name, Config) from a name in configs/ or from the path of a JSON file."""
+    """(model name, Config) from a name in configs/, or from the path of a JSON file or of a .cfg."""
     path = Path(name_or_path)
+    if path.suffix == ".cfg":
+        return config_from_cfg(path)
     if path.suffix != ".json":
         path = CONFIGS_FOLDER / f"{name_or_path}.json"
         if not path.is_file():
@@ -52,6 +54,29 @@ def config_from_dict(fields, where):
     # How a checkpoint's weights are stored is no part of the model, see models/utils/quantize.py.
     fields = {name: value for name, value in fields.items() if name not in ("model", "quantization")}
     return model_name, build_dataclass(config_class, fields, where)
+
+
+def config_from_cfg(path):
+    """(model name, Config) of the page that a file puts together, the inverse of its Config.sections()."""
+    model_name = "modular_decoder"
+    page = importlib.import_module(f"models.{model_name}")
+    try:
+        model = page.TransformerDecoder.from_config(path, empty_init=True)  # names a fault, with its section
+        sections = page.read_section(path, "model")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {one_line(error)}") from None
+    parts = {name: sections[name]["@" + name] for name in ("embedding", "head")}
+    is_plain = parts == {"embedding": "VocabEmbedding", "head": "LMHead"} and model.lm_head.bias is None
+    if not is_plain or "sampler" in sections:
+        raise UserError(
+            f"{path}: its embedding, head or sampler is not the plain one, which alone a config can say; "
+            f"build it with TransformerDecoder.from_config"
+        )
+    fields = {"vocab_size": model.config.vocab_size, "max_seq_len": model.config.max_seq_len}
+    fields |= {"d_model": model.config.d_model, "prenorm": True, "tied_head": False}
+    fields |= {name: sections[name] for name in page.Config.__annotations__ if name in sections}
+    truths = {name: {"True": True, "False": False}.get(str(value), value) for name, value in fields.items()}
+    return model_name, build_dataclass(page.Config, truths, path)
 
 
 def config_to_dict(model_name, config):

@@ -471,7 +471,7 @@ class MixtureOfExperts(nn.Module):
         if num_active_experts > num_experts:
             raise ValueError(f"num_active_experts is {num_active_experts}, of num_experts {num_experts}")
         check_widths(in_dim, {"expert": expert})
-        self.in_dim, self.num_active = in_dim, num_active_experts
+        self.in_dim, self.num_experts, self.num_active = in_dim, num_experts, num_active_experts
         self.router = nn.Linear(in_dim, num_experts, bias=False)
         self.experts = nn.ModuleList(deepcopy(expert) for _ in range(num_experts))
 
@@ -485,12 +485,11 @@ class MixtureOfExperts(nn.Module):
     def run(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         """Each token through its experts: all tokens of an expert at once, so that it is read once."""
         order = chosen.flatten().argsort()  # (t * A,): those of expert 0 first
-        counts = F.one_hot(chosen, len(self.experts)).sum(dim=(0, 1))  # (E,)
-        groups = zip(self.experts, tokens[order // self.num_active].split(counts.tolist()))
-        # Whom no token chose is not read. While torch.export traces, no count is known: all run.
-        traces = torch.compiler.is_compiling()
-        out = [expert(group) for expert, group in groups if traces or len(group)]
-        return torch.cat(out)[order.argsort()].unflatten(0, chosen.shape)  # (t, A, D)
+        counts = F.one_hot(chosen, self.num_experts).sum(dim=(0, 1))  # (E,)
+        groups = zip(self.experts, tokens.index_select(0, order // self.num_active).split(counts.tolist()))
+        # Whom no token chose does not run; while a tracer is at work, who knows no count, all do.
+        out = [expert(group) for expert, group in groups if torch.compiler.is_compiling() or len(group)]
+        return torch.cat(out).index_select(0, order.argsort()).unflatten(0, chosen.shape)  # (t, A, D)
 
 
 @Registry.normalization.register("RMSNorm")

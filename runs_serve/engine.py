@@ -10,7 +10,9 @@ A step makes one token for every text that runs, in one pass of the model, and t
     who? --scheduler--> rows --memory.lend--> cache --model--> logits --pick--> tokens --end?--> events
 
 The weights are read from memory once for all of the rows, and that is most of what a token costs alone.
-scheduler.py decides which texts a step works on, paged_cache.py keeps their past.
+scheduler.py decides which texts a step works on, paged_cache.py keeps their past. A model of compile_decoding
+makes its tokens in a compiled step, one for a single text and one for any number of them up to 32; prompts
+and drafts are read as the model is written.
 
 Every text gets the tokens that it gets alone, up to rounding (a product of more rows may be summed in another
 order): greedily, and sampled with the same seed, since each has a generator of its own.
@@ -21,7 +23,7 @@ for a draft x without alternatives: it passes with probability p(x), and what is
 without x. So drafts change no text, not even a sampled one.
 
 Shapes: B rows, T tokens of each in this call, D features, V vocabulary.
-Proof: tests/test_serve.py.
+Proof: tests/test_serve.py, tests/test_serve_compiled.py.
 """
 
 from collections import defaultdict
@@ -29,6 +31,7 @@ from collections import defaultdict
 import torch
 
 from models.utils.errors import UserError
+from models.utils.kernels.row_attention import load_row_attention
 from models.utils.sampling import pick, seeded_generators
 from runs_ar.generate import TextStream, check_prompts
 from runs_serve.blocks import NOBODY, Blocks
@@ -56,14 +59,24 @@ class Engine:
         self.chunk, self.max_draft_tokens = chunk, max_draft_tokens
         context = model.config.max_seq_len
         self.max_tokens = min(context, max_tokens or context)
-        plan = Plan(model, self.max_tokens, block_size, max_draft_tokens)
+        as_written = getattr(model, "model", model)  # of one that is compiled
+        plan = Plan(as_written, self.max_tokens, block_size, max_draft_tokens)
         num_blocks = num_blocks or plan.num_blocks(memory_share, max_running)
         self.max_slots = min(self.max_tokens, num_blocks * block_size)  # tokens of a text that can be read
         self.memory = Memory(plan, num_blocks, max_running)
+        self.make_ready(model, max_running)
         self.blocks = Blocks(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, self.memory, max_running, shares=self.memory.is_all_paged)
         self.num_requests = self.num_steps = self.num_tokens_made = 0
         self.num_drafts = self.num_drafts_accepted = self.last_batch_size = 0
+
+    def make_ready(self, model, max_running):
+        """What is compiled when it is first needed, before the first request needs it."""
+        if self.memory.device.type == "cpu":
+            load_row_attention()
+        for num_rows in {1, min(2, max_running)} if hasattr(model, "prepare") else ():
+            with self.memory.lend([[NOBODY] * 3] * num_rows, list(range(num_rows))) as cache:
+                model.prepare(cache)
 
     # Requests -----------------------------------------------------------------------------------------------
 
@@ -153,8 +166,9 @@ class Engine:
         Where a sequence has read all its tokens, a new one is picked. If that is what was drafted, the draft
         is read already, and another is picked.
         """
-        hidden = self.hidden(rows, counts)  # (B, T, D)
-        is_finite = hidden[:, -1].isfinite().all(dim=-1).tolist()
+        logits = self.logits(rows, counts)  # (B, 1 + drafts, V)
+        # What is not finite before the head is so in each of its sums.
+        is_finite = logits[:, -1, 0].isfinite().tolist()
         events = [self.end_with_error(sequence) for sequence, fine in zip(rows, is_finite) if not fine]
         rows_left = [row for row, fine in enumerate(is_finite) if fine]
         for row in rows_left:
@@ -162,7 +176,6 @@ class Engine:
         rows_left = [row for row in rows_left if rows[row].num_unread == 0]
         if not rows_left:
             return events
-        logits = self.model.lm_head(hidden[:, counts[0] - 1 :])  # (B, 1 + drafts, V)
         for place in range(logits.shape[1]):
             tokens = self.pick([rows[row] for row in rows_left], logits[rows_left, place])
             for row, token in zip(rows_left, tokens):
@@ -190,8 +203,8 @@ class Engine:
         self.scheduler.note_read(sequence, 1)
         return True
 
-    def hidden(self, rows, counts):
-        """(B, T, D), of each sequence's next `count` tokens and its drafts."""
+    def logits(self, rows, counts):
+        """(B, 1 + drafts, V), behind each sequence's next `count` tokens and behind each of its drafts."""
         tokens = [row.tokens[row.num_cached :][:count] + row.drafts for row, count in zip(rows, counts)]
         tokens = torch.tensor(tokens, device=self.memory.device)  # (B, T)
         starts = torch.tensor([[sequence.num_cached] for sequence in rows], device=tokens.device)
@@ -199,7 +212,10 @@ class Engine:
         is_beginning = len(rows) == 1 and rows[0].num_cached == 0
         tables, places = [sequence.table for sequence in rows], [sequence.place for sequence in rows]
         with self.memory.lend(tables, places) as cache:
-            return self.model.hidden(tokens, None if is_beginning else positions, cache)
+            if counts[0] == 1 and not is_beginning:
+                return self.model(tokens, positions, cache)
+            hidden = self.model.hidden(tokens, None if is_beginning else positions, cache)  # (B, T, D)
+        return self.model.lm_head(hidden[:, counts[0] - 1 :])
 
     def pick(self, rows, logits):
         """The next token of each row. Rows with the same options are picked together."""
@@ -208,7 +224,8 @@ class Engine:
             groups[sequence.request.sampling].append(row)
         tokens = [None] * len(rows)
         for sampling, members in groups.items():
-            picked = pick(logits[members], sampling, [rows[row].generator for row in members])
+            those = logits if len(groups) == 1 else logits[members]
+            picked = pick(those, sampling, [rows[row].generator for row in members])
             for row, token in zip(members, picked.tolist()):
                 tokens[row] = token
         return tokens
@@ -227,7 +244,8 @@ class Engine:
             text += stream.finish() if stream else ""
             self.scheduler.remove(sequence)
         logprobs = logprobs_of(logits, token, request.num_logprobs)
-        return Event(sequence.number, sequence.choice, token, text, reason, *logprobs)
+        num_found = sequence.num_found if len(sequence.tokens) == len(request.prompt) + 1 else 0
+        return Event(sequence.number, sequence.choice, token, text, reason, *logprobs, num_found)
 
     def end_with_error(self, sequence):
         """The model computed NaN or infinity for this text. What it left in memory must not reach others."""

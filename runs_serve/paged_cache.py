@@ -11,15 +11,16 @@ says which blocks hold its text (blocks.py):
 Not every cache has a slot for each position. A window of the last tokens, or a state, has one size however
 long the text grows. `Plan` asks the model, by the shapes of a cache for n tokens and of one for n + 1. What
 grows by a slot is paged; everything else has a place for each sequence, lent to the page for a call and put
-back.
+back. (gpt_oss.py also keeps the position that each slot holds. Here that is the slot's own number.)
 
 Shapes: B rows, T new tokens of a row, K heads of keys and values, S slots (of the longest row), d features,
     N blocks, n blocks of a row.
-Proof: tests/test_serve.py.
+Proof: tests/test_serve.py, tests/test_serve_compiled.py.
 """
 
 import inspect
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from models.utils.errors import UserError
 from models.utils.kernels.row_attention import attention_fits, row_attention
+from models.utils.kernels.row_linear import MAX_ROWS
 from models.utils.machine import available_memory, spoken_bytes
 from runs_ar.generate import keeps_states
 from runs_serve.blocks import NOBODY
@@ -40,6 +42,11 @@ class Rows:
     def __init__(self, table: Tensor, block_size: int):
         self.table, self.block_size = table, block_size  # (B, n)
         self.positions = self.places = None
+
+    def numbers(self):
+        """The position that each slot holds, (B, S). One that is not written yet lies ahead of the text."""
+        B, n = self.table.shape
+        return torch.arange(n * self.block_size, device=self.table.device).expand(B, -1)  # (B, S)
 
     def places_of(self, positions: Tensor):
         """(blocks, places in them), each (B, T), once for all layers; of a pad (-1) the block is nobody's."""
@@ -63,8 +70,8 @@ class PagedTensor:
 
     @property
     def shape(self):
-        K, block_size, d = self.pool.shape[1:]
-        return torch.Size((len(self.table), K, self.table.shape[1] * block_size, d))
+        (B, n), (K, block_size, d) = self.table.shape, self.pool.shape[1:]
+        return torch.Size((B, K, n * block_size, d))
 
     def gathered(self):
         K = self.pool.shape[1]
@@ -123,21 +130,58 @@ class PagedLayer:
             field.write(new, positions)
 
 
+class PagedCache:
+    """What a page is given for some rows: by its number each layer, made of tensors when it is asked for.
+
+    table (B, n): the blocks of each row; for each layer its pools by name, and what is lent to these rows.
+    A compiled step takes the tensors and puts them together again (models/utils/compile.py).
+    """
+
+    def __init__(self, memory, table, pools, lent):
+        self.memory, self.table, self.pools, self.lent = memory, table, pools, lent
+        self.rows = Rows(table, memory.block_size)
+
+    def __len__(self):
+        return len(self.pools)
+
+    def __getitem__(self, n):
+        return self.memory.layers[n].for_page(self.pools[n], self.lent[n], self.rows)
+
+    def __iter__(self):
+        return (self[n] for n in range(len(self)))
+
+    def lasting(self):
+        """The tensors that are the same in the next call."""
+        return [pool for layer in self.pools for pool in layer.values()]
+
+    def free_sizes(self):
+        """A step is compiled once for all numbers of rows from 2 on, of blocks in a row, and of blocks."""
+        rows = {0: "B"} if 2 <= len(self.table) <= MAX_ROWS else {}
+        pools = [{0: "N"} for layer in self.pools for _ in layer]
+        return [{**rows, 1: "n"}, *pools, *(rows for _ in pytree.tree_leaves(self.lent))]
+
+
+pytree.register_pytree_node(
+    PagedCache,
+    lambda cache: ([cache.table, cache.pools, cache.lent], cache.memory),
+    lambda tensors, memory: PagedCache(memory, *tensors),
+)
+
+
 class LayerMemory:
     """One layer's memory for all texts: a pool for each field that is paged, places for what is not."""
 
-    def __init__(self, layer, paged, num_blocks, block_size, num_places, device):
-        """layer: its cache for one text; paged: the names of its fields that are slots."""
-        self.pools = {}
-        for name in paged:
+    def __init__(self, layer, grows, num_blocks, block_size, num_places, device):
+        """layer: its cache for one text; grows: as Growth says."""
+        self.grows, self.pools = grows, {}
+        for name in grows.slots:
             _, K, _, d = getattr(layer, name).shape
             # One block more than there are: nobody's.
             shape = (num_blocks + 1, K, block_size, d)
             self.pools[name] = torch.zeros(shape, dtype=getattr(layer, name).dtype, device=device)
-        self.names = layer._fields if paged else ()
-        self.fresh = (
-            {name: getattr(layer, name) for name in self.names if name not in paged} if paged else layer
-        )
+        self.names, growing = layer._fields if self.pools else (), (*grows.slots, *grows.numbers)
+        kept = {name: getattr(layer, name) for name in self.names if name not in growing}
+        self.fresh = kept if self.pools else layer
         self.places = pytree.tree_map(lambda one: one.repeat_interleave(num_places, dim=0), self.fresh)
 
     def begin(self, place):
@@ -145,13 +189,16 @@ class LayerMemory:
         for own, fresh in self.pairs(self.fresh):
             own[place : place + 1] = fresh
 
-    def lend(self, rows, places):
-        """(what the page is given for these rows, what must be put back)."""
-        lent = pytree.tree_map(lambda own: own[places], self.places)
-        if not self.pools:
-            return lent, lent
-        fields = lent | {name: PagedTensor(pool, rows) for name, pool in self.pools.items()}
-        return PagedLayer({name: fields[name] for name in self.names}), lent
+    def lend(self, places):
+        return pytree.tree_map(lambda own: own[places], self.places)
+
+    def for_page(self, pools, lent, rows):
+        """The layer's cache as the page knows it."""
+        if not pools:
+            return lent
+        fields = lent | {name: PagedTensor(pool, rows) for name, pool in pools.items()}
+        fields |= {name: rows.numbers() for name in self.grows.numbers}
+        return PagedLayer({name: fields[name] for name in self.names})
 
     def put_back(self, lent, places):
         for own, used in self.pairs(lent):
@@ -169,23 +216,25 @@ class Memory:
         self.is_all_paged = plan.bytes_per_place == 0
         layers = plan.layers if self.is_all_paged else plan.new_cache()
         sizes = (num_blocks, plan.block_size, num_places, self.device)
-        self.layers = [LayerMemory(layer, names, *sizes) for layer, names in zip(layers, plan.paged)]
+        self.layers = [LayerMemory(layer, grows, *sizes) for layer, grows in zip(layers, plan.grows)]
         # A page may take the most slots that any layer has for those of a full one: no table is shorter than
-        # a window.
+        # a window. And some pages count on slots behind the last, for pads.
         own = [one for layer in self.layers for one in pytree.tree_leaves(layer.fresh) if one.dim() == 4]
-        self.least_width = max((-(-one.shape[2] // self.block_size) for one in own), default=1)
+        self.least_width = max((-(-one.shape[2] // self.block_size) for one in own), default=2)
+        self.more_width = -(-max(grows.num_spare for grows in plan.grows) // self.block_size)
 
     @contextmanager
     def lend(self, tables, places):
         """A cache for these rows, as a page knows it; what is not paged is put back at the end."""
-        width = max(self.least_width, *map(len, tables))
+        width = max(self.least_width, max(map(len, tables)) + self.more_width)
+        if self.device.type == "cuda":  # a graph is recorded for each width: few of them
+            width = 1 << (width - 1).bit_length()
         padded = [table + [NOBODY] * (width - len(table)) for table in tables]
         table = torch.tensor(padded, dtype=torch.long, device=self.device)  # (B, n)
-        rows = Rows(table, self.block_size)
-        lent = [layer.lend(rows, places) for layer in self.layers]
-        yield tuple(cache for cache, _ in lent)
-        for layer, (_, own) in zip(self.layers, lent):
-            layer.put_back(own, places)
+        lent = [layer.lend(places) for layer in self.layers]
+        yield PagedCache(self, table, [layer.pools for layer in self.layers], lent)
+        for layer, used in zip(self.layers, lent):
+            layer.put_back(used, places)
 
     def begin(self, place):
         for layer in self.layers:
@@ -217,11 +266,13 @@ class Plan:
         self.new_cache = lambda: model.new_cache(1, num_slots, **options)
         with FakeTensorMode(allow_non_fake_inputs=True):  # shapes without memory
             self.layers, longer = self.new_cache(), model.new_cache(1, num_slots + 1, **options)
-        self.paged = [paged_fields(*pair, num_slots) for pair in zip(self.layers, longer)]
-        paged = [getattr(layer, name) for layer, names in zip(self.layers, self.paged) for name in names]
-        self.bytes_per_token = sum(one.nbytes for one in paged) // num_slots
-        all_bytes = sum(one.nbytes for one in pytree.tree_leaves(self.layers))
-        self.bytes_per_place = all_bytes - self.bytes_per_token * num_slots
+        self.grows = [growth(*pair, num_slots) for pair in zip(self.layers, longer)]
+        fields = [layer._asdict() if hasattr(layer, "_asdict") else {} for layer in self.layers]
+        slots = [own[name] for own, grows in zip(fields, self.grows) for name in grows.slots]
+        numbers = [own[name] for own, grows in zip(fields, self.grows) for name in grows.numbers]
+        self.bytes_per_token = sum(one.nbytes // one.shape[2] for one in slots)
+        kept = sum(one.nbytes for one in pytree.tree_leaves(self.layers))
+        self.bytes_per_place = kept - sum(one.nbytes for one in (*slots, *numbers))
 
     def num_blocks(self, share, num_places):
         """How many blocks a share of the free memory has room for; never more than can be used."""
@@ -237,16 +288,27 @@ class Plan:
         return min(most, fit)
 
 
-def paged_fields(layer, longer, num_slots):
-    """The names of a layer's fields that are slots, (1, K, S, d), if they are what its `write` takes."""
+class Growth(NamedTuple):
+    """How a layer's cache grows by a token: the names of its fields that do."""
+
+    slots: tuple = ()  # (1, K, S, d), in which `write` puts what it is given; none: the layer is not paged
+    numbers: tuple = ()  # (1, S): the position that each slot holds
+    num_spare: int = 0  # slots beyond those of the text
+
+
+def growth(layer, longer, num_slots):
+    """longer: the same cache for one token more. Paged is what grows by slots that `write` takes."""
     if not hasattr(layer, "write"):
-        return []
-    fields = {name: field for name, field in layer._asdict().items() if isinstance(field, Tensor)}
-    grows = [name for name, field in fields.items() if field.shape != getattr(longer, name).shape]
-    shapes = [(fields[name].shape, getattr(longer, name).shape) for name in grows]
-    are_slots = all(
-        len(short) == 4 and short[2] == num_slots and long == (*short[:2], num_slots + 1, short[3])
-        for short, long in shapes
-    )
+        return Growth()
+    pairs = {name: (field, getattr(longer, name)) for name, field in layer._asdict().items()}
+    pairs = {name: pair for name, pair in pairs.items() if pair[0].shape != pair[1].shape}
+    slots = tuple(name for name, pair in pairs.items() if pair[0].dim() == 4 and grows_by_one(*pair, 2))
+    numbers = tuple(name for name, pair in pairs.items() if pair[0].dim() == 2 and grows_by_one(*pair, 1))
     num_written = len(inspect.signature(layer.write).parameters) - 1  # the last are the positions
-    return grows if are_slots and len(grows) == num_written else []
+    if len(slots) != num_written or len(slots) + len(numbers) != len(pairs):
+        return Growth()
+    return Growth(slots, numbers, pairs[slots[0]][0].shape[2] - num_slots)
+
+
+def grows_by_one(short, long, dimension):
+    return long.shape == (*short.shape[:dimension], short.shape[dimension] + 1, *short.shape[dimension + 1 :])

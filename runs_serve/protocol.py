@@ -289,9 +289,14 @@ def chat_token(text, content, logprob):
     return {"token": text, "bytes": content, "logprob": logprob}
 
 
-def usage(num_prompt, num_made):
-    total = num_prompt + num_made
-    return {"prompt_tokens": num_prompt, "completion_tokens": num_made, "total_tokens": total}
+def usage(num_prompt, num_found, num_made):
+    """num_found: tokens of the prompts that were known from others, and cost nothing."""
+    return {
+        "prompt_tokens": num_prompt,
+        "prompt_tokens_details": {"cached_tokens": num_found},
+        "completion_tokens": num_made,
+        "total_tokens": num_prompt + num_made,
+    }
 
 
 def embeddings(model, vectors, num_tokens, encoding_format):

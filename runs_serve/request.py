@@ -39,6 +39,7 @@ class Event(NamedTuple):
     finish_reason: str | None = None  # at the end: STOP (EOS or a stop string), LENGTH, ERROR
     logprob: float | None = None  # natural logarithm of the token's probability, before sampling options
     top_logprobs: list | None = None  # (token, logprob), the most probable first
+    num_found: int = 0  # with a text's first token: tokens of its prompt that were known, and not read again
 
 
 @dataclass

@@ -48,6 +48,7 @@ class Sequence:
     table: list = field(default_factory=list)  # its blocks
     names: list = field(default_factory=list)  # of its full blocks
     place: int | None = None  # in the memory that has no blocks
+    num_found: int | None = None  # tokens that others had read, when this text was first admitted
 
     @property
     def num_unread(self):
@@ -115,6 +116,7 @@ class Scheduler:
         self.memory.begin(sequence.place)
         self.make_room(sequence, len(sequence.tokens))
         self.num_found += num_cached
+        sequence.num_found = num_cached if sequence.num_found is None else sequence.num_found
         self.num_sought += len(sequence.tokens)
         return sequence
 

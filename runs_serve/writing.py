@@ -108,7 +108,7 @@ class Reply:
         self.asked, self.writer, self.stream = asked, writer, stream
         self.answer = Answer(model, isinstance(asked, ChatRequest))
         self.num_prompt = sum(len(request.prompt) for request in stream.requests)
-        self.num_made = 0
+        self.num_found = self.num_made = 0
         self.lengths = [0] * len(self.beginnings())  # of each text so far, in characters
 
     def beginnings(self):
@@ -126,6 +126,8 @@ class Reply:
                 self.stream.cancel()
                 raise Refused(BROKEN, 500, kind="server_error")
             self.num_made += event.token is not None
+            # The other choices of a prompt always find it.
+            self.num_found += event.num_found if event.choice == 0 else 0
             yield request * self.asked.n + event.choice, event
 
     def logprobs(self, index, tokens):
@@ -146,7 +148,7 @@ class Reply:
             self.answer.choice(index, text, self.logprobs(index, tokens[index]), reasons[index])
             for index, text in enumerate(texts)
         ]
-        return self.answer.whole(choices, usage(self.num_prompt, self.num_made))
+        return self.answer.whole(choices, usage(self.num_prompt, self.num_found, self.num_made))
 
     async def chunks(self):
         """The objects of a stream, in order."""
@@ -164,4 +166,4 @@ class Reply:
                 piece = self.answer.piece(index, event.text, said, event.finish_reason)
                 yield self.answer.chunk([piece], **more)
         if more:
-            yield self.answer.chunk([], usage=usage(self.num_prompt, self.num_made))
+            yield self.answer.chunk([], usage=usage(self.num_prompt, self.num_found, self.num_made))

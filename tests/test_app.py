@@ -210,7 +210,13 @@ def test_a_chat_is_the_oracles(server, checkpoint, expected):
     chunks = list(server.client.chat.completions.create(**options, **more))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == text
-    assert chunks[-1].choices == [] and chunks[-1].usage == done.usage
+    used = chunks[-1].usage
+    assert chunks[-1].choices == [] and used.completion_tokens == done.usage.completion_tokens
+    # Whole blocks of the prompt were known from the answer before, but the last token is always read.
+    known = (used.prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert used.prompt_tokens == done.usage.prompt_tokens > BLOCK_SIZE
+    assert (used.prompt_tokens_details.cached_tokens, used.total_tokens) == (known, done.usage.total_tokens)
+    assert 0 <= done.usage.prompt_tokens_details.cached_tokens <= known
     # What the client was given goes back as it is.
     again = [*messages, done.choices[0].message.model_dump(), {"role": "user", "content": "and?"}]
     assert server.client.chat.completions.create(model=server.name, messages=again, max_tokens=3).choices

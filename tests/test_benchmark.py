@@ -66,7 +66,6 @@ def test_every_subject_has_every_sample(run):
     for (_, name), entry in kinds.items():
         phases = {"first token", "decode", "prefill", "batch 3"}
         phases -= {"prefill", "batch 3"} if name == "speculative" else set()
-        phases -= {"batch 3"} if name == "llama.cpp" else set()
         assert set(entry["phases"]) == phases
         for phase in entry["phases"].values():
             assert len(phase["samples"]) == 2 and min(phase["samples"]) > 0

@@ -403,3 +403,20 @@ def test_fields_of_odd_values_are_a_line(name, tmp_path):
             refused += 1
             assert "\n" not in str(error) and str(error).isprintable(), what
     assert refused > 8
+
+
+def test_llama_cpp_writes_several_texts_at_once_as_each_alone(tmp_path, monkeypatch):
+    """Three texts of which two are written at a time; the longest prompt takes several calls."""
+    pytest.importorskip("llama_cpp")
+    from benchmarks import llama_cpp_peer
+
+    monkeypatch.setattr(llama_cpp_peer, "CHUNK", 32)
+    model = redrawn(create_model(CONFIGS["llama"], **LLAMA))
+    gguf_file.write_gguf(tmp_path / "F32.gguf", "llama", model, "F32")
+    peer = llama_cpp_peer.LlamaCpp(str(tmp_path / "F32.gguf"), threads=1, num_slots=64, num_texts=2)
+    peer.load()
+    prompts, counts = [PROMPT[:3], (PROMPT * 9)[:40], PROMPT], [12, 3, 7]
+    made = peer.run(prompts, counts)
+    for prompt, count, tokens in zip(prompts, counts, made["tokens"], strict=True):
+        assert tokens == [token for (token,) in generate(model, [prompt], count)]
+    assert len(made["times"]) < sum(counts)

@@ -319,6 +319,29 @@ def test_the_json_of_qwen3_says_what_the_cfg_says():
     assert sparse == {"model": load_config("modular-sparse-experts")[1].sections()}
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS_FOLDER.glob("*.cfg")), ids=lambda path: path.stem)
+def test_a_cfg_is_a_config_too(path):
+    """What the zoo reads of it, written out again, is the file as `confection` reads it."""
+    name, config = load_config(path)
+    assert {"model": config.sections()} == confection.Config().from_disk(path)
+    assert build_model(name, config).lm_head.out_features == config.vocab_size
+
+
+def test_what_a_config_cannot_say(tmp_path):
+    fields = "", "tied_head = true\nprenorm = false\n"
+    texts = [CFG.replace('prenorm = "True"\n', text) for text in fields]
+    defaults, told = (load_config(cfg_file(tmp_path, text))[1] for text in texts)
+    assert (defaults.tied_head, defaults.prenorm, told.tied_head, told.prenorm) == (False, True, True, False)
+    sampler = '\n[model.sampler]\n@sampler = "SimpleSampler"\n'
+    for text in (CFG.replace('bias = "False"\n', "bias = true\n"), CFG + sampler):
+        with pytest.raises(UserError, match="head or sampler is not the plain one"):
+            load_config(cfg_file(tmp_path, text))
+    with pytest.raises(UserError, match=r"model.cfg: \[model.norm\] unknown field 'epsilon'"):
+        load_config(cfg_file(tmp_path, with_field(CFG, "model.norm", "eps", "epsilon")))
+    with pytest.raises(UserError, match="nowhere.cfg: No such file"):
+        load_config(tmp_path / "nowhere.cfg")
+
+
 # A component of the reader's own ----------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from models import build_model
 from models.utils.errors import UserError
 from models.utils.sampling import GREEDY, Sampling
-from runs_ar.generate import TextStream, generate_text
+from runs_ar.generate import TextStream, generate, generate_text
 from runs_serve import paged_cache
 from runs_serve.blocks import NOBODY, Blocks
 from runs_serve.engine import Engine
@@ -23,7 +23,7 @@ from runs_serve.paged_cache import PagedTensor, Plan, Rows
 from runs_serve.request import ERROR, LENGTH, STOP, Completion, Request
 from tests import tiny_checkpoints
 from tests.serving import SAMPLINGS, alone, assert_as_alone, check_accounts, model_named
-from tests.zoo import DECODERS
+from tests.zoo import DECODERS, small_model
 
 NUM_SCHEDULES = int(os.environ.get("SOAK", 240))
 PARTS = 12  # that run side by side, if there are processors for it
@@ -70,12 +70,12 @@ engines = st.fixed_dictionaries(
 )
 
 
-def run_schedule(name, options, schedule):
+def run_schedule(name, options, schedule, model=None):
     """Do as the schedule says and then go on to the end; {(number, choice): Completion} and the requests."""
     options = dict(options)
     if (room := options.pop("room", None)) is not None:
         options["num_blocks"] = -(-LONGEST // options["block_size"]) + room
-    engine, asked, made = Engine(model_named(name), **options), {}, {}
+    engine, asked, made = Engine(model or model_named(name), **options), {}, {}
 
     def step():
         for event in engine.step():
@@ -190,6 +190,18 @@ def test_attention_over_blocks_is_attention(d):
     expected = attend(q, k.gathered(), v.gathered(), mask, enable_gqa=True, scale=0.3)
     torch.testing.assert_close(attend(q, k, v, mask, enable_gqa=True, scale=0.3), expected)
     torch.testing.assert_close(attend(q, k.gathered(), v, mask, enable_gqa=True, scale=0.3), expected)
+
+
+def test_beside_windows_full_layers_are_paged():
+    """gpt_oss notes which position a slot holds, and has a slot more for pads; its windows are rings."""
+    model = small_model("gpt_oss", max_seq_len=200, window=8)
+    engine = Engine(model, num_blocks=60, block_size=4, max_running=3, chunk=30)
+    windows, full = [layer.pools for layer in engine.memory.layers]
+    assert not windows and {name: pool.shape[0] for name, pool in full.items()} == {"k": 61, "v": 61}
+    prompts = [(text * 9)[:length] for text, length in zip(TEXTS, (90, 41, 5))]
+    completions = engine.generate([Request(prompt, 24) for prompt in prompts])
+    for prompt, (completion,) in zip(prompts, completions):
+        assert completion.tokens == [token for (token,) in generate(model, [prompt], 24)]
 
 
 def test_a_shared_prompt_is_read_once():

@@ -17,7 +17,8 @@ operations, in which FewRows puts other formulas for products and attention: tho
 and bf16, of row_attention.py. Quantized layers were replaced before, by those of tiled_linear.py. Inductor,
 the compiler behind torch.compile, makes loops of what is between them, several operations in each, and
 translates them with the C++ compiler. Shapes are fixed (tokens, and slots of the cache), so nothing is
-decided at run time. What comes out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
+decided at run time; a cache may say which of its sizes are not (free_sizes: runs_serve/paged_cache.py). What
+comes out is kept in CACHE_FOLDER; the next start loads it instead of compiling.
 
 Everything but a step (prefill, batches of a size not seen before, training) runs as it is written, but for
 the quantized layers, which are the same ones.
@@ -113,9 +114,11 @@ class FewRows(TorchFunctionMode):
             return row_linear(*args, **kwargs)
         if function is F.linear and args[0].numel() == args[0].shape[-1]:
             return row_times_matrix(*args, **kwargs)
-        if function is torch._weight_int8pack_mm and len(args[0]) == 1:
+        if function is torch._weight_int8pack_mm and args[0].shape[0] == 1:
             return row_times_int8(*args, **kwargs)
-        if function is F.scaled_dot_product_attention and args[0].shape[2] <= MAX_QUERIES:
+        # `types` are those that answer for themselves, as keys and values that lie in blocks.
+        is_attention = function is F.scaled_dot_product_attention and not types
+        if is_attention and args[0].shape[2] <= MAX_QUERIES:
             return attend(*args, **kwargs)
         return function(*args, **kwargs)
 
@@ -224,12 +227,16 @@ class CompiledDecoder:
         """
         num_slots = max(MIN_SLOTS, 1 << (num_slots + self.widths[-1] - 2).bit_length())
         cache = self.model.new_cache(batch_size, num_slots, **options)
-        for width in self.widths:
-            if (form := (width, *shapes_of(cache))) not in self.steps:
-                self.steps[form] = self.compiled(cache, width)
+        self.prepare(cache)
         if self.takes_pads is None:
             self.takes_pads = has_a_slot_for_each_position(self.model, num_slots)
         return cache
+
+    def prepare(self, cache):
+        """Make the steps for a cache of this form, if there are none yet."""
+        for width in self.widths:
+            if (form := (width, *shapes_of(cache))) not in self.steps:
+                self.steps[form] = self.compiled(cache, width)
 
     def __call__(self, tokens, positions=None, cache=None):
         step, pads = None, 0
@@ -269,7 +276,22 @@ class CompiledDecoder:
 
 
 def shapes_of(cache):
-    return [leaf.shape for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)]
+    """Of each tensor of a cache its shape, with a letter in the place of a size that is free."""
+    tensors = [leaf for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor)]
+    return [
+        tuple(free.get(n, size) for n, size in enumerate(tensor.shape))
+        for tensor, free in zip(tensors, free_sizes(cache, tensors))
+    ]
+
+
+def free_sizes(cache, tensors):
+    """For each of its tensors {dimension: letter} of the sizes, each at least 2, that a step leaves open."""
+    return cache.free_sizes() if hasattr(cache, "free_sizes") else [{} for _ in tensors]
+
+
+def rows_of(free):
+    """The same for tokens and positions, which have as many rows as a cache's first tensor."""
+    return {0: free[0][0]} if 0 in free[0] else {}
 
 
 def has_a_slot_for_each_position(model, num_slots):
@@ -283,10 +305,13 @@ def compile_step(model, cache, width, path):
     tensors = tensors_of(cache)
     tokens = torch.zeros(tensors[0].shape[0], width, dtype=torch.long)
     inputs = (tokens, tokens.clone(), tensors)
+    free = free_sizes(cache, tensors)
+    rows = rows_of(free)
+    sizes = pytree.tree_map_only(str, lambda _: torch.export.Dim.DYNAMIC, (rows, rows, free))
     # Made in a folder of its own and then moved: who is interrupted leaves nothing half done.
     with quiet(), torch.no_grad(), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         with without_single_experts(model):
-            graph = torch.export.export(Step(model, cache), inputs)
+            graph = torch.export.export(Step(model, cache), inputs, dynamic_shapes=sizes)
         library = torch._inductor.aoti_compile_and_package(
             graph,
             package_path=f"{folder}/step.pt2",
@@ -313,12 +338,24 @@ def load_step(model, path):
 
 
 def graph_step(model, cache):
-    """On a GPU: torch.compile, which records the step as a CUDA graph and then replays it."""
-    for tensor in tensors_of(cache):
+    """On a GPU: torch.compile, which records the step as a CUDA graph and then replays it.
+
+    Where sizes are free it is compiled once, and recorded for each of the sizes that occur.
+    """
+    tensors = tensors_of(cache)
+    free = free_sizes(cache, tensors)
+    for tensor in cache.lasting() if hasattr(cache, "lasting") else tensors:
         torch._dynamo.mark_static_address(tensor)
-    step = Step(model, cache)
-    step = torch.compile(step, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    return lambda *inputs: step(*inputs).clone()  # the next replay writes over what this one returned
+    dynamic = None if any(free) else False
+    step = torch.compile(Step(model, cache), fullgraph=True, dynamic=dynamic, mode="reduce-overhead")
+
+    def run(tokens, positions, tensors):
+        for tensor, sizes in zip((tokens, positions, *tensors), (rows_of(free), rows_of(free), *free)):
+            for dimension in sizes:
+                torch._dynamo.mark_dynamic(tensor, dimension)
+        return step(tokens, positions, tensors).clone()  # the next replay writes over what this one returned
+
+    return run
 
 
 def cache_folder(report):
@@ -366,6 +403,8 @@ def fingerprint(model, cache, width):
         [(name, type(module).__name__) for name, module in model.named_modules()],
         parameters,
         inspect.getsource(sys.modules[type(model).__module__]),
+        # A cache that is more than tensors is traced too.
+        inspect.getsource(sys.modules[type(cache).__module__]) if hasattr(cache, "free_sizes") else "",
         *(
             Path(page).read_text(encoding="utf-8")
             for page in (__file__, head.__file__, stacked_experts.__file__)

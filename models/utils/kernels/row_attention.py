@@ -51,7 +51,7 @@ def attention_fits(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
     T, d = q.shape[2:]
     few = 1 <= T <= MAX_QUERIES and d % FEATURES == 0
     known = q.dtype == k.dtype and q.dtype in (torch.float32, torch.bfloat16)
-    masked = mask is not None and mask.shape == (len(q), 1, T, k.shape[2])
+    masked = mask is not None and mask.shape == (q.shape[0], 1, T, k.shape[2])
     return few and known and masked and q.device.type == "cpu" and load_row_attention() is None
 
 
