@@ -5,6 +5,7 @@
     python show_structure.py gpt2 --set num_layers=2 --set d_model=64 --out tiny.png
     python show_structure.py tiny-llama-python --dark             a checkpoint, by its name or its folder
     python show_structure.py llama-3-8b --html        a page to click through: diagram, source, facts
+    python show_structure.py tiny-llama-python --prompt "def main" --new-tokens 20 --html   watch it think
     python show_structure.py --compare gpt2 llama-3-8b          two pictures as one; --html: as a page
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
     python show_structure.py llama-3.1-405b --json    all of it, for a program
@@ -49,6 +50,8 @@ def main(argv=None):
         print(what_there_is())
     elif args.rope:
         draw_rope(args.name, args.set, args.out, args.dark)
+    elif args.runs:
+        watch_it_think(args)
     else:
         show(load(args.name, args.set), args)
 
@@ -77,6 +80,44 @@ def write_page(subject, out=None):
     with written(path):
         page.write(*subject, path)
     print(f"wrote {path}")
+
+
+def watch_it_think(args):
+    """The page of a run: a text of one's own through a checkpoint's weights."""
+    from conversion.checkpoint import open_checkpoint
+    from structure.watch.command import watch
+
+    checkpoint = open_checkpoint(args.name, device="cpu")
+    path = args.out or IMAGES / f"{file_name(Path(args.name).name)}-thinks.html"
+    drafting = args.draft or args.lookup
+    if drafting and not args.new_tokens:
+        raise UserError("--draft and --lookup guess what is written: give --new-tokens N too")
+    write = with_drafts(checkpoint, args.draft) if drafting else None
+    with written(path):
+        watch(checkpoint, load(args.name), path, args.prompt, args.image, args.new_tokens or 0, write)
+    print(f"wrote {path}")
+
+
+def with_drafts(checkpoint, draft):
+    """A way to write in which a drafter guesses ahead: a smaller checkpoint, or the text so far."""
+    from conversion.checkpoint import open_checkpoint
+    from models import DECODER
+    from runs_ss.lookup import LookupDrafter
+    from runs_ss.pair import check_pair
+    from runs_ss.speculate import ModelDrafter, speculate
+
+    if checkpoint.kind != DECODER:
+        raise UserError("--draft and --lookup: this page shows drafts of models that continue a text")
+    if draft:
+        other = open_checkpoint(draft, device="cpu")
+        check_pair(checkpoint.config, checkpoint.tokenizer, other.config, other.tokenizer)
+
+    def write(model, tokens, num_new, eos_ids):
+        drafter = ModelDrafter(other.load()) if draft else LookupDrafter(model.config.vocab_size, "cpu")
+        for (new,), (drafts,), (accepted,) in speculate(model, drafter, [tokens], num_new, eos_ids=eos_ids):
+            yield {"tokens": new, "drafts": drafts, "accepted": accepted}
+
+    return write
 
 
 def compare(first, second, out=None, html=False, dark=False):
@@ -336,6 +377,13 @@ def parse(argv):
     add("--json", action="store_true", help="print everything as one JSON object")
     add("--rope", action="store_true", help="draw the tokens that each pair of a head takes for a full turn")
 
+    add = parser.add_argument_group("watch it think (with --html)").add_argument
+    add("--prompt", metavar="TEXT", help="runs through the checkpoint's weights; each number is in the page")
+    add("--image", metavar="FILE", help="the same for a model that sees")
+    add("--new-tokens", type=int, metavar="N", help="let it write so many, greedily")
+    add("--draft", metavar="CHECKPOINT", help="a smaller one that guesses ahead while it writes")
+    add("--lookup", action="store_true", help="guess from the text so far instead")
+
     add = parser.add_argument_group("table").add_argument
     add("--batch", type=int, default=1, metavar="N", help="rows; default: %(default)s")
     length = "tokens of the prompt, and of the cache: %(default)s"
@@ -345,6 +393,15 @@ def parse(argv):
 
 
 def checked(args):
+    runs = {"--prompt": args.prompt, "--image": args.image, "--new-tokens": args.new_tokens}
+    runs |= {"--draft": args.draft, "--lookup": args.lookup or None}
+    args.runs = [option for option, value in runs.items() if value is not None]
+    if args.runs and not (args.name and args.html) or args.runs and args.set:
+        raise UserError(f"{args.runs[0]} goes with CHECKPOINT and --html, and without --set")
+    if args.new_tokens is not None and args.new_tokens < 1:
+        raise UserError(f"--new-tokens is {args.new_tokens}; give 1 or more")
+    if args.draft and args.lookup:
+        raise UserError("--draft and --lookup both guess ahead; give one of them")
     given = [bool(args.name), args.all, bool(args.compare)]
     if sum(given) > 1:
         raise UserError("NAME, --all and --compare exclude each other; give one of them")

@@ -1,0 +1,205 @@
+"""One HTML file in which a text runs through a model: it opens from disk and needs no network.
+
+watch.html.jinja is the page, the text first, then a section for each question; watch.css is its looks. The
+scripts compute what can be computed there (softmax with another temperature, q . k of a pair) and draw the
+rest. Diagram and source are those of structure/page, whose boxes and lines light each other.
+
+What a page holds grows with the text: attention with its square. So `plan` says beforehand what fits.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from structure.page import page
+from structure.watch.numbers import floats, halves, loudest, probabilities, signed, triangle, whole
+from structure.watch.values import row_kind, rows_of, values_of
+
+HERE = Path(__file__).parent
+SCRIPTS = ("watch.js", "answers.js", "attention.js", "residual.js", "memory.js", "inside.js")
+MOST_BYTES = 8_000_000  # of what a page holds of a run
+MOST_TOKENS = 256
+KEPT = 48  # answers whose logits a place keeps
+BINS = 32  # in which the logits of the others are counted
+
+
+class Plan(NamedTuple):
+    num_tokens: int  # that fit
+    columns: int  # of a picture of values; 0: none
+    keeps_q_k: bool
+
+
+def plan(num_tokens, heads, numbers, matrices):
+    """What of a run fits into a page.
+
+    heads: of all layers. numbers: of q and k, that all heads keep of a token. matrices: pictures of values.
+    """
+    for columns, keeps in ((64, True), (32, True), (32, False), (16, False), (0, False)):
+        each = 2 * numbers * keeps + matrices * columns
+        if (heads * num_tokens**2 + each * num_tokens) * 4 / 3 <= MOST_BYTES and num_tokens <= MOST_TOKENS:
+            return Plan(num_tokens, columns, keeps)
+    longest = math.isqrt(int(MOST_BYTES * 3 / 4 / max(1, heads)))
+    return Plan(min(num_tokens, longest, MOST_TOKENS), 0, False)
+
+
+def write(path, box, info, view):
+    """view: a View, which knows how tokens are called."""
+    shown = page.model(box, info)
+    shown["data"]["watch"] = view.data
+    values = {"title": info["name"], "summary": shown["summary"], "panes": {}, "models": [shown]}
+    page.render("watch", path, *SCRIPTS, folders=[HERE], watch=view.data, **values)
+
+
+class View:
+    """What the page is given of a run."""
+
+    def __init__(self, thought, text, box, plan, *, names, rows, answers, given, rounds=(), columns=None):
+        """names: {id of an answer: text}. rows: what each place is called. given: how many were not written.
+
+        answers: "token", or "label" where the head knows labels. rounds: of generation, see writing.py.
+        columns: how the places are called that cross-attention reads.
+        """
+        self.thought, self.plan, self.box = thought, plan, box
+        self.rows, self.columns, self.given = rows, columns or [], given
+        self.dropped = []
+        self.data = {
+            "tokens": text.tokens,
+            "rows": rows,
+            "source": self.columns,
+            "given": given,
+            "answers": answers,
+            "first": thought.logits is not None and thought.out.dim() == 2,
+            "logits": self.logits(),
+            "lens": [
+                {"layer": layer, "ids": whole(ids), "probs": floats(probs), "count": ids.shape[1]}
+                for layer, ids, probs in thought.lens
+            ],
+            "attention": [self.attention(each) for each in thought.attention],
+            "steps": [self.step(step) for step in thought.steps],
+            "parts": [
+                {"ids": ids.tolist(), "names": list(parts), "values": floats(torch.stack([*parts.values()]))}
+                for ids, parts in thought.parts
+            ],
+            "experts": [
+                {
+                    "path": each.path,
+                    "count": each.num_experts,
+                    "active": each.chosen.shape[1],
+                    "chosen": whole(each.chosen),
+                    "weights": floats(each.weights),
+                }
+                for each in thought.experts
+            ],
+            "caches": [vars(each) for each in thought.caches],
+            "rounds": list(rounds),
+            "values": self.values(),
+            "broken": self.broken(),
+        }
+        self.data["names"] = {str(id): names(id) for id in sorted(self.ids(text, rounds))}
+        self.data["dropped"] = self.dropped
+
+    def ids(self, text, rounds):
+        """Of everything that is called by its name."""
+        found = set(text.tokens if self.data["answers"] == "token" else ())
+        found.update(id for each in rounds for id in [*each["drafts"], *each["tokens"]])
+        found.update(id for _, ids, _ in self.thought.lens for id in ids.flatten().tolist())
+        found.update(id for ids, _ in self.thought.parts for id in ids.tolist())
+        return found | self.kept
+
+    def logits(self):
+        """Of each place the largest, and how the others lie: enough for any temperature."""
+        logits, self.kept = self.thought.logits, set()
+        if logits is None:
+            return None
+        count = min(KEPT, logits.shape[1])
+        best = logits.nan_to_num(-1e30, 1e30, -1e30).topk(count, dim=1)
+        self.kept = set(best.indices.flatten().tolist())
+        counts, means = rest(logits, best.values[:, -1], count)
+        if logits.shape[1] > count:
+            self.dropped.append(
+                f"Of each place the {count} largest of {logits.shape[1]:,} logits are kept one by one, the others "
+                f"as counts in {BINS} bins."
+            )
+        return {
+            "count": count,
+            "ids": whole(best.indices),
+            "values": floats(best.values),
+            "bins": BINS,
+            "counts": whole(counts),
+            "means": floats(means),
+        }
+
+    def attention(self, heads):
+        probs = heads.probs
+        H, T, S = probs.shape
+        is_causal = T == S > 1 and bool((probs.triu(1) == 0).all())
+        found = {"path": heads.path, "heads": H, "rows": T, "columns": S, "causal": is_causal}
+        found["broken"] = not bool(probs.isfinite().all())
+        found["read"] = "source" if self.columns and not is_causal else "rows"
+        found["of"] = "source" if self.columns and heads.path in self.thought.encoding else "rows"
+        found["probs"] = (triangle if is_causal else probabilities)(probs)
+        found["sink"] = bool((probs.sum(dim=-1) < 0.999).any())
+        if self.plan.keeps_q_k and heads.q is not None:
+            found |= {"q": halves(heads.q), "k": halves(heads.k), "keys": len(heads.k)}
+            found |= {"width": heads.q.shape[-1], "scale": heads.scale}
+        return found
+
+    def step(self, step):
+        found = {"kind": step.kind, "path": step.path, "layer": step.layer}
+        found["after"] = lengths(step.after)
+        if step.added is not None:
+            found["added"] = lengths(step.added)
+        return found
+
+    def values(self):
+        found, columns = {}, self.plan.columns
+        if not columns:
+            self.dropped.append("The boxes' values are left out: the text is too long for them.")
+            return found
+        if not self.plan.keeps_q_k:
+            self.dropped.append("q and k are left out: the text is too long for them.")
+        outputs = {box.id: box.output for box in page.inside(self.box)}
+        for id, entries in values_of(self.box, self.thought.recording).items():
+            found[id] = {"row": row_kind(outputs[id]), "width": entries[0][1].shape[1], "of": {}}
+            for path, values in entries:
+                small = loudest(values, columns)
+                found[id]["columns"] = small.shape[1]
+                found[id]["of"][path] = {**signed(small), "broken": int((~values.isfinite()).sum())}
+        self.dropped.append(
+            f"A picture of values has {columns} columns at most: each is the number furthest from 0 of its "
+            "neighbours. Colours are in 8 bits, q and k in fp16."
+        )
+        return found
+
+    def broken(self):
+        """Where the first NaN or infinity of the residual stream is; "" where all is finite."""
+        return next((step.path or "embedding" for step in self.thought.steps if not step.after.isfinite().all()), "")
+
+
+def lengths(x):
+    """Of each token's vector; NaN and infinity as None, which JSON has a word for."""
+    return [round(n, 5) if math.isfinite(n) else None for n in x.norm(dim=-1).tolist()]
+
+
+def rest(logits, least, count):
+    """Of each place: how many of the logits below the kept ones lie in each of BINS bins, and their mean."""
+    counts = torch.zeros(len(logits), BINS, dtype=torch.int32)
+    means = torch.zeros(len(logits), BINS)
+    for row, values in enumerate(logits.float()):
+        others = values.sort(descending=True).values[count:]
+        others = others[others.isfinite()]
+        if others.numel() == 0:
+            continue
+        low, high = others.min(), others.max()
+        bins = ((others - low) / (high - low).clamp(min=1e-9) * BINS).long().clamp(max=BINS - 1)
+        counts[row] = torch.bincount(bins, minlength=BINS)
+        means[row] = torch.zeros(BINS).index_add(0, bins, others) / counts[row].clamp(min=1)
+    return counts, means
+
+
+def matrices_of(box):
+    """How many pictures of values a model has."""
+    drawn = [each for each in page.inside(box) if rows_of(each.output)]
+    return sum(len(each.members or (each.call and each.call[0]) or "1") for each in drawn)
