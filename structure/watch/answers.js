@@ -111,7 +111,7 @@ function drawLens() {
     head.append(make("th", { className: place === seen.at ? "at" : "", scope: "col" }, placeName(place)));
   }
   const body = lens.map(({ layer, ids, probs, count }) => {
-    const line = make("tr", {}, make("th", { scope: "row" }, layerName(layer)));
+    const line = make("tr", {}, make("th", { scope: "row" }, shortName(layer)));
     for (const place of columns) {
       const id = ids[place * count], p = probs[place * count];
       const cell = make("td", { className: place === seen.at ? "at" : "" }, Number.isFinite(p) ? answer(id) : "NaN");

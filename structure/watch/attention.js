@@ -19,7 +19,13 @@ const probability = (module, head, row, column) => (code(module, head, row, colu
 const isOfText = (module) => module.of === "rows";
 /** How the queries and the keys of a module are called. */
 const queries = (module) => (module.of === "source" ? run.source : rows);
-const keysOf = (module) => (module.read === "source" || module.of === "source" ? run.source : rows);
+const keysOf = (module) => (module.read === "source" ? memoryNames(module.columns) : rows);
+
+/** The source's tokens, or as many at a time as one key stands for. */
+function memoryNames(count) {
+  const each = Math.ceil(run.source.length / count);
+  return Array.from({ length: count }, (_, n) => run.source.slice(n * each, (n + 1) * each).join(""));
+}
 const shownName = (module, names, n) => (names === rows ? placeName(n) : printed(names[n] ?? ""));
 /** The row of the place that is looked at; of an encoder's module the column that one points at. */
 const rowOf = (module) => (isOfText(module) ? Math.min(seen.at, module.rows - 1) : Math.min(seen.column ?? 0, module.rows - 1));
@@ -60,7 +66,7 @@ function drawHeads() {
   }
   const width = grid.parentElement.clientWidth;
   const most = Math.max(...modules.map((module) => module.heads));
-  cell = Math.max(16, Math.min(64, Math.floor((width - LABEL) / most) - GAP));
+  cell = Math.max(16, Math.min(modules.length > 8 ? 56 : 84, Math.floor((width - LABEL) / most) - GAP));
   const context = sized(grid, width, modules.length * (cell + GAP));
   const line = rgb(ink("accent")), muted = rgb(ink("muted")), text = rgb(ink("text")), rule = rgb(ink("rule"));
   const drawn = drawnHeads();
@@ -136,12 +142,15 @@ function drawOne() {
   if (!module) return;
   const { heads, columns: S, rows: T } = module, head = Math.min(seen.head, heads - 1);
   byId("head-name").textContent = `${layerName(module.path)}, head ${head + 1} of ${heads}`;
-  const width = Math.min(one.parentElement.clientWidth, 560);
+  const width = Math.min(one.parentElement.clientWidth, run.image ? 400 : 560);
   const row = rowOf(module), colour = ink("look"), muted = rgb(ink("muted")), text = rgb(ink("text"));
   if (run.image) {
     Object.assign(frame, { left: 0, top: 0, size: width / run.image.columns, across: run.image.columns });
     const context = sized(one, width, (width * run.image.rows) / run.image.columns);
     drawPatches(context, module, head, 0, 0, width, (width * run.image.rows) / run.image.columns, true);
+    if (rows.length > run.image.rows * run.image.columns) {
+      byId("head-name").textContent += `: ${percent(probability(module, head, row, 0))} to the class token, the rest to patches`;
+    }
     return drawPair(module, head, row);
   }
   // Words at the rows where there is room for them; in any case at the row that is looked at.
@@ -273,9 +282,9 @@ function drawText() {
     chips_.forEach((shown, place) => shown.style.setProperty("--look-at", list && place < module.columns ? code(module, head, row, place) / 255 : 0));
   if (!module) return;
   const row = rowOf(module), head = Math.min(seen.head, module.heads - 1);
-  const readsSource = keysOf(module) === run.source && run.source.length > 0;
+  const readsSource = module.read === "source";
   paint(chips, !readsSource, row, head);
-  paint(run.source.map((_, place) => byId(`source-${place}`)), readsSource, row, head);
+  paint(run.source.map((_, place) => byId(`source-${place}`)), readsSource && module.columns === run.source.length, row, head);
   document.querySelector('[data-of="attention"]').textContent =
     "Each small picture is a head: a row for each token that asks, a column for each that answers" +
     (run.image ? "; here, of an image, what the chosen place looks at" : "") +

@@ -11,7 +11,6 @@ from PIL import Image
 
 from models import load_model
 from models.utils.errors import UserError, report
-from runs_ar.attention_picture import shortened
 from structure.watch import page
 from structure.watch.page import View, matrices_of, plan
 from structure.watch.thought import Text, think
@@ -50,7 +49,7 @@ def watch(checkpoint, subject, path, prompt=None, image=None, num_new=0, write=N
         names=names,
         answers=answers,
         rows=places(checkpoint, text, num_places, pixels),
-        columns=columns(checkpoint, text, thought),
+        source=[name_of(checkpoint.tokenizer, id) for id in text.source or ()],
         given=num_places if sees else given,
         rounds=rounds,
     )
@@ -92,15 +91,6 @@ def places(checkpoint, text, num_places, pixels):
 
 def grid(pixels, config):
     return tuple(side // config.patch_size for side in pixels.shape[2:])
-
-
-def columns(checkpoint, text, thought):
-    """How cross-attention's places are called, where neighbours of the source are read as one."""
-    if text.source is None:
-        return []
-    names = [name_of(checkpoint.tokenizer, id) for id in text.source]
-    widths = [each.probs.shape[-1] for each in thought.attention if each.path not in thought.encoding]
-    return shortened(names, min(widths)) if min(widths) < len(names) // 2 + 1 < len(names) else names
 
 
 def picture(pixels, config):

@@ -1,15 +1,17 @@
 // The values of a box: the diagram and the source light each other (page.js); here is the tensor of what is lit.
 
 const valueCanvas = byId("values"), layer = byId("layer");
-let box = null; // the id that is shown
+// The id that is shown; at first that of an attention.
+let box = Object.keys(run.values).find((id) => models[0].boxes[id].role === "attention") ?? null;
 let layerWanted = 0;
 let cellSize = [1, 1];
 
 document.addEventListener("show", ({ detail }) => {
   if (!detail.id) return;
-  const numbers = detail.name.match(/\.(\d+)/);
-  if (detail.name !== detail.id && numbers) layerWanted = Number(numbers[1]);
   box = detail.id;
+  // A link or a click on a bar may mean one of the modules that a folded box stands for.
+  const named = Object.keys(run.values[box]?.of ?? {}).indexOf(detail.name);
+  if (detail.name !== detail.id && named >= 0) layerWanted = named;
   turn({});
 });
 layer.addEventListener("input", () => {

@@ -55,19 +55,18 @@ def write(path, box, info, view):
 class View:
     """What the page is given of a run."""
 
-    def __init__(self, thought, text, box, plan, *, names, rows, answers, given, rounds=(), columns=None):
+    def __init__(self, thought, text, box, plan, *, names, rows, answers, given, rounds=(), source=()):
         """names: {id of an answer: text}. rows: what each place is called. given: how many were not written.
 
         answers: "token", or "label" where the head knows labels. rounds: of generation, see writing.py.
-        columns: how the places are called that cross-attention reads.
+        source: how the tokens of an encoder-decoder's source are called.
         """
         self.thought, self.plan, self.box = thought, plan, box
-        self.rows, self.columns, self.given = rows, columns or [], given
-        self.dropped = []
+        self.source, self.dropped = list(source), []
         self.data = {
             "tokens": text.tokens,
             "rows": rows,
-            "source": self.columns,
+            "source": self.source,
             "given": given,
             "answers": answers,
             "first": thought.logits is not None and thought.out.dim() == 2,
@@ -137,8 +136,8 @@ class View:
         is_causal = T == S > 1 and bool((probs.triu(1) == 0).all())
         found = {"path": heads.path, "heads": H, "rows": T, "columns": S, "causal": is_causal}
         found["broken"] = not bool(probs.isfinite().all())
-        found["read"] = "source" if self.columns and not is_causal else "rows"
-        found["of"] = "source" if self.columns and heads.path in self.thought.encoding else "rows"
+        found["of"] = "source" if heads.path in self.thought.encoding else "rows"
+        found["read"] = "source" if self.source and not is_causal else "rows"
         found["probs"] = (triangle if is_causal else probabilities)(probs)
         found["sink"] = bool((probs.sum(dim=-1) < 0.999).any())
         if self.plan.keeps_q_k and heads.q is not None:

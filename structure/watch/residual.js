@@ -18,14 +18,16 @@ function partRow(name, value, most, text, path) {
 }
 
 function drawParts() {
-  const says = document.querySelector('[data-of="residual"]');
   if (!parts.length) {
-    byId("versus").hidden = true;
-    says.textContent = run.broken
+    byId("residual").hidden = true;
+    byId("stream").classList.add("wide");
+    byId("no-parts").hidden = false;
+    byId("no-parts").textContent = run.broken
       ? "Logits that are not finite cannot be taken apart."
       : "This head is no linear map of the stream (it has an activation, or there is none), so that its answer is no sum of what the layers add.";
     return;
   }
+  const says = document.querySelector('[data-of="residual"]');
   const [first, second] = parts, T = rows.length, { at } = seen;
   const value = (part, n) => part.values[n * T + at];
   const amounts = first.names.map((name, n) => {
@@ -35,7 +37,7 @@ function drawParts() {
   const most = Math.max(...amounts.map(Math.abs)), sum = amounts.reduce((a, b) => a + b, 0);
   const names = parts.map((part) => `“${answer(part.ids[at])}”`);
   byId("parts").replaceChildren(
-    ...first.names.map((name, n) => partRow(layerName(name), amounts[n], most, signedNumber(amounts[n]), name)),
+    ...first.names.map((name, n) => partRow(shortName(name), amounts[n], most, signedNumber(amounts[n]), name)),
   );
   says.textContent =
     `The stream is a sum: the embedding and what every sublayer adds. With the norms' scales held fixed, the logit of ${names[0]} is the sum of their shares` +
@@ -57,14 +59,14 @@ const signedNumber = (x) => (Number.isFinite(x) ? `${x > 0 ? "+" : "−"}${Math.
 
 function drawLengths() {
   const { at } = seen, most = Math.max(...run.steps.flatMap(({ after, added }) => [after[at] ?? 0, added?.[at] ?? 0]));
-  const name = ({ kind, path }) => (kind === "start" ? "embedding" : path ? layerName(path) : "positions");
+  const name = ({ kind, path }) => (kind === "start" ? "embedding" : path ? shortName(path) : "positions");
   byId("lengths").replaceChildren(
     ...run.steps.map((step) => {
       const stream = make("i", { className: "stream-length" }), added = make("i", { className: "added-length" });
       stream.style.width = `${(100 * (step.after[at] ?? 0)) / most}%`;
       added.style.width = `${(100 * (step.added?.[at] ?? 0)) / most}%`;
       const says = step.kind === "add" ? `${number(step.after[at])}, added ${number(step.added[at])}` : number(step.after[at]);
-      const label = step.kind === "norm" ? `${name(step)} (norm)` : name(step);
+      const label = name(step);
       return make("div", { className: "part length" }, make("span", {}, label), make("span", { className: "lengths" }, stream, added), make("b", {}, says));
     }),
   );

@@ -20,6 +20,9 @@ from dataclasses import dataclass
 import torch
 
 
+BIASES = "biases of the norms"
+
+
 @dataclass
 class Step:
     kind: str  # "start", "add", "norm"
@@ -159,12 +162,22 @@ def frozen_norm(module, x, y):
     probe = 1e4 * signs
     bias = module(torch.zeros(1, D).to(like))[0].float()
     weight = (module(probe[None].to(like))[0].float() - bias) / (signs / signs.square().mean().sqrt())
+    # Whether it is one is asked of numbers of ours: x may hold NaN.
+    any_x = torch.arange(3.0 * D).to(x).sin().view(3, D)
+    any_y = module(any_x.to(like)).float()
     for centred in (True, False):
-        base = weight * (x - x.mean(dim=-1, keepdim=True) if centred else x)  # (T, D)
-        scale = ((y - bias) * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-30)
-        if (base * scale + bias - y).abs().max() <= 1e-3 * y.abs().max().clamp(min=1e-6):
-            return Frozen(weight, bias, scale, centred)
+        trial = fitted(weight, bias, any_x, any_y, centred)
+        if (trial.linear(any_x) + bias - any_y).abs().max() <= 1e-3 * any_y.abs().max().clamp(min=1e-6):
+            return fitted(weight, bias, x, y, centred)
     return None
+
+
+def fitted(weight, bias, x, y, centred):
+    """The Frozen whose scale takes x to y as nearly as one can."""
+    frozen = Frozen(weight, bias, torch.ones(len(x), 1).to(x), centred)
+    base = frozen.linear(x)  # (T, D)
+    frozen.scale = ((y - bias) * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    return frozen
 
 
 # What a logit is made of ------------------------------------------------------------------------------------
@@ -183,7 +196,7 @@ def contributions(steps, direction):
         else:
             parts = {name: step.norm.linear(part) for name, part in parts.items()}
             if step.norm.bias.abs().max() > 0:
-                parts[step.path] = parts.get(step.path, 0) + step.norm.bias.expand_as(step.after)
+                parts[BIASES] = parts.get(BIASES, 0) + step.norm.bias.expand_as(step.after)
     return {name: (part * direction).sum(dim=-1) for name, part in parts.items()}
 
 

@@ -191,15 +191,19 @@ def weights_of(recording, path, shape):
 def slots(recording, cache, num_tokens):
     """The Slots of each module's part of the cache, as it was written."""
     kept = {id(tensor) for tensor in tensors_in([cache])} if cache is not None else set()
-    found = {}
+    written = {}  # (path, id of a tensor): (the tensor, which of its axes has the slots, the slots)
     for call in recording.calls:
         if call.name != "index_put" or id(call.out) not in kept or call.out.dim() < 3:
             continue
         index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-        for dim, each in enumerate(index):
-            if isinstance(each, torch.Tensor) and each.shape[-1:] == (num_tokens,) and each.dim() == 2:
-                size = call.out.shape[dim]
-                key = call.path or f"layers.{len(found)}"
-                numbers = call.out.numel() // size + (found[key].numbers if key in found else 0)
-                found[key] = Slots(key, each[0].tolist(), size, numbers)
+        for axis, each in enumerate(index):
+            if isinstance(each, torch.Tensor) and each.dim() == 2 and (axis or len(index) == 1):
+                # A long text is written in pieces where a ring has no room for it.
+                written.setdefault((call.path, id(call.out)), (call.out, axis, []))[2].extend(each[0].tolist())
+    found = {}
+    for (path, _), (tensor, axis, places) in written.items():
+        if len(places) == num_tokens:
+            size = tensor.shape[axis]
+            numbers = tensor.numel() // size + (found[path].numbers if path in found else 0)
+            found[path] = Slots(path, places, size, numbers)
     return list(found.values())

@@ -28,7 +28,14 @@ const number = (x) => (x === null || !Number.isFinite(x) ? "not finite" : Math.a
 
 // Text ------------------------------------------------------------------------------------------------------
 
-const printed = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ | $/g, "·") || "∅";
+/** Characters that no font draws, by their code. */
+const unseen = (text) => text.replace(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f]/g, (sign) => `<0x${sign.charCodeAt(0).toString(16).toUpperCase().padStart(2, "0")}>`);
+
+/** A token outside of the text, where its white space must show. */
+function printed(text) {
+  if (/^ {2,}$/.test(text)) return `${text.length} spaces`;
+  return unseen(text.replaceAll("\n", "↵").replaceAll("\t", "⇥")).replace(/^ | $/g, "·") || "∅";
+}
 const called = (id) => run.names[id] ?? `<${id}>`;
 /** An answer of the model, a place of the text: as they are shown outside of the text. */
 const answer = (id) => printed(called(id));
@@ -45,6 +52,9 @@ const layerName = (path) => {
   const number = path.match(/^(.*?)s?\.(\d+)(?:\.(.*))?$/);
   return number ? `${number[1].replaceAll("_", " ")} ${number[2]}${number[3] ? ` ${number[3].replaceAll("_", " ")}` : ""}` : path.replaceAll("_", " ");
 };
+
+/** The same where only one of an encoder and a decoder is spoken of. */
+const shortName = (path) => layerName(path).replace(/^decoder (?=layer)/, "");
 
 // Colours and canvases --------------------------------------------------------------------------------------
 
@@ -113,11 +123,12 @@ function chip(text, place) {
   shown.dataset.place = place;
   const guess = drafted.get(place);
   if (guess?.rejected.length) {
-    shown.append(make("s", { title: "rejected drafts" }, guess.rejected.map(answer).join(" ")));
+    shown.append(make("s", {}, guess.rejected.map(answer).join(" ")));
   }
-  shown.append(make("span", { className: "says-it" }, text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥") || "∅"));
+  shown.append(make("span", { className: "says-it" }, unseen(text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥")) || "∅"));
   if (place >= run.given) shown.classList.add("written");
   if (guess?.accepted) shown.classList.add("accepted");
+  if (guess) byId("drafts").hidden = false;
   return shown;
 }
 
@@ -145,6 +156,8 @@ run.source.forEach((text, place) => {
   source.append(shown);
 });
 source.hidden = !run.source.length;
+// Where no token brings its space with it, as in WordPiece, they stand apart.
+tokens.classList.toggle("apart", !run.image && !rows.some((text) => /\s/.test(text)));
 const chips = rows.map((_, place) => byId(`token-${place}`));
 
 function choose(place) {
@@ -211,13 +224,31 @@ if (run.broken) {
   byId("broken").textContent = `NaN or infinity: the first is behind ${layerName(run.broken)}. Where numbers are not finite, pictures are hatched.`;
 }
 
-/** Once everything is drawn for the first time. */
+/** The head that looks most decidedly at something other than the place itself and the first one. */
+function telling(at) {
+  let best = { module: 0, head: 0, strength: 0 };
+  modules.forEach((each, module) => {
+    if (each.of !== "rows") return;
+    for (let head = 0; head < each.heads; head++) {
+      for (let column = 1; column < each.columns; column++) {
+        const strength = column === at ? 0 : code(each, head, Math.min(at, each.rows - 1), column);
+        if (strength > best.strength) best = { module, head, strength };
+      }
+    }
+  });
+  return best;
+}
+
+/** Draw everything for the first time. */
 function begin() {
+  // What was asked: the mask of a BERT, the class of an image, the last token that was given.
+  const mask = rows.findIndex((text) => text === "[MASK]");
+  const at = run.image ? 0 : mask >= 0 ? mask : Math.max(0, Math.min(run.given, rows.length) - 1);
+  const { module, head } = telling(at);
+  Object.assign(seen, { at, module, head });
+  for (const draw of drawers) draw();
   const jump = document.querySelector(".jump");
   for (const section of all("main.thought > section:not([hidden])")) {
     jump.append(make("a", { href: `#${section.id}`, textContent: section.querySelector("h2").textContent }));
   }
-  // What was asked: the mask of a BERT, the class of an image, the last token that was given.
-  const mask = rows.findIndex((text) => text === "[MASK]");
-  turn({ at: run.image ? 0 : mask >= 0 ? mask : Math.max(0, Math.min(run.given, rows.length) - 1) });
 }
