@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import torch
 
-
 FUSED = "scaled_dot_product_attention"
 PRODUCTS = ("matmul", "bmm")
 
@@ -122,7 +121,7 @@ def product_before(recording, call):
 
 
 def scale_of(probs, q, k):
-    """What q . k is multiplied by, where that is all that the logarithms of the probabilities tell; or None."""
+    """What q . k is multiplied by, if the logarithms of the probabilities tell of nothing else; or None."""
     products = q @ k.repeat_interleave(len(q) // len(k), dim=0).mT  # (H, T, S)
     seen = probs > 1e-6
     count = seen.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -141,5 +140,3 @@ def first_slot(k):
     """Which of the text's keys the first one is, where k is a slice of them all."""
     stride = k.stride(-2)
     return k.storage_offset() // stride if k.shape[-2] > 1 and stride else 0
-
-

@@ -1,4 +1,4 @@
-"""What runs_ar/attention.py hears is what `transformers` says that each head attends to, for every way to attend."""
+"""What runs_ar/attention.py hears is what `transformers` says that each head attends to, on every page."""
 
 import math
 
@@ -13,7 +13,11 @@ from models.utils.recording import Recording
 from runs_ar.attention import heard
 from tests import zoo
 
-CLASSES = {"bert": "BertForMaskedLM", "vision_transformer": "ViTForImageClassification", "transformer": "MarianMTModel"}
+CLASSES = {
+    "bert": "BertForMaskedLM",
+    "vision_transformer": "ViTForImageClassification",
+    "transformer": "MarianMTModel",
+}
 LONG = 80  # more than the window of tiny-gemma-python, so that its layers attend in pieces
 
 
@@ -61,7 +65,9 @@ def test_every_head_attends_to_what_the_oracle_attends_to(checkpoint_name, conve
     assert len(found) == len(expected)
     for each, theirs in zip(found, expected):
         torch.testing.assert_close(each.probs, theirs[0], atol=1e-5, rtol=0)
-        if each.q is not None:  # the numbers that a page shows of a pair: softmax of scale q . k, what is seen
+        if (
+            each.q is not None
+        ):  # the numbers that a page shows of a pair: softmax of scale q . k, what is seen
             scores = each.q @ each.k.repeat_interleave(len(each.q) // len(each.k), dim=0).mT * each.scale
             scores = scores.masked_fill(theirs[0] == 0, -math.inf)
             torch.testing.assert_close(scores.softmax(dim=-1), theirs[0], atol=1e-4, rtol=0)
@@ -95,4 +101,3 @@ def test_a_step_attends_as_the_whole_text_does():
     step = heard(recorded(model, lambda: model(tokens[:, -1:], torch.tensor([[T - 1]]), cache))[0], 1)
     for each, full in zip(step, whole):
         torch.testing.assert_close(each.probs[:, 0], full.probs[:, -1], atol=1e-5, rtol=0)
-

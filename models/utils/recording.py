@@ -5,8 +5,8 @@
     recording.calls            in the order in which they ran
     recording.maker(logits)    the Call that made a tensor
 
-Nothing is asked of a page: torch tells each of its functions to whoever listens (TorchFunctionMode), and hooks
-say which module runs. All tensors are kept until the Recording is dropped, so it is for short texts.
+Nothing is asked of a page: torch tells each of its functions to whoever listens (TorchFunctionMode), and
+hooks say which module runs. All tensors are kept until the Recording is dropped, so it is for short texts.
 """
 
 import inspect
@@ -17,10 +17,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 # What changes the looks of a tensor and not its numbers, or not when the model is in use.
-BENDS = frozenset(
-    "view reshape transpose permute mT T expand unsqueeze squeeze flatten unflatten getitem select narrow "
-    "to type_as contiguous clone detach dropout float expand_as view_as repeat_interleave chunk split".split()
-)
+BENDS = """
+    view reshape transpose permute mT T expand unsqueeze squeeze flatten unflatten getitem select narrow
+    to type_as contiguous clone detach dropout float expand_as view_as repeat_interleave chunk split
+"""
+BENDS = frozenset(BENDS.split())
 # Python's sign for a function, where torch calls it otherwise.
 SIGNS = {"truediv": "div", "rtruediv": "div", "radd": "add", "rmul": "mul", "rsub": "sub", "iadd": "add"}
 SIGNS |= {"setitem": "index_put", "invert": "bitwise_not", "and": "bitwise_and", "imul": "mul"}
@@ -56,7 +57,9 @@ class Recording(TorchFunctionMode):
         for path, module in self.model.named_modules():
             if path:
                 self.handles.append(module.register_forward_pre_hook(lambda *_, path=path: self.enter(path)))
-                self.handles.append(module.register_forward_hook(lambda *run, path=path: self.leave(path, *run)))
+                self.handles.append(
+                    module.register_forward_hook(lambda *run, path=path: self.leave(path, *run))
+                )
         return super().__enter__()
 
     def __exit__(self, *error):

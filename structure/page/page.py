@@ -81,7 +81,9 @@ def render(name, path, *scripts, folders=(), **values):
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     # These files are the project's own; nothing else in a page goes unescaped.
     css, js, *more_js = (
-        Markup(next(folder / file for folder in folders if (folder / file).is_file()).read_text(encoding="utf-8"))
+        Markup(
+            next(folder / file for folder in folders if (folder / file).is_file()).read_text(encoding="utf-8")
+        )
         for file in ("page.css", "page.js", *scripts)
     )
     colours = {"ground": GROUND, "text": TEXT, "muted": MUTED, "spine": SPINE}

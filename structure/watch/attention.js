@@ -110,6 +110,8 @@ grid.addEventListener("keydown", (event) => {
   turn({ module, head: Math.max(0, Math.min(modules[module].heads - 1, seen.head + right)) });
 });
 
+document.querySelector(".looks").classList.toggle("tall", modules.length > 5);
+
 // One head --------------------------------------------------------------------------------------------------
 
 const one = byId("head");

@@ -1,6 +1,6 @@
 """What `show_structure.py CHECKPOINT --prompt TEXT --html` does: a text, a run, a page.
 
-    text --text_of--> tokens --the model writes--> tokens --think--> what the page shows --write--> one file
+text --text_of--> tokens --the model writes--> tokens --think--> what the page shows --write--> one file
 """
 
 import base64
@@ -75,7 +75,11 @@ def room_of(model, box, pixels):
     text = Text(tokens, source=tokens if hasattr(model, "encode") else None, image=pixels)
     heads = think(model, text).attention
     number = sum(len(each.probs) for each in heads)
-    numbers = sum(len(each.q) * each.q.shape[-1] + len(each.k) * each.k.shape[-1] for each in heads if each.q is not None)
+    numbers = sum(
+        len(each.q) * each.q.shape[-1] + len(each.k) * each.k.shape[-1]
+        for each in heads
+        if each.q is not None
+    )
     matrices = matrices_of(box)
     return lambda num_tokens: plan(num_tokens, number, numbers, matrices)
 

@@ -22,7 +22,7 @@ SCRIPTS = ("watch.js", "answers.js", "attention.js", "residual.js", "memory.js",
 MOST_BYTES = 8_000_000  # of what a page holds of a run
 MOST_TOKENS = 256
 KEPT = 48  # answers whose logits a place keeps
-BINS = 32  # in which the logits of the others are counted
+BINS = 64  # in which the logits of the others are counted
 
 
 class Plan(NamedTuple):
@@ -118,8 +118,8 @@ class View:
         counts, means = rest(logits, best.values[:, -1], count)
         if logits.shape[1] > count:
             self.dropped.append(
-                f"Of each place the {count} largest of {logits.shape[1]:,} logits are kept one by one, the others "
-                f"as counts in {BINS} bins."
+                f"Of each place the {count} largest of {logits.shape[1]:,} logits are kept one by one, the "
+                f"others as counts in {BINS} bins."
             )
         return {
             "count": count,
@@ -174,7 +174,9 @@ class View:
 
     def broken(self):
         """Where the first NaN or infinity of the residual stream is; "" where all is finite."""
-        return next((step.path or "embedding" for step in self.thought.steps if not step.after.isfinite().all()), "")
+        return next(
+            (step.path or "embedding" for step in self.thought.steps if not step.after.isfinite().all()), ""
+        )
 
 
 def lengths(x):
@@ -183,7 +185,7 @@ def lengths(x):
 
 
 def rest(logits, least, count):
-    """Of each place: how many of the logits below the kept ones lie in each of BINS bins, and their mean."""
+    """Of each place: how many of the logits below the kept ones lie in each of BINS bins, and where."""
     counts = torch.zeros(len(logits), BINS, dtype=torch.int32)
     means = torch.zeros(len(logits), BINS)
     for row, values in enumerate(logits.float()):
@@ -194,7 +196,9 @@ def rest(logits, least, count):
         low, high = others.min(), others.max()
         bins = ((others - low) / (high - low).clamp(min=1e-9) * BINS).long().clamp(max=BINS - 1)
         counts[row] = torch.bincount(bins, minlength=BINS)
-        means[row] = torch.zeros(BINS).index_add(0, bins, others) / counts[row].clamp(min=1)
+        # The logarithm of the mean of exp: exact at temperature 1, and near it elsewhere.
+        weights = torch.zeros(BINS).index_add(0, bins, (others - high).exp())
+        means[row] = (weights / counts[row].clamp(min=1)).clamp(min=1e-37).log() + high
     return counts, means
 
 

@@ -1,4 +1,4 @@
-"""The residual stream of a run: what was added to it, what it would have said after each layer, and why it says what it does.
+"""The residual stream of a run: what each sublayer adds to it, and what of that makes a logit.
 
     stream = stream_of(recording, hidden)       hidden: what the head reads, (1, T, D)
     stream.steps                                what became of x, in order
@@ -18,7 +18,6 @@ import re
 from dataclasses import dataclass
 
 import torch
-
 
 BIASES = "biases of the norms"
 
@@ -92,10 +91,10 @@ def operands(recording, call):
     first, second = call.tensors
     for stream, other in ((first, second), (second, first)):
         roots = terms(recording, stream, call.number)
-        if any(recording.depends(other, root) for root in roots):
-            # In (x + attn) + ffn both came from x, which is in the first.
-            if not any(recording.depends(root, other) for root in roots):
-                return stream, other
+        came_from = any(recording.depends(other, root) for root in roots)
+        # In (x + attn) + ffn both came from x, which is in the first.
+        if came_from and not any(recording.depends(root, other) for root in roots):
+            return stream, other
     return None, None
 
 
@@ -176,7 +175,9 @@ def fitted(weight, bias, x, y, centred):
     """The Frozen whose scale takes x to y as nearly as one can."""
     frozen = Frozen(weight, bias, torch.ones(len(x), 1).to(x), centred)
     base = frozen.linear(x)  # (T, D)
-    frozen.scale = ((y - bias) * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    frozen.scale = ((y - bias) * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(
+        min=1e-30
+    )
     return frozen
 
 

@@ -199,7 +199,9 @@ def slots(recording, cache, num_tokens):
         for axis, each in enumerate(index):
             if isinstance(each, torch.Tensor) and each.dim() == 2 and (axis or len(index) == 1):
                 # A long text is written in pieces where a ring has no room for it.
-                written.setdefault((call.path, id(call.out)), (call.out, axis, []))[2].extend(each[0].tolist())
+                written.setdefault((call.path, id(call.out)), (call.out, axis, []))[2].extend(
+                    each[0].tolist()
+                )
     found = {}
     for (path, _), (tensor, axis, places) in written.items():
         if len(places) == num_tokens:

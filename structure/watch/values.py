@@ -1,7 +1,7 @@
-"""The tensor of each box of the diagram, as a run computed it: the join of what was captured and what was recorded.
+"""The tensor of each box of the diagram, as a run computed it: what was captured, found again in a recording.
 
-A module's box has what the module returned. An operation's box was made from an operation of the trace, which
-is found again in the recording: the same module, the same lines of the page, the same function, the same turn.
+A module's box has what the module returned. An operation's box was made from an operation of the trace, and
+that ran again: in the same module, by the same lines of the page, the same function, the same turn.
 
 Shapes: T rows, one for each token (or slot, or source token), n numbers of each.
 Proof: tests/test_watch.py.
@@ -23,7 +23,9 @@ def values_of(box, recording, found=None):
         found = {}
     axis = rows_of(box.output)
     if axis is not None:
-        tensors = recording.returned(box.members) if box.members else recording.made(*box.call or ((), 0, 0, 0))
+        tensors = (
+            recording.returned(box.members) if box.members else recording.made(*box.call or ((), 0, 0, 0))
+        )
         matrices = [(path, matrix(tensor, axis)) for path, tensor in tensors]
         found[box.id] = [(path, each) for path, each in matrices if each is not None]
     for child in box.children:
@@ -82,4 +84,8 @@ class Index:
 
 
 def first_tensor(out):
-    return next((each for each in out if isinstance(each, torch.Tensor)), None) if isinstance(out, tuple) else out
+    return (
+        next((each for each in out if isinstance(each, torch.Tensor)), None)
+        if isinstance(out, tuple)
+        else out
+    )

@@ -224,14 +224,14 @@ if (run.broken) {
   byId("broken").textContent = `NaN or infinity: the first is behind ${layerName(run.broken)}. Where numbers are not finite, pictures are hatched.`;
 }
 
-/** The head that looks most decidedly at something other than the place itself and the first one. */
+/** The head that looks most decidedly at something that is neither the first place nor close by. */
 function telling(at) {
   let best = { module: 0, head: 0, strength: 0 };
   modules.forEach((each, module) => {
     if (each.of !== "rows") return;
     for (let head = 0; head < each.heads; head++) {
       for (let column = 1; column < each.columns; column++) {
-        const strength = column === at ? 0 : code(each, head, Math.min(at, each.rows - 1), column);
+        const strength = Math.abs(column - at) < 2 && !run.image ? 0 : code(each, head, Math.min(at, each.rows - 1), column);
         if (strength > best.strength) best = { module, head, strength };
       }
     }
