@@ -1,4 +1,4 @@
-"""What structure/watch finds in a run: stream, lens, the parts of a logit, experts, slots, values of boxes."""
+"""What structure/watch finds in a run: stream, lens, parts of a logit, experts, slots, values of boxes."""
 
 import base64
 import json
@@ -13,6 +13,7 @@ from models import ENCODER_DECODER, inputs_of, kind_of, load_model
 from models.utils.command_line import CHECKPOINTS
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
+from runs_ar.top import token_name
 from structure.capture.capture import capture
 from structure.page.page import inside
 from structure.watch import numbers
@@ -20,7 +21,6 @@ from structure.watch.page import KEPT, MOST_BYTES, plan, rest
 from structure.watch.stream import frozen_norm
 from structure.watch.thought import Text, think
 from structure.watch.values import rows_of, values_of
-from structure.watch.writing import name_of
 from tests import zoo
 
 TOKENS = list(range(3, 14))
@@ -225,7 +225,7 @@ def test_what_a_page_holds():
 
 def test_tokens_that_are_no_text(converted):
     tokenizer = load_tokenizer(converted("tiny-llama-python"))
-    names = [name_of(tokenizer, id) for id in range(tokenizer.vocab_size + 2)]
+    names = [token_name(tokenizer, id) for id in range(tokenizer.vocab_size + 2)]
     assert "<s>" in names and "<0xE2>" in names and names[-1] == f"<{tokenizer.vocab_size + 1}>"
     assert all(names)
 

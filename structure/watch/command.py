@@ -11,10 +11,11 @@ from PIL import Image
 
 from models import load_model
 from models.utils.errors import UserError, report
+from runs_ar.top import token_name
 from structure.watch import page
 from structure.watch.page import View, matrices_of, plan
 from structure.watch.thought import Text, think
-from structure.watch.writing import answers_of, name_of, pixels_of, text_of
+from structure.watch.writing import answers_of, pixels_of, text_of
 
 
 def watch(checkpoint, subject, path, prompt=None, image=None, num_new=0, write=None):
@@ -49,7 +50,7 @@ def watch(checkpoint, subject, path, prompt=None, image=None, num_new=0, write=N
         names=names,
         answers=answers,
         rows=places(checkpoint, text, num_places, pixels),
-        source=[name_of(checkpoint.tokenizer, id) for id in text.source or ()],
+        source=[token_name(checkpoint.tokenizer, id) for id in text.source or ()],
         given=num_places if sees else given,
         rounds=rounds,
     )
@@ -87,7 +88,7 @@ def room_of(model, box, pixels):
 def places(checkpoint, text, num_places, pixels):
     """What each place is called: tokens, or the patches of an image by row and column."""
     if pixels is None:
-        return [name_of(checkpoint.tokenizer, id) for id in text.tokens]
+        return [token_name(checkpoint.tokenizer, id) for id in text.tokens]
     rows, columns = grid(pixels, checkpoint.config)
     patches = [f"{row + 1}, {column + 1}" for row in range(rows) for column in range(columns)]
     return ["class"] * (num_places - len(patches)) + patches

@@ -8,29 +8,12 @@ from models import DECODER, ENCODER_DECODER
 from models.utils.errors import UserError, report
 from models.utils.image_processor import load_image_processor, open_image
 from runs_ar.generate import NOT_FINITE, check_prompts, check_vocabulary, generate, generation_defaults
+from runs_ar.top import token_name
 from runs_ar.transformer import check_source, generation_rules
 from runs_ar.transformer import generate as translate
 from structure.watch.thought import Text
 
 DEFAULT_PROMPT = "def main():"
-
-
-def name_of(tokenizer, id):
-    """A token as text; its bytes, where they are no text by themselves, as <0xE2>."""
-    if id >= tokenizer.vocab_size or id < 0:
-        return f"<{id}>"
-    special = next((name for name, each in tokenizer.special_tokens.items() if each == id), None)
-    if special is not None:
-        return special
-    if hasattr(tokenizer, "token_text"):
-        return tokenizer.token_text(id)
-    content = tokenizer.token_bytes(id)
-    if content is None:
-        return f"<{id}>"
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError:
-        return "".join(f"<0x{byte:02X}>" for byte in content)
 
 
 def prompt_of(checkpoint, prompt):
@@ -96,7 +79,7 @@ def answers_of(checkpoint, thought):
     """("token" or "label", {id: text} as a function) of what the head answers with."""
     size = thought.logits.shape[1] if thought.logits is not None else 0
     if size and size == getattr(checkpoint.config, "vocab_size", None):
-        return "token", lambda id: name_of(checkpoint.tokenizer, id)
+        return "token", lambda id: token_name(checkpoint.tokenizer, id)
     has_labels = size and getattr(checkpoint.config, "num_labels", 0)
     labels = stored_labels(checkpoint.folder)["labels"] if has_labels else []
     return "label", lambda id: labels[id] if id < len(labels) else str(id)
