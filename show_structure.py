@@ -34,6 +34,7 @@ from models.utils.files import one_line, read_json
 
 IMAGES = Path(__file__).parent / "structure_images"
 ROPE = "-rope"  # behind the name of a picture of RoPE
+THINKS = "-thinks"  # behind that of a page in which a text runs through a model
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
@@ -51,7 +52,8 @@ def main(argv=None):
     elif args.rope:
         draw_rope(args.name, args.set, args.out, args.dark)
     elif args.runs:
-        watch_it_think(args)
+        asked = {"prompt": args.prompt, "image": args.image, "num_new": args.new_tokens or 0}
+        watch_it_think(args.name, asked, args.out, args.draft, args.lookup)
     else:
         show(load(args.name, args.set), args)
 
@@ -82,42 +84,27 @@ def write_page(subject, out=None):
     print(f"wrote {path}")
 
 
-def watch_it_think(args):
-    """The page of a run: a text of one's own through a checkpoint's weights."""
+def watch_it_think(name, asked, out=None, draft=None, lookup=False):
+    """The page of a run: a text of one's own through a checkpoint's weights. asked: see structure/watch."""
     from conversion.checkpoint import open_checkpoint
     from structure.watch.command import watch
 
-    checkpoint = open_checkpoint(args.name, device="cpu")
-    path = args.out or IMAGES / f"{file_name(Path(args.name).name)}-thinks.html"
-    drafting = args.draft or args.lookup
-    if drafting and not args.new_tokens:
-        raise UserError("--draft and --lookup guess what is written: give --new-tokens N too")
-    write = with_drafts(checkpoint, args.draft) if drafting else None
+    checkpoint = open_checkpoint(name, device="cpu")
+    path, write = out or IMAGES / f"{file_name(Path(name).name)}{THINKS}.html", None
+    if draft or lookup:
+        from runs_ss.rounds import with_drafts
+
+        write = with_drafts(checkpoint, draft)
     with written(path):
-        watch(checkpoint, load(args.name), path, args.prompt, args.image, args.new_tokens or 0, write)
+        watch(checkpoint, load(name), path, asked, write)
     print(f"wrote {path}")
 
 
-def with_drafts(checkpoint, draft):
-    """A way to write in which a drafter guesses ahead: a smaller checkpoint, or the text so far."""
-    from conversion.checkpoint import open_checkpoint
-    from models import DECODER
-    from runs_ss.lookup import LookupDrafter
-    from runs_ss.pair import check_pair
-    from runs_ss.speculate import ModelDrafter, speculate
-
-    if checkpoint.kind != DECODER:
-        raise UserError("--draft and --lookup: this page shows drafts of models that continue a text")
-    if draft:
-        other = open_checkpoint(draft, device="cpu")
-        check_pair(checkpoint.config, checkpoint.tokenizer, other.config, other.tokenizer)
-
-    def write(model, tokens, num_new, eos_ids):
-        drafter = ModelDrafter(other.load()) if draft else LookupDrafter(model.config.vocab_size, "cpu")
-        for (new,), (drafts,), (accepted,) in speculate(model, drafter, [tokens], num_new, eos_ids=eos_ids):
-            yield {"tokens": new, "drafts": drafts, "accepted": accepted}
-
-    return write
+def thinking_pages(folder=IMAGES):
+    """(name of the checkpoint, what was asked) of each such page of a folder, which says it itself."""
+    for path in sorted(folder.glob(f"*{THINKS}.html")):
+        asked = re.search(r'"asked": ({[^}]*})', path.read_text(encoding="utf-8"))
+        yield path.stem.removesuffix(THINKS), json.loads(asked[1])
 
 
 def compare(first, second, out=None, html=False, dark=False):
@@ -142,6 +129,8 @@ def draw_all():
     subjects = {}
     for name, dark in rope_images():
         draw_rope(name, dark=dark)
+    for name, asked in list(thinking_pages()):
+        watch_it_think(name, asked)
     for names, dark, html in images():
         subjects |= {name: load(name) for name in names if name not in subjects}
         shown = [subjects[name] for name in names]
@@ -402,6 +391,8 @@ def checked(args):
         raise UserError(f"--new-tokens is {args.new_tokens}; give 1 or more")
     if args.draft and args.lookup:
         raise UserError("--draft and --lookup both guess ahead; give one of them")
+    if (args.draft or args.lookup) and args.new_tokens is None:
+        raise UserError("--draft and --lookup guess what is written: give --new-tokens N too")
     given = [bool(args.name), args.all, bool(args.compare)]
     if sum(given) > 1:
         raise UserError("NAME, --all and --compare exclude each other; give one of them")

@@ -57,9 +57,7 @@ def check_looks(args):
         if value and (args.score or args.chat):
             raise UserError(f"{option}: of one text; leave out --chat and --score, and give --prompt TEXT")
         if value and args.compile:
-            raise UserError(
-                f"{option}: a compiled step tells nothing of itself; leave out --compile"
-            )
+            raise UserError(f"{option}: a compiled step tells nothing of itself; leave out --compile")
     if args.attention:
         check_output(args.attention, "--attention")
 

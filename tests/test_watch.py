@@ -77,9 +77,10 @@ def test_the_head_is_the_model_s_own(model_name):
         return
     out = thought.out[0] if thought.out.dim() == 3 else thought.out
     torch.testing.assert_close(thought.logits[: len(out)], out.float(), atol=1e-4, rtol=0)
-    layer, ids, probs = thought.lens[-1]
+    layer, ids, probs, final = thought.lens[-1]
     best = thought.logits.softmax(dim=-1).topk(ids.shape[1])
     torch.testing.assert_close(probs, best.values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(final, best.values[:, 0], atol=1e-4, rtol=0)
     assert "hidden" not in vars(model), "the page's own hidden is back"
 
 
@@ -94,8 +95,11 @@ def test_the_logit_lens_is_the_oracle_s(name, converted):
         norm = next(each for n, each in base.named_children() if n in ("norm", "ln_f", "final_layer_norm"))
         expected = [oracle.get_output_embeddings()(norm(state))[0].softmax(dim=-1) for state in states]
     lens = think(model, Text(TOKENS)).lens
-    assert [layer for layer, _, _ in lens] == ["embedding", *(f"layers.{n}" for n in range(len(states)))]
-    for (_, ids, probs), theirs in zip(lens, expected):
+    with torch.no_grad():
+        answers = oracle(torch.tensor([TOKENS])).logits[0].argmax(dim=-1, keepdim=True)
+    assert [layer for layer, *_ in lens] == ["embedding", *(f"layers.{n}" for n in range(len(states)))]
+    for (_, ids, probs, final), theirs in zip(lens, expected):
+        torch.testing.assert_close(final, theirs.gather(1, answers)[:, 0], atol=1e-4, rtol=0)
         torch.testing.assert_close(probs, theirs.gather(1, ids), atol=1e-4, rtol=0)
         torch.testing.assert_close(probs, theirs.topk(5).values, atol=1e-4, rtol=0)
 

@@ -1,6 +1,8 @@
 """The page in which a text runs through a model, in a real browser, from disk."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from tests import test_structure_page
 
 driver, browser = test_structure_page.driver, test_structure_page.browser  # fixtures
 
+ROOT = Path(__file__).parent.parent
+DATA = '<script type="application/json" id="data">'
 PROMPT = "def read(path):\n    return"
 HOSTILE = "<img src=x onerror='window.reached=1'></script><script>window.reached = 1</script>"
 PARTS = "return all('#parts b').map((each) => Number(each.textContent.replace('−', '-')))"
@@ -237,3 +241,23 @@ def test_light_and_dark_draw_anew(browser, page_of):
     browser.run("byId('theme').click()")
     frame(browser)
     assert all(new != old for new, old in zip(browser.run(pixel), light))
+
+
+@pytest.mark.parametrize("name", [name for name, _ in show_structure.thinking_pages()])
+def test_the_pages_in_git_are_those_of_today(name, tmp_path, monkeypatch):
+    """`python show_structure.py --all` writes them anew. Numbers, which other processors round otherwise, are
+    left out of the comparison."""
+    kept = ROOT / "structure_images" / f"{name}-thinks.html"
+    convert(CHECKPOINTS / name, out=tmp_path / name, progress=False)
+    monkeypatch.chdir(ROOT)
+    asked = dict(show_structure.thinking_pages())[name]
+    show_structure.watch_it_think(str(tmp_path / name), asked, tmp_path / "now.html")
+    pages = [path.read_text(encoding="utf-8").split(DATA) for path in (kept, tmp_path / "now.html")]
+    (before, rest), (before_now, rest_now) = pages
+    data, after = rest.split("</script>", 1)
+    data_now, after_now = rest_now.split("</script>", 1)
+    assert before == before_now and after == after_now
+    runs = [json.loads(text)[0]["watch"] for text in (data, data_now)]
+    for part in ("rows", "given", "dropped", "rounds", "asked", "caches"):
+        assert runs[0][part] == runs[1][part]
+    assert runs[0].keys() == runs[1].keys() and kept.stat().st_size < 1_100_000

@@ -90,7 +90,7 @@ onChange(drawNext);
 
 // The logit lens --------------------------------------------------------------------------------------------
 
-const lens = run.lens.map(({ layer, ids, probs, count }) => ({ layer, count, ids: whole(ids), probs: floats(probs) }));
+const lens = run.lens.map((each) => ({ ...each, ids: whole(each.ids), probs: floats(each.probs), final: floats(each.final) }));
 const COLUMN = 92, HEAD = 104;
 
 /** The places whose columns are shown: as many as fit, those around where one is. */
@@ -108,7 +108,7 @@ function drawLens() {
   const table = byId("lens-table");
   const head = make("tr", {}, make("th", {}, "after"));
   for (const place of columns) {
-    head.append(make("th", { className: place === seen.at ? "at" : "", scope: "col" }, placeName(place)));
+    head.append(make("th", { className: place === seen.at ? "at" : "", scope: "col" }, run.image ? rows[place] : placeName(place)));
   }
   const body = lens.map(({ layer, ids, probs, count }) => {
     const line = make("tr", {}, make("th", { scope: "row" }, shortName(layer)));
@@ -124,6 +124,21 @@ function drawLens() {
   });
   table.replaceChildren(make("thead", {}, head), make("tbody", {}, ...body));
   detail(last.layer, seen.at);
+  drawSure(last);
+}
+
+/** How probable what the model says in the end is after each layer, a bar each. */
+function drawSure(last) {
+  const said = answer(last.ids[seen.at * last.count]);
+  byId("sure-name").textContent = `How sure it is of “${said}” after each layer`;
+  byId("sure").replaceChildren(
+    ...lens.map(({ layer, final }) => {
+      const p = final[seen.at], bar = make("i");
+      bar.style.height = `${100 * (p || 0)}%`;
+      const name = layer === "embedding" ? "emb." : layer.match(/\d+$/)?.[0] ?? layer;
+      return make("div", {}, make("b", {}, lens.length < 16 ? percent(p) : ""), make("span", {}, bar), make("small", {}, name));
+    }),
+  );
 }
 
 function detail(layer, place) {

@@ -18,9 +18,12 @@ from structure.watch.thought import Text, think
 from structure.watch.writing import answers_of, pixels_of, text_of
 
 
-def watch(checkpoint, subject, path, prompt=None, image=None, num_new=0, write=None):
-    """Write the page. subject: (box, info) of the model. write: how a drafter writes, see writing.py."""
-    box, info = subject
+def watch(checkpoint, subject, path, asked, write=None):
+    """Write the page. subject: (box, info) of the model. write: how a drafter writes, see writing.py.
+
+    asked: {"prompt", "image", "num_new"}; None: what came with the checkpoint, 0: nothing is written.
+    """
+    (box, info), (prompt, image, num_new) = subject, asked.values()
     sees = "images" in checkpoint.inputs
     check(checkpoint, sees, prompt, image, num_new)
     pixels = pixels_of(checkpoint, image) if sees else None
@@ -54,6 +57,7 @@ def watch(checkpoint, subject, path, prompt=None, image=None, num_new=0, write=N
         given=num_places if sees else given,
         rounds=rounds,
     )
+    view.data["asked"] = asked
     if sees:
         view.data["image"] = picture(pixels, checkpoint.config)
     page.write(path, box, info, view)

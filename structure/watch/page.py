@@ -72,8 +72,14 @@ class View:
             "first": thought.logits is not None and thought.out.dim() == 2,
             "logits": self.logits(),
             "lens": [
-                {"layer": layer, "ids": whole(ids), "probs": floats(probs), "count": ids.shape[1]}
-                for layer, ids, probs in thought.lens
+                {
+                    "layer": layer,
+                    "count": ids.shape[1],
+                    "ids": whole(ids),
+                    "probs": floats(probs),
+                    "final": floats(final),
+                }
+                for layer, ids, probs, final in thought.lens
             ],
             "attention": [self.attention(each) for each in thought.attention],
             "steps": [self.step(step) for step in thought.steps],
@@ -103,7 +109,7 @@ class View:
         """Of everything that is called by its name."""
         found = set(text.tokens if self.data["answers"] == "token" else ())
         found.update(id for each in rounds for id in [*each["drafts"], *each["tokens"]])
-        found.update(id for _, ids, _ in self.thought.lens for id in ids.flatten().tolist())
+        found.update(id for _, ids, *_ in self.thought.lens for id in ids.flatten().tolist())
         found.update(id for ids, _ in self.thought.parts for id in ids.tolist())
         return found | self.kept
 

@@ -40,7 +40,7 @@ class Thought:
     out: torch.Tensor  # what the model returned
     logits: torch.Tensor | None  # (T, V) in fp32; None where there is no head
     steps: list  # of the residual stream
-    lens: list  # [(layer, ids (T, n), probabilities (T, n))]
+    lens: list  # [(layer, ids (T, n), their probabilities (T, n), that of the final answer (T,))]
     attention: list  # of runs_ar.attention.Heads
     parts: list  # of each named answer: (ids (T,), {part: (T,)}); [] where the head is no linear map
     experts: list = field(default_factory=list)  # of Choice
@@ -106,8 +106,10 @@ def think(model, text):
         for layer, x in layers_of(steps):
             for norm in tail:
                 x = norm(x.to(hidden))
-            best = answer(x.to(hidden)).softmax(dim=-1).topk(min(GUESSES, thought.logits.shape[-1]))
-            thought.lens.append((layer, best.indices, best.values))
+            probs = answer(x.to(hidden)).softmax(dim=-1)
+            best = probs.topk(min(GUESSES, probs.shape[-1]))
+            final = probs.gather(1, thought.logits.argmax(dim=-1, keepdim=True))[:, 0]
+            thought.lens.append((layer, best.indices, best.values, final))
     thought.parts = taken_apart(answer, hidden[0], steps, thought.logits)
     return thought
 

@@ -231,6 +231,7 @@ function telling(at) {
     if (each.of !== "rows") return;
     for (let head = 0; head < each.heads; head++) {
       for (let column = 1; column < each.columns; column++) {
+        if (!run.image && !rows[column]?.trim()) continue;
         const strength = Math.abs(column - at) < 2 && !run.image ? 0 : code(each, head, Math.min(at, each.rows - 1), column);
         if (strength > best.strength) best = { module, head, strength };
       }
