@@ -1,7 +1,10 @@
 """What structure/watch finds in a run: stream, lens, parts of a logit, experts, slots, values of boxes."""
 
 import base64
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from structure.watch.thought import Text, think
 from structure.watch.values import rows_of, values_of
 from tests import zoo
 
+ROOT = Path(__file__).parent.parent
 TOKENS = list(range(3, 14))
 
 
@@ -146,6 +150,41 @@ def test_slots_of_the_cache_fill_one_by_one(model_name):
     for each in found:
         assert each.places == [n % each.num_slots for n in range(len(TOKENS))]
         assert each.num_slots >= min(window, len(TOKENS))
+
+
+def strange_page(name):
+    """A page that is no part of the zoo, loaded from its file."""
+    path = ROOT / "tests" / "strange_pages" / "models" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"models.{name}", path)
+    page = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    torch.manual_seed(0)
+    config = page.Config(vocab_size=40, max_seq_len=32, d_model=16, num_layers=2, d_state=4, norm_eps=1e-5)
+    model = page.Model(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape))
+    return model
+
+
+def test_how_far_a_state_reaches():
+    """A state that forgets at once reaches no further than the token itself, one that keeps, back to all."""
+    model = strange_page("recurrence")
+    for bias, reaches_back in ((-30.0, False), (30.0, True)):
+        for layer in model.layers:
+            torch.nn.init.zeros_(layer.mixer.keep_proj.weight)
+            torch.nn.init.constant_(layer.mixer.keep_proj.bias, bias)
+        thought = think(model, Text(TOKENS))
+        assert thought.attention == [] and thought.caches == []
+        if not reaches_back:
+            assert thought.reach == []
+            continue
+        assert [path for path, _ in thought.reach] == ["layers.0.mixer", "layers.1.mixer"]
+        for _, reach in thought.reach:
+            assert not reach.triu(1).any() and (reach[-1] > 0).all()
+            assert reach.amax(dim=1).tolist() == [1.0] * len(TOKENS)
+    zoo_model = zoo.small_model("llama")
+    assert think(zoo_model, Text(TOKENS)).reach == [], "a feed-forward mixes no tokens"
 
 
 # Values -----------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ function drawOne() {
   const module = modules[seen.module];
   if (!module) return;
   const { heads, columns: S, rows: T } = module, head = Math.min(seen.head, heads - 1);
-  byId("head-name").textContent = `${layerName(module.path)}, head ${head + 1} of ${heads}`;
+  byId("head-name").textContent = run.reach.includes(module.path) ? `${layerName(module.path)}: how far it reaches` : `${layerName(module.path)}, head ${head + 1} of ${heads}`;
   const width = Math.min(one.parentElement.clientWidth, run.image ? 400 : 560);
   const row = rowOf(module), colour = ink("look"), muted = rgb(ink("muted")), text = rgb(ink("text"));
   if (run.image) {
@@ -247,6 +247,10 @@ function drawPair(module, head, row) {
   const column = columnOf(module, head, row), p = probability(module, head, row, column);
   const from = shownName(module, queries(module), row), to = shownName(module, keysOf(module), column);
   const pane = byId("pair");
+  if (run.reach.includes(module.path)) {
+    pane.replaceChildren(make("p", {}, `This layer does not attend: it has a state, or reads neighbours. Without “${to}” what it says at “${from}” would change by `, make("b", {}, percent(p)), " of the most that any token changes it."));
+    return;
+  }
   const line = (name, value, note) => [make("dt", {}, name), make("dd", {}, make("b", {}, value), ` ${note}`)];
   pane.replaceChildren(make("p", {}, `From “${from}” to “${to}”: `, make("b", {}, percent(p))));
   if (!module.q) return;

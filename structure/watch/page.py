@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from runs_ar.attention import Heads
 from structure.page import page
 from structure.watch.numbers import floats, halves, loudest, probabilities, signed, triangle, whole
 from structure.watch.values import row_kind, rows_of, values_of
@@ -63,6 +64,7 @@ class View:
         """
         self.thought, self.plan, self.box = thought, plan, box
         self.source, self.dropped = list(source), []
+        reach = [Heads(path, each[None], None, None, None) for path, each in thought.reach]
         self.data = {
             "tokens": text.tokens,
             "rows": rows,
@@ -81,7 +83,8 @@ class View:
                 }
                 for layer, ids, probs, final in thought.lens
             ],
-            "attention": [self.attention(each) for each in thought.attention],
+            "attention": [self.attention(each) for each in (*thought.attention, *reach)],
+            "reach": [path for path, _ in thought.reach],
             "steps": [self.step(step) for step in thought.steps],
             "parts": [
                 {"ids": ids.tolist(), "names": list(parts), "values": floats(torch.stack([*parts.values()]))}

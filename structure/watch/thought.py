@@ -13,12 +13,14 @@ Proof: tests/test_watch.py.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from models.utils.recording import Recording, tensors_in
 from runs_ar.attention import heard
+from structure.watch.reach import reaches
 from structure.watch.stream import contributions, layers_of, stream_of, tail_of
 
 GUESSES = 5  # of a layer of the logit lens
@@ -45,6 +47,7 @@ class Thought:
     parts: list  # of each named answer: (ids (T,), {part: (T,)}); [] where the head is no linear map
     experts: list = field(default_factory=list)  # of Choice
     caches: list = field(default_factory=list)  # of Slots
+    reach: list = field(default_factory=list)  # [(path, (T, T))] of what mixes tokens without attention
     encoding: set = field(default_factory=set)  # the modules that ran before the target: an encoder's
 
 
@@ -65,23 +68,24 @@ class Slots:
 
 
 def passes(model, text):
-    """(a function that runs the model, the cache that it fills or None)."""
+    """(a function that runs the model, the cache that it fills or None, a function that makes another)."""
     if text.image is not None:
-        return lambda: model(text.image), None
+        return lambda: model(text.image), None, None
     tokens = torch.tensor([text.tokens])
     if text.source is not None:
         memory = model.encode(torch.tensor([text.source]))
         cache = model.new_cache(memory, len(text.tokens))
-        return lambda: model.decode(tokens, None, cache), cache
+        return lambda: model.decode(tokens, None, cache), cache, None
     if hasattr(model, "new_cache"):
-        cache = model.new_cache(1, len(text.tokens))
-        return lambda: model(tokens, None, cache), cache
-    return lambda: model(tokens), None
+        another = partial(model.new_cache, 1, len(text.tokens))
+        cache = another()
+        return lambda: model(tokens, None, cache), cache, another
+    return lambda: model(tokens), None, None
 
 
 def think(model, text):
     with torch.no_grad(), Recording(model) as recording:
-        run, cache = passes(model, text)
+        run, cache, another = passes(model, text)
         encoding = {call.path for call in recording.calls}
         with overheard(model) as hidden:
             out = run()
@@ -92,6 +96,9 @@ def think(model, text):
     thought.experts = choices(recording, model, T)
     thought.caches = slots(recording, cache, T)
     thought.encoding = encoding
+    if isinstance(cache, tuple) or cache is None:
+        attending = [each.path for each in thought.attention]
+        thought.reach = reaches(recording, steps, attending, cache if another else None, another)
     if out.shape[-1] == hidden.shape[-1]:  # hidden states, or a vector: there is no head
         return thought
 
