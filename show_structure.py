@@ -86,10 +86,12 @@ def write_page(subject, out=None):
 
 def watch_it_think(name, asked, out=None, draft=None, lookup=False):
     """The page of a run: a text of one's own through a checkpoint's weights. asked: see structure/watch."""
+    import torch
+
     from conversion.checkpoint import open_checkpoint
     from structure.watch.command import watch
 
-    checkpoint = open_checkpoint(name, device="cpu")
+    checkpoint = open_checkpoint(name, device="cpu", dtype=torch.float32)
     path, write = out or IMAGES / f"{file_name(Path(name).name)}{THINKS}.html", None
     if draft or lookup:
         from runs_ss.rounds import with_drafts

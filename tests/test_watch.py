@@ -303,7 +303,8 @@ def test_a_text_is_cut_and_html_stays_text(tmp_path, converted, capsys, monkeypa
     monkeypatch.setattr("structure.watch.page.MOST_TOKENS", 12)
     prompt = "</script><script>window.broken = 1</script>" * 20
     text, data = written(tmp_path, converted("tiny-gpt2-python"), "--prompt", prompt)
-    assert len(data["rows"]) == 12 and "holds 12; it is cut there" in capsys.readouterr().err
+    assert len(data["rows"]) == 12 and "holds 12: it is cut there" in capsys.readouterr().err
+    assert "holds 12: it is cut there" in data["dropped"][0]
     assert "<script>window" not in text
     assert "".join(data["rows"]).removeprefix("<s>").lstrip() in prompt
 
@@ -333,6 +334,11 @@ def test_nan_is_shown_as_such(tmp_path, converted, monkeypatch, capsys):
         (["tiny-llama-python", "--prompt", "", "--html"], "--prompt is empty"),
         (["tiny-llama-python", "--new-tokens", "0", "--html"], "give 1 or more"),
         (["tiny-llama-python", "--prompt", "x", "--lookup", "--html"], "give --new-tokens N too"),
+        (["tiny-llama-python", "--prompt", "x", "--new-tokens", "900", "--html"], "give fewer"),
+        (
+            ["tiny-transformer-dates", "--prompt", "x", "--new-tokens", "3", "--lookup", "--html"],
+            "leave them out",
+        ),
         (["tiny-vit-digits", "--prompt", "x", "--html"], "reads images"),
         (["tiny-bert-python", "--prompt", "x", "--new-tokens", "3", "--html"], "does not write"),
         (["tiny-llama-python", "--image", "x.png", "--html"], "reads text"),

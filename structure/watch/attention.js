@@ -156,11 +156,12 @@ function drawOne() {
     return drawPair(module, head, row);
   }
   // Words at the rows where there is room for them; in any case at the row that is looked at.
-  const size = Math.max(3, Math.min(26, Math.floor((width - 92) / S))), labels = size >= 9;
+  const room = (width - 92) / S, size = room < 6 ? room : Math.min(26, Math.floor(room)), labels = size >= 9;
   Object.assign(frame, { left: 92, top: labels ? 70 : 8, size, across: 0 });
   const context = sized(one, Math.max(width, 92 + size * S), frame.top + size * T + 6);
   context.font = "11.5px ui-monospace, Menlo, Consolas, monospace";
   context.textBaseline = "middle";
+  context.imageSmoothingEnabled = false;
   for (let t = 0; t < T; t++) {
     const y = frame.top + t * size;
     if (labels || t === row) {
@@ -168,7 +169,7 @@ function drawOne() {
       context.textAlign = "right";
       context.fillText(shownName(module, queries(module), t), 86, y + size / 2, 84);
     }
-    for (let s = 0; s < S; s++) {
+    for (let s = 0; size >= 6 && s < S; s++) {
       const strength = code(module, head, t, s);
       if (strength) {
         context.fillStyle = rgb(colour, strength / 255);
@@ -176,6 +177,7 @@ function drawOne() {
       }
     }
   }
+  if (size < 6) context.drawImage(drawnHeads()[seen.module][head], frame.left, frame.top, size * S, size * T);
   context.textAlign = "left";
   for (let s = 0; labels && s < S; s++) {
     context.save();
@@ -294,6 +296,7 @@ function drawText() {
   document.querySelector('[data-of="attention"]').textContent =
     "Each small picture is a head: a row for each token that asks, a column for each that answers" +
     (run.image ? "; here, of an image, what the chosen place looks at" : "") +
+    (run.reach.length ? ". A layer without attention is asked how much what it says changes when a token is taken away" : "") +
     ". The chosen head's answer is also drawn in the text above. Choose a head, then a pair. Strong colour is a probability near 1; the scale is one of roots, so that small ones show.";
 }
 

@@ -37,6 +37,8 @@ def watch(checkpoint, subject, path, asked, write=None):
     else:
         longest = min(room(page.MOST_TOKENS).num_tokens, checkpoint.config.max_seq_len)
         report(f"a page of this model holds {longest} tokens")
+        if num_new >= longest:
+            raise UserError(f"--new-tokens is {num_new}: with the text that is too long; give fewer")
         text, given, rounds = text_of(checkpoint, prompt, model, num_new, longest, write)
     thought = think(model, text)
     num_places = len(thought.steps[0].after)

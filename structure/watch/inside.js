@@ -10,7 +10,7 @@ document.addEventListener("show", ({ detail }) => {
   if (!detail.id) return;
   box = detail.id;
   // A link or a click on a bar may mean one of the modules that a folded box stands for.
-  const named = Object.keys(run.values[box]?.of ?? {}).indexOf(detail.name);
+  const named = Object.keys(run.values[box]?.of ?? {}).indexOf(detail.name.split(":")[0]);
   if (detail.name !== detail.id && named >= 0) layerWanted = named;
   turn({});
 });
@@ -37,7 +37,7 @@ const valueOf = (code, most) => (code === 0 ? NaN : Math.sign(code - 128) * ((co
 function drawValues() {
   if (!box) return;
   const shown = models[0].boxes[box], found = run.values[box], [path, values] = entry() ?? [];
-  byId("value-name").textContent = path || shown.label;
+  byId("value-name").textContent = !path ? shown.label : box.includes(":") ? `${shown.label} in ${path || "model"}` : path;
   const [letters, numbers] = shown.output ?? ["", []];
   const entries = Object.keys(found?.of ?? {});
   byId("layer-label").hidden = entries.length < 2;

@@ -63,7 +63,7 @@ class View:
         source: how the tokens of an encoder-decoder's source are called.
         """
         self.thought, self.plan, self.box = thought, plan, box
-        self.source, self.dropped = list(source), []
+        self.source, self.dropped = list(source), [text.note] if text.note else []
         reach = [Heads(path, each[None], None, None, None) for path, each in thought.reach]
         self.data = {
             "tokens": text.tokens,

@@ -34,6 +34,7 @@ class Text:
     tokens: list
     source: list | None = None  # of an encoder-decoder
     image: torch.Tensor | None = None  # (1, C, h, w)
+    note: str = ""  # what of it was left out
 
 
 @dataclass

@@ -28,11 +28,13 @@ def prompt_of(checkpoint, prompt):
     return example.read_text(encoding="utf-8") if example else DEFAULT_PROMPT
 
 
-def cut(tokens, longest, what="the text"):
-    """The first tokens of a text that is longer than a page holds, and a line that says so."""
-    if len(tokens) > longest:
-        report(f"{what} has {len(tokens)} tokens, a page of this model holds {longest}; it is cut there")
-    return tokens[:longest]
+def cut(tokens, longest, holder="a page of this model"):
+    """(the first tokens of a text that is longer than a page holds, what there is to say of it)."""
+    if len(tokens) <= longest:
+        return tokens, ""
+    note = f"The text has {len(tokens)} tokens, {holder} holds {longest}: it is cut there."
+    report(note)
+    return tokens[:longest], note
 
 
 def pixels_of(checkpoint, path):
@@ -90,17 +92,14 @@ def text_of(checkpoint, prompt, model, num_new, longest, write=None):
     tokenizer, kind = checkpoint.tokenizer, checkpoint.kind
     prompt = prompt_of(checkpoint, prompt)
     masks = {"masks": True} if getattr(tokenizer, "mask_id", None) is not None else {}
-    tokens = cut(tokenizer.encode(prompt, **masks), max(1, longest - num_new))
+    tokens, note = cut(tokenizer.encode(prompt, **masks), max(1, longest - num_new))
     check_vocabulary(checkpoint.config, tokens or [0])
     if not tokens:
         raise UserError("the text has no token; give another --prompt")
     if kind == ENCODER_DECODER:
         target, rounds = translated(checkpoint, model, tokens, num_new or longest)
-        return Text(target[:longest], source=tokens), 1, rounds
+        return Text(target[:longest], source=tokens, note=note), 1, rounds
+    given, rounds = len(tokens), []
     if kind == DECODER:
-        given = len(tokens)
         tokens, rounds = continued(checkpoint, model, tokens, num_new, write)
-        return Text(tokens), given, rounds
-    if len(tokens) > checkpoint.config.max_seq_len:
-        tokens = cut(tokens, checkpoint.config.max_seq_len, "as the model has positions, the text")
-    return Text(tokens), len(tokens), []
+    return Text(tokens, note=note), given, rounds
