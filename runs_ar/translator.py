@@ -77,11 +77,11 @@ def run_transformer(args, checkpoint, make_translator=Translator):
     watch = Stopwatch()
     for number, (text, source) in enumerate(zip(texts, sources)):
         target = translate(args, translator, text, source, args.seed + number, watch)
+        if args.top and target:
+            found = translation(translator.model, source, rules.start_id, target, args.top)
+            print("\n".join(lines(tokenizer, target, found)), file=sys.stderr)
     if args.attention:
         save_picture(args.attention, translator, sources[0], target)
-    if args.top and target:
-        found = translation(translator.model, sources[-1], rules.start_id, target, args.top)
-        print("\n".join(lines(tokenizer, target, found)), file=sys.stderr)
     way = f"{beams.num_beams} beams" if beams.num_beams > 1 else f"seed {args.seed}"
     print(f"[{watch.line(args.device)}; {way}]", file=sys.stderr)
 

@@ -181,6 +181,7 @@ tokens.addEventListener("keydown", (event) => {
 // The slider, and playing -----------------------------------------------------------------------------------
 
 slider.max = rows.length - 1;
+play.hidden = run.given >= rows.length; // nothing was written
 slider.addEventListener("input", () => choose(Number(slider.value)));
 let timer = 0;
 function stop() {
