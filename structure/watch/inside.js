@@ -34,6 +34,20 @@ function codesOf(path) {
 /** The number that a code stands for; NaN for what was not finite. */
 const valueOf = (code, most) => (code === 0 ? NaN : Math.sign(code - 128) * ((code - 128) / 127) ** 2 * most);
 
+/** A pixel for each number: one colour above 0, another below, a third for NaN and infinity. */
+function painted(codes, columns) {
+  const canvas = make("canvas", { width: columns, height: codes.length / columns });
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  const more = ink("more"), less = ink("less"), broken = ink("broken");
+  for (let n = 0; n < codes.length; n++) {
+    const code = codes[n], colour = code === 0 ? broken : code > 128 ? more : less;
+    for (let part = 0; part < 3; part++) image.data[4 * n + part] = colour[part];
+    image.data[4 * n + 3] = code === 0 ? 255 : Math.abs(code - 128) * 2;
+  }
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
 function drawValues() {
   if (!box) return;
   const shown = models[0].boxes[box], found = run.values[box], [path, values] = entry() ?? [];
@@ -54,19 +68,16 @@ function drawValues() {
   const height = Math.max(4, Math.min(18, Math.floor(480 / T)));
   cellSize = [(width - left) / columns, height];
   const context = sized(valueCanvas, width, T * height);
-  const more = ink("more"), less = ink("less"), muted = rgb(ink("muted"));
+  const muted = rgb(ink("muted")), text = rgb(ink("text"));
+  context.imageSmoothingEnabled = false;
+  context.drawImage(painted(codes, columns), left, 0, width - left, T * height);
   context.font = "11px ui-monospace, Menlo, Consolas, monospace";
   context.textBaseline = "middle";
   context.textAlign = "right";
   for (let t = 0; t < T; t++) {
     if (height >= 9 || t === seen.at) {
-      context.fillStyle = t === seen.at ? rgb(ink("text")) : muted;
+      context.fillStyle = t === seen.at ? text : muted;
       context.fillText(rowName(found.row, t), left - 6, t * height + height / 2, left - 8);
-    }
-    for (let n = 0; n < columns; n++) {
-      const code = codes[t * columns + n];
-      context.fillStyle = code === 0 ? rgb(ink("broken")) : rgb(code > 128 ? more : less, Math.abs(code - 128) / 127);
-      context.fillRect(left + n * cellSize[0], t * height, Math.max(1, cellSize[0] - 0.3), height - (height > 6));
     }
   }
   if (found.row !== "source token") {

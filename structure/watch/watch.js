@@ -69,11 +69,15 @@ const rgb = (colour, alpha = 1) => `rgb(${colour.join(" ")} / ${alpha})`;
 /** A canvas of this size in the page's pixels, sharp on every screen. */
 function sized(canvas, width, height) {
   const ratio = devicePixelRatio || 1;
-  canvas.width = Math.round(width * ratio);
-  canvas.height = Math.round(height * ratio);
-  canvas.style.width = `${width}px`;
-  canvas.style.height = `${height}px`;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d"), [across, down] = [width, height].map((side) => Math.round(side * ratio));
+  if (canvas.width !== across || canvas.height !== down) {
+    Object.assign(canvas, { width: across, height: down });
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
+  } else {
+    // A new size would have the whole page laid out again.
+    context.reset();
+  }
   context.setTransform(ratio, 0, 0, ratio, 0, 0);
   return context;
 }
@@ -222,7 +226,7 @@ onChange(() => {
 
 if (run.broken) {
   byId("broken").hidden = false;
-  byId("broken").textContent = `NaN or infinity: the first is behind ${layerName(run.broken)}. Where numbers are not finite, pictures are hatched.`;
+  byId("broken").textContent = `NaN or infinity: the first is behind ${layerName(run.broken)}. Where numbers are not finite, pictures are in pink.`;
 }
 
 /** The head that looks most decidedly at something that is neither the first place nor close by. */
