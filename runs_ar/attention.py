@@ -102,8 +102,12 @@ def spelled_out(recording, call):
 
 
 def are_probabilities(x):
+    """Rows that add up to 1, or to less; NaN is let pass, so that it can be seen."""
+    if not x.is_floating_point():
+        return False
+    x, broken = x.nan_to_num(0), x.isnan().any()
     sums = x.sum(dim=-1)
-    return x.is_floating_point() and bool((x >= 0).all() and (sums <= 1 + 1e-3).all() and (sums > 0).any())
+    return bool((x >= 0).all() and (sums <= 1 + 1e-3).all() and ((sums > 0).any() or broken))
 
 
 def product_before(recording, call):

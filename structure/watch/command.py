@@ -1,6 +1,6 @@
 """What `show_structure.py CHECKPOINT --prompt TEXT --html` does: a text, a run, a page.
 
-text --text_of--> tokens --the model writes--> tokens --think--> what the page shows --write--> one file
+prompt --text_of--> Text --think--> Thought --View--> numbers as text --page.write--> one file
 """
 
 import base64
@@ -23,7 +23,7 @@ def watch(checkpoint, subject, path, asked, write=None):
 
     asked: {"prompt", "image", "num_new"}; None: what came with the checkpoint, 0: nothing is written.
     """
-    (box, info), (prompt, image, num_new) = subject, asked.values()
+    (box, info), prompt, image, num_new = subject, asked["prompt"], asked["image"], asked["num_new"]
     sees = "images" in checkpoint.inputs
     check(checkpoint, sees, prompt, image, num_new)
     pixels = pixels_of(checkpoint, image) if sees else None
@@ -82,11 +82,8 @@ def room_of(model, box, pixels):
     text = Text(tokens, source=tokens if hasattr(model, "encode") else None, image=pixels)
     heads = think(model, text).attention
     number = sum(len(each.probs) for each in heads)
-    numbers = sum(
-        len(each.q) * each.q.shape[-1] + len(each.k) * each.k.shape[-1]
-        for each in heads
-        if each.q is not None
-    )
+    kept = [tensor for each in heads if each.q is not None for tensor in (each.q, each.k)]
+    numbers = sum(len(tensor) * tensor.shape[-1] for tensor in kept)
     matrices = matrices_of(box)
     return lambda num_tokens: plan(num_tokens, number, numbers, matrices)
 

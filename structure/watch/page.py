@@ -56,13 +56,13 @@ def write(path, box, info, view):
 class View:
     """What the page is given of a run."""
 
-    def __init__(self, thought, text, box, plan, *, names, rows, answers, given, rounds=(), source=()):
-        """names: {id of an answer: text}. rows: what each place is called. given: how many were not written.
+    def __init__(self, thought, text, box, fits, *, names, rows, answers, given, rounds=(), source=()):
+        """fits: a Plan. names: a function from an answer's id to its text. rows: what each place is called.
 
-        answers: "token", or "label" where the head knows labels. rounds: of generation, see writing.py.
-        source: how the tokens of an encoder-decoder's source are called.
+        answers: "token", or "label" where the head knows labels. given: how many places were not written.
+        rounds: of generation, see writing.py. source: how an encoder-decoder's source tokens are called.
         """
-        self.thought, self.plan, self.box = thought, plan, box
+        self.thought, self.plan, self.box = thought, fits, box
         self.source, self.dropped = list(source), [text.note] if text.note else []
         reach = [Heads(path, each[None], None, None, None) for path, each in thought.reach]
         self.data = {
@@ -124,7 +124,7 @@ class View:
         count = min(KEPT, logits.shape[1])
         best = logits.nan_to_num(-1e30, 1e30, -1e30).topk(count, dim=1)
         self.kept = set(best.indices.flatten().tolist())
-        counts, means = rest(logits, best.values[:, -1], count)
+        counts, means = rest(logits, count)
         if logits.shape[1] > count:
             self.dropped.append(
                 f"Of each place the {count} largest of {logits.shape[1]:,} logits are kept one by one, the "
@@ -144,7 +144,6 @@ class View:
         H, T, S = probs.shape
         is_causal = T == S > 1 and bool((probs.triu(1) == 0).all())
         found = {"path": heads.path, "heads": H, "rows": T, "columns": S, "causal": is_causal}
-        found["broken"] = not bool(probs.isfinite().all())
         found["of"] = "source" if heads.path in self.thought.encoding else "rows"
         found["read"] = "source" if self.source and not is_causal else "rows"
         found["probs"] = (triangle if is_causal else probabilities)(probs)
@@ -183,9 +182,8 @@ class View:
 
     def broken(self):
         """Where the first NaN or infinity of the residual stream is; "" where all is finite."""
-        return next(
-            (step.path or "embedding" for step in self.thought.steps if not step.after.isfinite().all()), ""
-        )
+        steps = [step for step in self.thought.steps if not step.after.isfinite().all()]
+        return (steps[0].path or "embedding") if steps else ""
 
 
 def lengths(x):
@@ -193,8 +191,8 @@ def lengths(x):
     return [round(n, 5) if math.isfinite(n) else None for n in x.norm(dim=-1).tolist()]
 
 
-def rest(logits, least, count):
-    """Of each place: how many of the logits below the kept ones lie in each of BINS bins, and where."""
+def rest(logits, count):
+    """Of each place: how many of the logits below the `count` largest lie in each of BINS bins, and where."""
     counts = torch.zeros(len(logits), BINS, dtype=torch.int32)
     means = torch.zeros(len(logits), BINS)
     for row, values in enumerate(logits.float()):

@@ -1,8 +1,7 @@
 """The residual stream of a run: what each sublayer adds to it, and what of that makes a logit.
 
-    stream = stream_of(recording, hidden)       hidden: what the head reads, (1, T, D)
-    stream.steps                                what became of x, in order
-    contributions(stream, direction)            what each step adds to a logit: their sum is the logit
+    steps = stream_of(recording, hidden)        hidden: what the head reads, (1, T, D)
+    contributions(steps, direction)             what each step adds to a logit: their sum is the logit
 
 Found backward from the head's input, without a name: an addition of two tensors of one shape goes on with the
 operand that the other was made from (x in x + attn(norm(x))), a norm with what it norms. A norm is a module
@@ -175,9 +174,8 @@ def fitted(weight, bias, x, y, centred):
     """The Frozen whose scale takes x to y as nearly as one can."""
     frozen = Frozen(weight, bias, torch.ones(len(x), 1).to(x), centred)
     base = frozen.linear(x)  # (T, D)
-    frozen.scale = ((y - bias) * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True).clamp(
-        min=1e-30
-    )
+    length = base.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    frozen.scale = ((y - bias) * base).sum(-1, keepdim=True) / length
     return frozen
 
 

@@ -85,6 +85,7 @@ def passes(model, text):
 
 
 def think(model, text):
+    """The Thought of a model over a Text."""
     with torch.no_grad(), Recording(model) as recording:
         run, cache, another = passes(model, text)
         encoding = {call.path for call in recording.calls}
@@ -100,8 +101,8 @@ def think(model, text):
     if isinstance(cache, tuple) or cache is None:
         attending = [each.path for each in thought.attention]
         thought.reach = reaches(recording, steps, attending, cache if another else None, another)
-    if out.shape[-1] == hidden.shape[-1]:  # hidden states, or a vector: there is no head
-        return thought
+    if out is hidden or out.dim() == 2 and out.shape[-1] == hidden.shape[-1]:
+        return thought  # hidden states, or one vector: there is no head
 
     def answer(x):
         """What the page's own head says to each of (T, D) by itself: (T, V)."""
@@ -209,9 +210,8 @@ def slots(recording, cache, num_tokens):
         for axis, each in enumerate(index):
             if isinstance(each, torch.Tensor) and each.dim() == 2 and (axis or len(index) == 1):
                 # A long text is written in pieces where a ring has no room for it.
-                written.setdefault((call.path, id(call.out)), (call.out, axis, []))[2].extend(
-                    each[0].tolist()
-                )
+                key = call.path, id(call.out)
+                written.setdefault(key, (call.out, axis, []))[2].extend(each[0].tolist())
     found = {}
     for (path, _), (tensor, axis, places) in written.items():
         if len(places) == num_tokens:
