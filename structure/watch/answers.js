@@ -93,22 +93,34 @@ onChange(drawNext);
 const lens = run.lens.map((each) => ({ ...each, ids: whole(each.ids), probs: floats(each.probs), final: floats(each.final) }));
 const COLUMN = 92, HEAD = 104;
 
-/** The places whose columns are shown: as many as fit, those around where one is. */
+let firstShown = -1, drawnLens = "";
+
+/** The places whose columns are shown: as many as fit; they stay until one comes to their edge. */
 function places() {
   const room = byId("lens").querySelector(".scroll").clientWidth - HEAD;
   const fit = Math.max(2, Math.min(rows.length, Math.floor(room / COLUMN)));
-  const first = Math.max(0, Math.min(seen.at - Math.floor(fit / 2), rows.length - fit));
-  return Array.from({ length: fit }, (_, n) => first + n);
+  const isInside = firstShown >= 0 && seen.at > firstShown && seen.at < firstShown + fit - 1;
+  if (!isInside) firstShown = Math.max(0, Math.min(seen.at - Math.floor(fit / 2), rows.length - fit));
+  return Array.from({ length: fit }, (_, n) => firstShown + n);
 }
 
 function drawLens() {
   if (!lens.length) return;
   const columns = places(), colour = rgb(ink("accent"));
   const last = lens.at(-1);
-  const table = byId("lens-table");
+  detail(last.layer, seen.at);
+  drawSure(last);
+  const table = byId("lens-table"), key = `${columns} ${colour}`;
+  if (key === drawnLens) {
+    for (const cell of all("[data-place]", table)) cell.classList.toggle("at", Number(cell.dataset.place) === seen.at);
+    return;
+  }
+  drawnLens = key;
   const head = make("tr", {}, make("th", {}, "after"));
   for (const place of columns) {
-    head.append(make("th", { className: place === seen.at ? "at" : "", scope: "col" }, run.image ? rows[place] : placeName(place)));
+    const name = make("th", { className: place === seen.at ? "at" : "", scope: "col" }, run.image ? rows[place] : placeName(place));
+    name.dataset.place = place;
+    head.append(name);
   }
   const body = lens.map(({ layer, ids, probs, count }) => {
     const line = make("tr", {}, make("th", { scope: "row" }, shortName(layer)));
@@ -123,8 +135,6 @@ function drawLens() {
     return line;
   });
   table.replaceChildren(make("thead", {}, head), make("tbody", {}, ...body));
-  detail(last.layer, seen.at);
-  drawSure(last);
 }
 
 /** How probable what the model says in the end is after each layer, a bar each. */
@@ -149,7 +159,7 @@ function detail(layer, place) {
 
 byId("lens-table").addEventListener("pointerover", (event) => {
   const { place, layer } = event.target.dataset;
-  if (place) detail(layer, Number(place));
+  if (layer) detail(layer, Number(place));
 });
 byId("lens-table").addEventListener("click", (event) => {
   const { place } = event.target.dataset;

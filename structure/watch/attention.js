@@ -57,7 +57,7 @@ function drawnHeads() {
 }
 
 const LABEL = 104, GAP = 4;
-let cell = 40;
+let cell = 40, inView = -1; // the module that the window of the small pictures was last moved to
 
 function drawHeads() {
   if (!modules.length) {
@@ -70,6 +70,11 @@ function drawHeads() {
   const context = sized(grid, width, modules.length * (cell + GAP));
   const line = rgb(ink("accent")), muted = rgb(ink("muted")), text = rgb(ink("text")), rule = rgb(ink("rule"));
   const drawn = drawnHeads();
+  const pane = grid.parentElement, top = seen.module * (cell + GAP);
+  if (inView !== seen.module && (top < pane.scrollTop || top + cell > pane.scrollTop + pane.clientHeight)) {
+    pane.scrollTop = top - pane.clientHeight / 2;
+  }
+  inView = seen.module;
   context.imageSmoothingEnabled = cell < 30;
   context.font = "11.5px system-ui, sans-serif";
   context.textBaseline = "middle";

@@ -253,6 +253,9 @@ function begin() {
   const { module, head } = telling(at);
   Object.assign(seen, { at, module, head });
   for (const draw of drawers) draw();
+  // Of many layers the last ones are what the model says.
+  const table = byId("lens").querySelector(".scroll");
+  table.scrollTop = table.scrollHeight;
   const jump = document.querySelector(".jump");
   for (const section of all("main.thought > section:not([hidden])")) {
     jump.append(make("a", { href: `#${section.id}`, textContent: section.querySelector("h2").textContent }));
