@@ -156,7 +156,8 @@ rows.forEach((text, place) => {
   } else tokens.append(shown);
 });
 run.source.forEach((text, place) => {
-  const shown = make("span", { className: "token", id: `source-${place}` }, text || "∅");
+  const shown = make("span", { className: "token", id: `source-${place}` }, unseen(text) || "∅");
+  shown.dataset.source = place;
   source.append(shown);
 });
 source.hidden = !run.source.length;
@@ -173,6 +174,10 @@ byId("text").addEventListener("click", (event) => placeOf(event) && choose(Numbe
 byId("text").addEventListener("pointerover", (event) => {
   const place = placeOf(event);
   if (place && event.pointerType !== "touch" && Number(place) !== seen.at) turn({ column: Number(place) });
+});
+source.addEventListener("pointerover", (event) => {
+  const place = event.target.dataset.source;
+  if (place) turn({ column: Number(place) });
 });
 tokens.addEventListener("keydown", (event) => {
   const across = run.image?.columns ?? 1;
