@@ -5,6 +5,7 @@
     python show_structure.py gpt2 --set num_layers=2 --set d_model=64 --out tiny.png
     python show_structure.py tiny-llama-python --dark             a checkpoint, by its name or its folder
     python show_structure.py llama-3-8b --html        a page to click through: diagram, source, facts
+    python show_structure.py tiny-llama-python --prompt "def main" --new-tokens 20 --html   watch it think
     python show_structure.py --compare gpt2 llama-3-8b          two pictures as one; --html: as a page
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
     python show_structure.py llama-3.1-405b --json    all of it, for a program
@@ -33,6 +34,7 @@ from models.utils.files import one_line, read_json
 
 IMAGES = Path(__file__).parent / "structure_images"
 ROPE = "-rope"  # behind the name of a picture of RoPE
+THINKS = "-thinks"  # behind that of a page in which a text runs through a model
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
@@ -49,6 +51,9 @@ def main(argv=None):
         print(what_there_is())
     elif args.rope:
         draw_rope(args.name, args.set, args.out, args.dark)
+    elif args.runs:
+        asked = {"prompt": args.prompt, "image": args.image, "num_new": args.new_tokens or 0}
+        watch_it_think(args.name, asked, args.out, args.draft, args.lookup)
     else:
         show(load(args.name, args.set), args)
 
@@ -79,6 +84,31 @@ def write_page(subject, out=None):
     print(f"wrote {path}")
 
 
+def watch_it_think(name, asked, out=None, draft=None, lookup=False):
+    """The page of a run: a text of one's own through a checkpoint's weights. asked: see structure/watch."""
+    import torch
+
+    from conversion.checkpoint import open_checkpoint
+    from structure.watch.command import watch
+
+    checkpoint = open_checkpoint(name, device="cpu", dtype=torch.float32)
+    path, write = out or IMAGES / f"{file_name(Path(name).name)}{THINKS}.html", None
+    if draft or lookup:
+        from runs_ss.rounds import with_drafts
+
+        write = with_drafts(checkpoint, draft)
+    with written(path):
+        watch(checkpoint, load(name), path, asked, write)
+    print(f"wrote {path}")
+
+
+def thinking_pages(folder=IMAGES):
+    """(name of the checkpoint, what was asked) of each such page of a folder, which says it itself."""
+    for path in sorted(folder.glob(f"*{THINKS}.html")):
+        asked = re.search(r'"asked": ({[^}]*})', path.read_text(encoding="utf-8"))
+        yield path.stem.removesuffix(THINKS), json.loads(asked[1])
+
+
 def compare(first, second, out=None, html=False, dark=False):
     from structure.page import page
     from structure.picture import picture
@@ -101,6 +131,8 @@ def draw_all():
     subjects = {}
     for name, dark in rope_images():
         draw_rope(name, dark=dark)
+    for name, asked in list(thinking_pages()):
+        watch_it_think(name, asked)
     for names, dark, html in images():
         subjects |= {name: load(name) for name in names if name not in subjects}
         shown = [subjects[name] for name in names]
@@ -336,6 +368,13 @@ def parse(argv):
     add("--json", action="store_true", help="print everything as one JSON object")
     add("--rope", action="store_true", help="draw the tokens that each pair of a head takes for a full turn")
 
+    add = parser.add_argument_group("watch it think (with --html)").add_argument
+    add("--prompt", metavar="TEXT", help="runs through the checkpoint's weights; each number is in the page")
+    add("--image", metavar="FILE", help="the same for a model that sees")
+    add("--new-tokens", type=int, metavar="N", help="let it write so many, greedily")
+    add("--draft", metavar="CHECKPOINT", help="a smaller one that guesses ahead while it writes")
+    add("--lookup", action="store_true", help="guess from the text so far instead")
+
     add = parser.add_argument_group("table").add_argument
     add("--batch", type=int, default=1, metavar="N", help="rows; default: %(default)s")
     length = "tokens of the prompt, and of the cache: %(default)s"
@@ -345,6 +384,17 @@ def parse(argv):
 
 
 def checked(args):
+    runs = {"--prompt": args.prompt, "--image": args.image, "--new-tokens": args.new_tokens}
+    runs |= {"--draft": args.draft, "--lookup": args.lookup or None}
+    args.runs = [option for option, value in runs.items() if value is not None]
+    if args.runs and not (args.name and args.html) or args.runs and args.set:
+        raise UserError(f"{args.runs[0]} goes with CHECKPOINT and --html, and without --set")
+    if args.new_tokens is not None and args.new_tokens < 1:
+        raise UserError(f"--new-tokens is {args.new_tokens}; give 1 or more")
+    if args.draft and args.lookup:
+        raise UserError("--draft and --lookup both guess ahead; give one of them")
+    if (args.draft or args.lookup) and args.new_tokens is None:
+        raise UserError("--draft and --lookup guess what is written: give --new-tokens N too")
     given = [bool(args.name), args.all, bool(args.compare)]
     if sum(given) > 1:
         raise UserError("NAME, --all and --compare exclude each other; give one of them")

@@ -68,9 +68,11 @@ def compare(box_a, info_a, box_b, info_b, path):
     render("comparison", path, "comparison.js", comparison=comparison, **values)
 
 
-def render(name, path, script, **values):
+def render(name, path, *scripts, folders=(), **values):
+    """scripts: of one of the folders, beside page.js; the template and what it includes may be there too."""
+    folders = [HERE, *folders]
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -78,12 +80,15 @@ def render(name, path, script, **values):
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     # These files are the project's own; nothing else in a page goes unescaped.
-    css, js, more_js = (
-        Markup((HERE / file).read_text(encoding="utf-8")) for file in ("page.css", "page.js", script)
+    css, js, *more_js = (
+        Markup(
+            next(folder / file for folder in folders if (folder / file).is_file()).read_text(encoding="utf-8")
+        )
+        for file in ("page.css", "page.js", *scripts)
     )
     colours = {"ground": GROUND, "text": TEXT, "muted": MUTED, "spine": SPINE}
     text = environment.get_template(f"{name}.html.jinja").render(
-        roles=COLOURS, colours=colours, css=css, js=js, more_js=more_js, **values
+        roles=COLOURS, colours=colours, css=css, js=js, more_js=Markup("\n").join(more_js), **values
     )
     with write_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
