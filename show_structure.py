@@ -9,6 +9,7 @@
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
     python show_structure.py llama-3.1-405b --json    all of it, for a program
     python show_structure.py llama-3.1-8b --rope      how far RoPE's pairs reach, and what scaling does
+    python show_structure.py --tree                   what came from what; --html: all pages, in site/
 
 Nothing is drawn by hand: the model stands on torch's meta device, where weights have shapes and take no
 memory, and torch.export records what it does. A new file in models/ has its diagram without another line.
@@ -32,7 +33,9 @@ from models.utils.files import one_line, read_json
 # a list of names and the answer to a typo need not wait.
 
 IMAGES = Path(__file__).parent / "structure_images"
+SITE = Path(__file__).parent / "site"
 ROPE = "-rope"  # behind the name of a picture of RoPE
+TREE = "family-tree"  # the name of its picture
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
@@ -45,6 +48,10 @@ def main(argv=None):
         draw_all()
     elif args.compare:
         compare(*map(load, args.compare), args.out, args.html, args.dark)
+    elif args.tree and args.html:
+        write_site(args.out or SITE)
+    elif args.tree:
+        draw_tree(args.out, args.dark)
     elif not args.name:
         print(what_there_is())
     elif args.rope:
@@ -93,6 +100,15 @@ def compare(first, second, out=None, html=False, dark=False):
         save(picture, picture.compare(*first, *second, dark), path, dark)
 
 
+def write_site(folder, names=None):
+    """The family tree, and all pages that it leads to."""
+    from structure.tree import site
+
+    with written(folder):
+        for path in site.write(folder, lambda name: load(size_of(name)), names):
+            print(f"wrote {path}")
+
+
 # Pictures ---------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +117,8 @@ def draw_all():
     subjects = {}
     for name, dark in rope_images():
         draw_rope(name, dark=dark)
+    for dark in tree_images():
+        draw_tree(dark=dark)
     for names, dark, html in images():
         subjects |= {name: load(name) for name in names if name not in subjects}
         shown = [subjects[name] for name in names]
@@ -132,6 +150,11 @@ def rope_images(folder=IMAGES):
     return [(name, stem.endswith("-dark")) for name, stem in named if name in config_names()]
 
 
+def tree_images(folder=IMAGES):
+    """Whether it is dark, of each picture of the family tree in a folder."""
+    return [path.stem.endswith("-dark") for path in sorted(folder.glob(f"{TREE}*.png"))]
+
+
 def pairs(stem):
     """Every way to read "gpt2-llama-3-8b" as two names."""
     return [(stem[:n], stem[n + 1 :]) for n, sign in enumerate(stem) if sign == "-"]
@@ -154,6 +177,15 @@ def draw_rope(name, changes=(), out=None, dark=False):
 
     path = out or IMAGES / f"{file_name(shown)}{ROPE}.png"
     save(picture, rope.draw(shown, model_name, config, dark), path, dark)
+
+
+def draw_tree(out=None, dark=False):
+    """Of the docstrings alone, so that nothing is captured."""
+    from structure.picture import picture
+    from structure.tree import draw
+    from structure.tree.ancestry import relatives
+
+    save(picture, draw.draw(relatives(), dark), out or IMAGES / f"{TREE}.png", dark)
 
 
 def file_name(name):
@@ -329,6 +361,7 @@ def parse(argv):
     add("--dark", action="store_true", help="a picture for a dark page, NAME-dark.png")
     add("--all", action="store_true", help="draw anew all that lies in structure_images/")
     add("--compare", nargs=2, metavar="NAME", help="two models side by side")
+    add("--tree", action="store_true", help="all models by year; with --html every page, in a folder")
 
     add = parser.add_mutually_exclusive_group().add_argument
     add("--html", action="store_true", help="write a page instead of a picture")
@@ -345,24 +378,23 @@ def parse(argv):
 
 
 def checked(args):
-    given = [bool(args.name), args.all, bool(args.compare)]
+    given = [bool(args.name), args.all, bool(args.compare), args.tree]
     if sum(given) > 1:
-        raise UserError("NAME, --all and --compare exclude each other; give one of them")
+        raise UserError("NAME, --all, --compare and --tree exclude each other; give one of them")
     if args.set and not args.name:
         raise UserError("--set goes with NAME")
     if args.all and (args.out or args.dark or args.html or args.table or args.json or args.rope):
         raise UserError("--all draws pictures into structure_images/; leave out the other options")
-    if args.compare and (args.table or args.json or args.rope):
-        raise UserError(
-            "--compare makes a picture, or with --html a page; leave out --table, --json and --rope"
-        )
+    if (args.compare or args.tree) and (args.table or args.json or args.rope):
+        makes = f"--{'compare' if args.compare else 'tree'} makes a picture, or with --html"
+        raise UserError(f"{makes} pages; leave out --table, --json and --rope")
     if (args.html or args.table or args.json or args.rope or args.out or args.dark) and not any(given):
         raise UserError("say which model: give its NAME; without options the names are listed")
     if (args.table or args.json) and (args.out or args.dark):
         raise UserError("--table and --json print what they say; leave out --out and --dark")
     if args.html and args.dark:
         raise UserError("--dark is for pictures; a page is as dark as the browser asks for, key t changes it")
-    check_out(args.out)
+    check_out(args.out, is_folder=args.tree and args.html)
     for option in ("batch", "length", "bandwidth"):
         value = getattr(args, option)
         if not 0 < value <= MOST:  # which NaN is not either
@@ -370,11 +402,13 @@ def checked(args):
     return args
 
 
-def check_out(out):
-    """Before a model is drawn for it: a place for a file."""
+def check_out(out, is_folder=False):
+    """Before a model is drawn for it: a place for a file, or for the folder of --tree --html."""
     if out is None:
         return
-    if os.path.isdir(out):
+    if is_folder and out.is_file():
+        raise UserError(f"--out {out}: is no folder; --tree --html writes a page for each model into one")
+    if os.path.isdir(out) and not is_folder:
         raise UserError(f"--out {out}: is a folder; give the name of a file in it")
     around = next((folder for folder in out.parents if os.path.lexists(folder)), None)
     if around and not os.path.isdir(around):

@@ -1,4 +1,3 @@
-"use strict";
 // The diagram and the source: what is lit, what is pinned, and the wires between the boxes.
 // Says "show" to the document with {model, id, name} whenever another box is looked at; id null: none. name is
 // the module that a link meant, of the many that a folded box stands for. Says "pin" when a box is pinned.
@@ -364,14 +363,7 @@ function draw(group) {
 const drawAll = (tree) => all(".inside", tree).filter((group) => group.offsetParent).forEach(draw);
 for (const tree of trees) new ResizeObserver(() => drawAll(tree)).observe(tree);
 
-// Light and dark, panes -------------------------------------------------------------------------------------
-
-function changeTheme() {
-  const { dataset } = document.documentElement;
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  dataset.theme = (dataset.theme ?? system) === "dark" ? "light" : "dark";
-}
-document.getElementById("theme").addEventListener("click", changeTheme);
+// Panes -------------------------------------------------------------------------------------------------------
 
 const tabs = all(".tabs button");
 for (const tab of tabs) {

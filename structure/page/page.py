@@ -37,19 +37,19 @@ KINDS = {
 SHAPE_COMMENT = re.compile(r"#\s*(\(|each \(|\w x \()")
 
 
-def write(box, info, path):
+def write(box, info, path, ways=()):
     """Write the page of one model.
 
-    box: the whole model, from capture.py. info: what facts.describe says of it.
+    box: the whole model, from capture.py. info: what facts.describe says of it. ways: (words, address) of
+    the pages that it leads to.
     """
     shown = model(box, info)
     panes = {"diagram": "Diagram", "source": "Source", "facts": "Facts"}
-    render(
-        "page", path, "facts.js", title=info["name"], summary=shown["summary"], panes=panes, models=[shown]
-    )
+    values = {"title": info["name"], "summary": shown["summary"], "panes": panes, "models": [shown]}
+    render("page", path, "facts.js", ways=ways, **values)
 
 
-def compare(box_a, info_a, box_b, info_b, path):
+def compare(box_a, info_a, box_b, info_b, path, ways=()):
     """Write the page of two models side by side, arguments as for write: what is the same is faded."""
     comparison = compare_models(box_a, box_b)
     left = [(each.left, each.right) for each in comparison.differences]
@@ -65,26 +65,34 @@ def compare(box_a, info_a, box_b, info_b, path):
     title = f"{info_a['name']} and {info_b['name']}"
     summary = "What is the same is faded; sizes do not count."
     values = {"title": title, "summary": summary, "panes": panes, "models": models}
-    render("comparison", path, "comparison.js", comparison=comparison, **values)
+    render("comparison", path, "comparison.js", comparison=comparison, ways=ways, **values)
 
 
 def render(name, path, script, **values):
+    write_page(HERE / f"{name}.html.jinja", path, ["theme.js", "page.js", script], **values)
+
+
+def write_page(template, path, scripts, styles=("page.css",), **values):
+    """A file of a template, with the looks of all pages and with scripts; both stand in the file."""
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader([template.parent, HERE]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    # These files are the project's own; nothing else in a page goes unescaped.
-    css, js, more_js = (
-        Markup((HERE / file).read_text(encoding="utf-8")) for file in ("page.css", "page.js", script)
-    )
+
+    def texts(names):
+        """Files of the project's own, as they are; nothing else in a page goes unescaped."""
+        places = [
+            next(at / name for at in (template.parent, HERE) if (at / name).is_file()) for name in names
+        ]
+        return Markup("\n".join(place.read_text(encoding="utf-8") for place in places))
+
     colours = {"ground": GROUND, "text": TEXT, "muted": MUTED, "spine": SPINE}
-    text = environment.get_template(f"{name}.html.jinja").render(
-        roles=COLOURS, colours=colours, css=css, js=js, more_js=more_js, **values
-    )
+    shared = {"roles": COLOURS, "colours": colours, "css": texts(styles), "js": texts(scripts)}
+    text = environment.get_template(template.name).render(**shared | values)
     with write_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
