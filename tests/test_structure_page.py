@@ -61,14 +61,14 @@ def test_every_box_is_drawn_once_and_every_wire_has_its_ends(name, page_of):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_everything_flows_down(name):
+def test_rows_are_in_the_order_of_the_data(name):
     for box in page.inside(captured(name)[0]):
         rows = arrange(box).rows
         stands = {item.anchor: n for n, row in enumerate(rows) for item in row} | {"port:out": len(rows)}
         assert len(stands) == 1 + sum(map(len, rows)), "an anchor stands twice"
         for path, edge in arrange(box).wires:
             steps = [stands[anchor] for anchor in path]
-            assert steps == sorted(set(steps)), f"{box.id}: {edge.source} to {edge.target} goes up"
+            assert steps == sorted(set(steps)), f"{box.id}: {edge.source} to {edge.target} goes back"
             if not arrange(box).has_gutter:
                 assert steps == list(range(steps[0], steps[-1] + 1)), f"{box.id}: {edge} runs through a box"
 
@@ -178,7 +178,7 @@ def test_pointing_at_a_line_lights_its_boxes(llama):
     # A line inside a class that no box runs by itself: all that are of this class.
     llama.point(llama.line("self.weight = nn.Parameter(torch.ones")[0])
     assert llama.lit()[0] == {"layers.0.attn_norm", "layers.0.ffn_norm", "final_norm"}
-    assert llama.in_view(".box.lit")
+    assert llama.in_view('.box.lit[data-id="layers.0.attn_norm"]')
     llama.point(llama.line("import math")[0])
     assert llama.lit() == (set(), [])
 
@@ -258,13 +258,15 @@ def test_a_mask_is_shown_for_a_prompt_and_for_one_more_token(llama):
 def test_a_field_says_what_is_wrong_with_it(llama):
     remark = "return document.getElementById('remark-' + arguments[0]).textContent"
     for name, wrong, says in [
-        ("B", "1.5", "a whole number, 1 or more"),
-        ("bandwidth", "-1", "a number above 0"),
-        ("T", "9000", "more than the 8,192 it is made for"),
-        ("S", "8193", "more than the 8,192 it is made for"),
+        ("B", "1.5", "a whole number, 1 or more; still counted for 1"),
+        ("bandwidth", "-1", "a number above 0; still counted for 100"),
+        ("T", "9000", "at most 8,192 tokens fit this model; still counted for 512"),
+        ("S", "8193", "at most 8,192 tokens fit this model; still counted for 2,048"),
     ]:
+        before = llama.values()
         llama.set(**{name: wrong})
-        assert llama.run(remark, name) == says
+        assert llama.run(remark, name) == says and llama.values() == before
+        assert llama.find(f'input[name="{name}"]').get_attribute("aria-invalid") == "true"
         described = llama.find(f'input[name="{name}"]').get_attribute("aria-describedby")
         assert described == f"remark-{name}"
     llama.set(B=2, T=8192, bandwidth=0.5)
@@ -302,7 +304,7 @@ def test_keyboard(llama):
     llama.keys(left)
     assert llama.find('[data-id="layers.0.attn"]').get_attribute("aria-expanded") == "false"
     llama.keys(right, right)
-    assert llama.run(focused) == "layers.0.attn.q_proj"
+    assert llama.run(focused) == "layers.0.attn.o_proj"
     llama.keys(left, left, left)
     assert llama.run(focused) == "layers.0"
     llama.keys(enter)
@@ -362,6 +364,12 @@ def test_every_number_of_every_model(name, browser, page_of):
     }
 
 
+def test_a_model_of_short_texts_begins_with_one_that_fits(browser, page_of):
+    browser.open(page_of("gpt2"))
+    assert browser.run("return [settings.T, settings.S]") == [512, 1024]
+    assert browser.run("return all('[aria-invalid=\"true\"]').length") == 0
+
+
 def test_controls_change_the_numbers_at_once(llama):
     before = llama.values()
     llama.set(dtype="fp32")
@@ -391,6 +399,87 @@ def test_what_a_model_has_not_is_not_asked_for(browser, page_of):
         )
         assert set(asked) - {""} == set(letters), name
         assert ("tokensPerSecond" in browser.values()) == ("S" in letters)
+
+
+# Panes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_data_flows_upward_as_in_the_pictures(name, browser, page_of):
+    """Each wire begins at the upper edge of its source, or on the stream, and ends above where it began."""
+    browser.open(page_of(name))
+    falls = """
+        const ends = (path) => [0, path.getTotalLength()].map((at) => {
+            const point = path.getPointAtLength(at);
+            return new DOMPoint(point.x, point.y).matrixTransform(path.getScreenCTM()).y;
+        });
+        const paths = all('.wires path:not(.tip)').filter((path) => path.getClientRects().length);
+        return [paths.length, paths.filter((path) => {
+            const [start, end] = ends(path), source = elements[0].get(path.dataset.source);
+            const free = path.closest('.gutter') || !source;
+            const edge = source?.getBoundingClientRect().top;
+            return end > start + 0.5 || (!free && Math.abs(start - edge) > 1.5);
+        }).map((path) => `${path.dataset.source} to ${path.dataset.target}`)];
+    """
+    drawn, wrong = browser.run(falls)
+    assert drawn > 5 and wrong == []
+    begins = browser.run(
+        "const pane = document.querySelector('.pane.diagram').getBoundingClientRect();"
+        "const inlet = all('.tree .ports').at(-1).getBoundingClientRect();"
+        "return inlet.top > pane.top && inlet.bottom <= pane.bottom"
+    )
+    assert begins, "the page begins where the tokens come in"
+
+
+@pytest.mark.parametrize("width", [1440, 1100, 390])
+def test_no_line_of_the_source_is_cut_off(width, browser, page_of):
+    browser.open(page_of("llama-3-8b"), width=width, height=844)
+    if width < 600:
+        browser.find('.tabs [data-pane="source"]').click()
+    cut = """
+        const right = document.querySelector('.pane.source').getBoundingClientRect().right;
+        const ends = (node) => [...node.data.matchAll(/\\S+/g)].map((word) => {
+            const range = document.createRange();
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            return range.getBoundingClientRect().right;
+        });
+        return all('.line .text').filter((line) => {
+            const nodes = document.createTreeWalker(line, NodeFilter.SHOW_TEXT);
+            while (nodes.nextNode()) if (ends(nodes.currentNode).some((end) => end > right)) return true;
+            return false;
+        }).map((line) => line.textContent);
+    """
+    assert browser.run(cut) == []
+    pane = "document.querySelector('.pane.source')"
+    assert browser.run(f"return {pane}.scrollWidth <= {pane}.clientWidth")
+    short = "all('.shape').filter((each) => each.textContent.length < 30)"
+    broken = f"return {short}.filter((each) => each.getClientRects().length > 1)"
+    assert browser.run(broken) == [], "a shape stays in one piece"
+
+
+def test_borders_move_by_pointer_and_by_keys(llama):
+    from selenium.webdriver import ActionChains
+
+    left, right, enter = "\ue012", "\ue014", "\ue007"
+    widths = "return all('.pane').map((pane) => Math.round(pane.getBoundingClientRect().width))"
+    first, middle, last = llama.run(widths)
+    border = llama.find('.border[data-name="--left"]')
+    ActionChains(llama.driver, duration=0).drag_and_drop_by_offset(border, 100, 0).perform()
+    assert llama.run(widths) == [first + 100, middle - 100, last]
+    ActionChains(llama.driver, duration=0).drag_and_drop_by_offset(border, 600, 0).perform()
+    assert llama.run(widths)[1] == 180, "the next pane keeps some room"
+    llama.run("arguments[0].focus()", border)
+    llama.keys(enter)
+    assert llama.run(widths) == [first, middle, last], "Enter moves it back"
+    llama.keys(right, right, left)
+    assert llama.run(widths) == [first + 24, middle - 24, last]
+    assert 0 < int(border.get_attribute("aria-valuenow")) < 100
+    llama.run("document.querySelector('[data-name=\"--right\"]').focus()")
+    llama.keys(left)
+    assert llama.run(widths) == [first + 24, middle - 48, last + 24]
+    tips = llama.run("return all('.wires path.tip').length")
+    assert tips and llama.run("return document.documentElement.scrollWidth") <= 1440
 
 
 def test_dark(browser, page_of):
@@ -467,6 +556,12 @@ def test_two_models_side_by_side(browser, folder):
     shown = browser.driver.find_elements("css selector", ".differences .sentence")
     assert len(shown) == sum(bool(sentence) for _, *both in said for sentence in both)
     assert len(browser.driver.find_elements("css selector", ".differences h3")) == len(said)
+
+    heights = "return all('.pair > .pane.diagram').map((pane) => Math.round(pane.offsetHeight))"
+    before = browser.run(heights)
+    browser.run("document.querySelector('.border.level').focus()")
+    browser.keys("\ue015")
+    assert browser.run(heights) == [height + 24 for height in before], "both diagrams are higher"
 
     item = next(n for n, sentence in enumerate(sentences) if "RMSNorm" in sentence)
     browser.point(browser.driver.find_elements("css selector", ".differences li")[item])

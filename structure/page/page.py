@@ -1,7 +1,8 @@
 """One HTML file that ties a model's diagram to its source: it opens from disk and needs no network.
 
 frame.html.jinja is what all pages share, page.html.jinja shows one model and comparison.html.jinja two;
-page.css is their looks. page.js ties boxes and lines together, facts.js computes. All goes into the file.
+page.css is their looks. page.js ties boxes and lines together, panes.js makes room, facts.js computes. All of
+it goes into the file.
 """
 
 import ast
@@ -69,7 +70,7 @@ def compare(box_a, info_a, box_b, info_b, path, ways=()):
 
 
 def render(name, path, script, **values):
-    write_page(HERE / f"{name}.html.jinja", path, ["theme.js", "page.js", script], **values)
+    write_page(HERE / f"{name}.html.jinja", path, ["theme.js", "page.js", "panes.js", script], **values)
 
 
 def write_page(template, path, scripts, styles=("page.css",), **values):
@@ -113,6 +114,7 @@ def model(box, info, marks=None, same=()):
         "box": view(box, marks),
         "lines": highlighted(source),
         "same_lines": same,
+        "indents": [len(line) - len(line.lstrip()) for line in source.splitlines()],
         "data": {
             "name": info["name"],
             "root": box.id,
