@@ -28,14 +28,12 @@ from models import CONFIGS_FOLDER, MODEL_NAMES, config_from_dict, config_names, 
 from models.utils.command_line import CHECKPOINTS, Parser
 from models.utils.errors import UserError, report, run_main
 from models.utils.files import one_line, read_json
+from structure.gallery import IMAGES, ROPE, TREE, images, rope_images, tree_images
 
 # torch and matplotlib take seconds to import: whatever needs them is imported where a model is drawn, so that
 # a list of names and the answer to a typo need not wait.
 
-IMAGES = Path(__file__).parent / "structure_images"
 SITE = Path(__file__).parent / "site"
-ROPE = "-rope"  # behind the name of a picture of RoPE
-TREE = "family-tree"  # the name of its picture
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
@@ -128,36 +126,6 @@ def draw_all():
             write_page(*shown)
         else:
             draw(*shown, dark=dark)
-
-
-def images(folder=IMAGES):
-    """(names of the configs, whether it is dark, whether a page) of each picture and page of a folder."""
-    known, found = config_names(), []
-    for path in sorted(folder.glob("*")):
-        stem = path.stem.removesuffix("-dark")
-        names = (
-            (stem,) if stem in known else next((pair for pair in pairs(stem) if set(pair) <= set(known)), ())
-        )
-        if names and path.suffix in (".png", ".html"):
-            found.append((names, stem != path.stem, path.suffix == ".html"))
-    return found
-
-
-def rope_images(folder=IMAGES):
-    """(name of the config, whether it is dark) of each picture of RoPE in a folder."""
-    stems = [path.stem for path in sorted(folder.glob("*.png"))]
-    named = [(stem.removesuffix("-dark").removesuffix(ROPE), stem) for stem in stems if ROPE in stem]
-    return [(name, stem.endswith("-dark")) for name, stem in named if name in config_names()]
-
-
-def tree_images(folder=IMAGES):
-    """Whether it is dark, of each picture of the family tree in a folder."""
-    return [path.stem.endswith("-dark") for path in sorted(folder.glob(f"{TREE}*.png"))]
-
-
-def pairs(stem):
-    """Every way to read "gpt2-llama-3-8b" as two names."""
-    return [(stem[:n], stem[n + 1 :]) for n, sign in enumerate(stem) if sign == "-"]
 
 
 def draw(subject, out=None, dark=False):

@@ -69,14 +69,20 @@ def compare(box_a, info_a, box_b, info_b, path, ways=()):
     render("comparison", path, "comparison.js", comparison=comparison, ways=ways, **values)
 
 
-def render(name, path, script, **values):
-    write_page(HERE / f"{name}.html.jinja", path, ["theme.js", "page.js", "panes.js", script], **values)
+def render(name, path, *scripts, folders=(), **values):
+    """A page with boxes and lines. scripts: beside those that all have; folders: see write_page."""
+    scripts = ["theme.js", "page.js", "panes.js", *scripts]
+    write_page(name, path, scripts, ["page.css"], folders, **values)
 
 
-def write_page(template, path, scripts, styles=("page.css",), **values):
-    """A file of a template, with the looks of all pages and with scripts; both stand in the file."""
+def write_page(name, path, scripts, styles, folders=(), **values):
+    """The file of a template, with its scripts and styles inside.
+
+    folders: where these may be, and what the template includes, besides this one.
+    """
+    folders = [HERE, *folders]
     environment = Environment(
-        loader=FileSystemLoader([template.parent, HERE]),
+        loader=FileSystemLoader(folders),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -86,14 +92,12 @@ def write_page(template, path, scripts, styles=("page.css",), **values):
 
     def texts(names):
         """Files of the project's own, as they are; nothing else in a page goes unescaped."""
-        places = [
-            next(at / name for at in (template.parent, HERE) if (at / name).is_file()) for name in names
-        ]
+        places = [next(at / each for at in folders if (at / each).is_file()) for each in names]
         return Markup("\n".join(place.read_text(encoding="utf-8") for place in places))
 
     colours = {"ground": GROUND, "text": TEXT, "muted": MUTED, "spine": SPINE}
-    shared = {"roles": COLOURS, "colours": colours, "css": texts(styles), "js": texts(scripts)}
-    text = environment.get_template(template.name).render(**shared | values)
+    shared = {"roles": COLOURS, "colours": colours, "css": texts(styles), "js": texts(scripts), "ways": ()}
+    text = environment.get_template(f"{name}.html.jinja").render(**shared | values)
     with write_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -18,10 +18,11 @@ def write(found, links, path):
     """
     kinds = {each.kind for each in found}
     write_page(
-        HERE / "tree.html.jinja",
+        "tree",
         path,
         ["theme.js", "tree.js"],
-        styles=["page.css", "tree.css"],
+        ["page.css", "tree.css"],
+        folders=[HERE],
         roles={kind: colours for kind, colours in KINDS.items() if kind in kinds},
         title=TITLE,
         summary=SAID,
