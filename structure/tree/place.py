@@ -17,6 +17,7 @@ GAP = 22.0  # between two cards of a column
 STEP = 54.0  # the least height of a year
 GUTTER = 30.0  # between two columns, with one line in it
 TRACK = 10.0  # more for each line beside it
+APART = 5.0  # the least between the ends of two lines
 AXIS = 46.0  # what the years take
 NAME, DETAIL, SMALL = 12.5, 9.6, 8.8  # sizes of type
 LEADING = 13.4
@@ -85,10 +86,10 @@ def lay_out(found, columns=3):
         card.column, card.y = column, y
     ways = [way for card in cards if (way := way_to(card, cards))]
     tracks = tracks_of(ways)
-    lefts, width = across(columns, tracks)
+    rights, width = across(columns, tracks)
     for card in cards:
-        card.x = lefts[card.column] - CARD
-    lines = [line_of(way, lefts, tracks) for way in ways]
+        card.x = rights[card.column] - CARD
+    lines = [line_of(way, rights, tracks) for way in ways]
     return Tree(width, max(card.bottom for card in cards), cards, lines, years_of(cards))
 
 
@@ -154,8 +155,21 @@ def next_to(arrangement, cards, n, column):
             y = max(y, ys[other] + GAP)
         elif theirs.year == relative.year and beside:
             y = max(y, ys[other])
+    beside = [(card, top) for card, top, at in zip(cards, ys, placed) if at != column]
+    y = lowered(y, cards[n], beside)
     after = bottoms[:column] + (y + cards[n].high + GAP,) + bottoms[column + 1 :]
     return (*placed, column), (*ys, y), after, untidy
+
+
+def lowered(y, card, beside):
+    """y, or so much more that no line ends or begins where one does in the next column.
+
+    beside: (card, y) of those in other columns.
+    """
+    taken = [top + at for other, top in beside for at in (other.entry, other.exit)]
+    while any(abs(y + at - mark) < APART for at in (card.entry, card.exit) for mark in taken):
+        y += 1
+    return y
 
 
 def years_of(cards):
