@@ -47,6 +47,8 @@ def draw_title(ink, tree, high):
 
 
 def draw_years(ink, tree):
+    if not tree.years:
+        return
     muted = blocks.MUTED[ink.dark]
     top, bottom = tree.high - tree.years[0][1], 0.0
     ink.line([(AXIS - 8, top), (AXIS - 8, bottom)], muted, 1.0, 1)
