@@ -15,6 +15,7 @@ from structure.picture.sheet import width_of
 from structure.tree import ancestry, draw
 from structure.tree.ancestry import Relative, relatives
 from structure.tree.place import CARD, lay_out
+from structure.tree.site import write as write_site
 from tests.browser import Elements
 
 ROOT = Path(__file__).parent.parent
@@ -239,6 +240,23 @@ def test_every_link_leads_to_a_file_and_nothing_is_fetched(site):
         assert set(re.findall(r"https?://[^\s\"')]+", text)) <= {"http://www.w3.org/2000/svg"}
         assert "url(" not in text and "@import" not in text
     assert linked == set(pages), "each page can be reached"
+
+
+def test_a_text_that_runs_through_a_model_has_a_page(tmp_path):
+    """Where there are weights for it: its model's page leads there."""
+    load = cache(
+        lambda name: show_structure.load("tiny-gpt2-python" if name == "gpt2" else "tiny-llama-python")
+    )
+
+    def run(name, path):
+        if name == "gpt2":
+            path.write_text("a text in gpt2")
+        return name == "gpt2"
+
+    written = {path.name for path in write_site(tmp_path, load, ("gpt2", "llama"), run)}
+    assert written == {path.name for path in tmp_path.iterdir()} and "gpt2-thinks.html" in written
+    links = {name: Elements(tmp_path / f"{name}.html").values("href") for name in ("gpt2", "llama")}
+    assert "gpt2-thinks.html" in links["gpt2"] and "llama-thinks.html" not in links["llama"]
 
 
 def test_the_tree_in_a_browser(site, browser):

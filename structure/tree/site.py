@@ -2,6 +2,7 @@
 
 index.html          the family tree
 llama.html          a page for each model
+llama-thinks.html   a text that runs through it, where there are weights
 gpt2-llama.html     a comparison for each line of the tree
 """
 
@@ -12,18 +13,23 @@ from structure.tree.ancestry import relatives
 TREE = ("family tree", "index.html")
 
 
-def write(folder, load, names=None):
+def write(folder, load, names=None, run=None):
     """Write the pages of models, by name, or of all; yields the path of each.
 
-    load: gives (box, info) of a model by its name in models/.
+    load: gives (box, info) of a model by its name in models/. run: writes the page of a text that runs through
+    a model, by the model's name and the page's path, and says whether it could.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = relatives()
     shown = [each for each in found if names is None or each.name in names]
     links, subjects = links_between(shown), {each.name: load(each.name) for each in shown}
     for each in shown:
+        ways, path = ways_from(each, shown, links), folder / f"{each.name}-thinks.html"
+        if run and run(each.name, path):
+            ways.insert(1, ("a text in it", path.name))
+            yield path
         path = folder / f"{each.name}.html"
-        page.write(*subjects[each.name], path, ways=ways_from(each, shown, links))
+        page.write(*subjects[each.name], path, ways=ways)
         yield path
         if each.pair in links:
             path = folder / links[each.pair]
