@@ -16,8 +16,8 @@ TREE = ("family tree", "index.html")
 def write(folder, load, names=None, run=None):
     """Write the pages of models, by name, or of all; yields the path of each.
 
-    load: gives (box, info) of a model by its name in models/. run: writes the page of a text that runs through
-    a model, by the model's name and the page's path, and says whether it could.
+    load: gives (box, info) of a model by its name in models/. run: writes the page of a text that runs
+    through a model, by the model's name and the page's path, and says whether it could.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = relatives()
