@@ -325,7 +325,7 @@ def parse(argv):
         "name", nargs="?", metavar="NAME", help="in configs/, models/, checkpoints/, a folder, or a JSON file"
     )
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value in its config")
-    add("--out", type=Path, metavar="FILE", help="default: structure_images/NAME.png, or .html")
+    add("--out", type=Path, metavar="FILE", help="default: structure_images/NAME.png, or .html; site/")
     add("--dark", action="store_true", help="a picture for a dark page, NAME-dark.png")
     add("--all", action="store_true", help="draw anew all that lies in structure_images/")
     add("--compare", nargs=2, metavar="NAME", help="two models side by side")
