@@ -34,7 +34,7 @@ def forest(seed):
         parent = chance.choice(family).name if family and chance.random() < 0.95 else None
         year = chance.choice([None, *range(2017, 2026)])
         changes = tuple("word " * chance.randrange(1, 25) for _ in range(chance.randrange(6)))
-        family.append(Relative(f"model{n}", f"Model {n}", "", "decoder", year, parent, changes))
+        family.append(Relative(f"model{n}", f"Model {n}", "", "decoder", year, parent, parent or "", changes))
     return tuple(ancestry.in_time(family))
 
 
@@ -88,7 +88,8 @@ def test_a_docstring_is_read():
     )
     one = relatives(pages)[-1]
     assert (one.title, one.parent, one.changes, one.pair) == ("Mine", "gpt2", ("a b", "c: d"), "gpt2-llama")
-    assert relatives({"llama.py": pages["llama.py"]})[0].parent is None, "what is not there is no parent"
+    alone = relatives({"llama.py": pages["llama.py"]})[0]
+    assert alone.parent is None and alone.against == "gpt2", "what is not there is no parent"
 
 
 def test_the_older_comes_first_and_parents_before_their_children():

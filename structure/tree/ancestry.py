@@ -26,6 +26,7 @@ class Relative:
     kind: str  # "decoder", "encoder", "encoder-decoder", "vision"
     year: int | None  # None where its docstring names no paper
     parent: str | None  # the page that it is new against; None for the first
+    against: str  # the same as its docstring says it: of the first, in words; "" where it says nothing
     changes: tuple  # what is new, an item a line
 
     @property
@@ -51,10 +52,13 @@ def docstring_of(source):
 def relative(name, doc, pages):
     title, _, about = " ".join(doc.split("\n\n")[0].split()).partition(": ")
     said = NEW.search(doc + "\n")
-    parent = said[1] if said and f"{said[1]}.py" in pages else None
+    against = said[1] if said else ""
+    parent = against if f"{against}.py" in pages else None
     items = re.split(r"^- ", said[2], flags=re.MULTILINE)[1:] if said else []
     changes = tuple(" ".join(item.split()) for item in items)
-    return Relative(name, title or name, about, spoken_kind(name), year_of(doc, title), parent, changes)
+    return Relative(
+        name, title or name, about, spoken_kind(name), year_of(doc, title), parent, against, changes
+    )
 
 
 def spoken_kind(name):

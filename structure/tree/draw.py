@@ -77,6 +77,6 @@ def facts(found):
     """What the picture says, a line for each model and one for each change: see picture.shown."""
     lines = []
     for each in found:
-        lines.append(f"{each.year} {each.kind} {each.name}: {each.title}, new against {each.parent}")
+        lines.append(f"{each.year} {each.kind} {each.name}: {each.title}, new against {each.against}")
         lines += [f" {change}" for change in each.changes]
     return lines

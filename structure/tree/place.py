@@ -107,8 +107,8 @@ def card_of(relative, names):
     words.append(Text(f"models/{relative.name}.py", PAD, y - 1, SMALL, "muted"))
     head = y + 8
     y = head + LEADING + 2
-    against = names[relative.parent].title if relative.parent else "what came before it"
-    for line in wrapped(f"new against {against}", room, SMALL):
+    against = names[relative.parent].title if relative.parent else relative.against
+    for line in wrapped(f"new against {against}", room, SMALL) if against else ():
         words.append(Text(line, PAD, y, SMALL, "muted"))
         y += LEADING
     for change in relative.changes:
