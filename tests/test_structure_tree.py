@@ -247,7 +247,8 @@ def test_a_text_that_runs_through_a_model_has_a_page(tmp_path):
         lambda name: show_structure.load("tiny-gpt2-python" if name == "gpt2" else "tiny-llama-python")
     )
 
-    def run(name, path):
+    def run(name, path, ways):
+        assert ways[0] == ("family tree", "index.html") and ways[1][1] == f"{name}.html"
         if name == "gpt2":
             path.write_text("a text in gpt2")
         return name == "gpt2"

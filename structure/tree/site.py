@@ -17,7 +17,7 @@ def write(folder, load, names=None, run=None):
     """Write the pages of models, by name, or of all; yields the path of each.
 
     load: gives (box, info) of a model by its name in models/. run: writes the page of a text that runs
-    through a model, by the model's name and the page's path, and says whether it could.
+    through a model, and says whether it could; it is given the model's name, the page's path and its links.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = relatives()
@@ -25,7 +25,7 @@ def write(folder, load, names=None, run=None):
     links, subjects = links_between(shown), {each.name: load(each.name) for each in shown}
     for each in shown:
         ways, path = ways_from(each, shown, links), folder / f"{each.name}-thinks.html"
-        if run and run(each.name, path):
+        if run and run(each.name, path, [TREE, (each.title, links[each.name])]):
             ways.insert(1, ("a text in it", path.name))
             yield path
         path = folder / f"{each.name}.html"
@@ -33,8 +33,9 @@ def write(folder, load, names=None, run=None):
         yield path
         if each.pair in links:
             path = folder / links[each.pair]
-            both = [(name, links[name]) for name in (each.parent, each.name)]
-            page.compare(*subjects[each.parent], *subjects[each.name], path, ways=[TREE, *both])
+            parent = next(other for other in shown if other.name == each.parent)
+            ways = [TREE, *((one.title, links[one.name]) for one in (parent, each))]
+            page.compare(*subjects[each.parent], *subjects[each.name], path, ways=ways)
             yield path
     tree_page.write(found, links, folder / "index.html")
     yield folder / "index.html"
