@@ -1,8 +1,14 @@
 // Panes: one at a time on a phone, otherwise side by side, with borders that a pointer or the arrow keys move.
 
+const begun = new Set(); // diagrams that have been on the screen
+
 /** A diagram is read from its lower end on, where the tokens come in. */
 function showInputs() {
-  for (const pane of all(".pane.diagram")) pane.scrollTop = pane.scrollHeight;
+  for (const pane of all(".pane.diagram")) {
+    if (!pane.offsetHeight || begun.has(pane)) continue;
+    pane.scrollTop = pane.scrollHeight;
+    begun.add(pane);
+  }
 }
 showInputs();
 
