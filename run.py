@@ -134,9 +134,12 @@ def parse(argv):
 
     add = parser.add_argument_group("translation (encoder-decoders)").add_argument
     add("--beams", type=int, metavar="N", help="hypotheses of beam search; 1 = greedy, or sampled")
-    add("--attention", metavar="FILE.png", help="a picture of what each token of the target looked at")
 
-    add = parser.add_argument_group("images (vision transformers; --attention as well)").add_argument
+    add = parser.add_argument_group("looking at what it does").add_argument
+    add("--top", type=int, metavar="K", help="each token's probability, and the K most probable beside it")
+    add("--attention", metavar="FILE.png", help="a picture of what each token, or a class token, looked at")
+
+    add = parser.add_argument_group("images (vision transformers)").add_argument
     add("--image", metavar="FILE", dest="images", action="append", default=[], help="to be named; repeatable")
 
     add = parser.add_argument_group("score").add_argument
@@ -169,6 +172,8 @@ def checked(args):
             raise UserError(
                 f"{option} goes with --draft CHECKPOINT, --lookup or --multi-token; give one of them"
             )
+    if args.top is not None and args.top < 1:
+        raise UserError(f"--top is {args.top}; give 1 or more")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {args.max_new_tokens}; give 1 or more")
     args.seed = random.randrange(2**32) if args.seed is None else args.seed

@@ -5,6 +5,7 @@
     python show_structure.py gpt2 --set num_layers=2 --set d_model=64 --out tiny.png
     python show_structure.py tiny-llama-python --dark             a checkpoint, by its name or its folder
     python show_structure.py llama-3-8b --html        a page to click through: diagram, source, facts
+    python show_structure.py tiny-llama-python --prompt "def main" --new-tokens 20 --html   watch it think
     python show_structure.py --compare gpt2 llama-3-8b          two pictures as one; --html: as a page
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
     python show_structure.py llama-3.1-405b --json    all of it, for a program
@@ -24,11 +25,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conversion.find import find_folder, what_was_meant
-from models import CONFIGS_FOLDER, MODEL_NAMES, config_from_dict, config_names, nearest
+from models import CONFIGS_FOLDER, MODEL_NAMES, ONE_PASS, config_from_dict, config_names, kind_of, nearest
 from models.utils.command_line import CHECKPOINTS, Parser
 from models.utils.errors import UserError, report, run_main
 from models.utils.files import one_line, read_json
-from structure.gallery import IMAGES, ROPE, TREE, images, rope_images, tree_images
+from structure.gallery import (
+    IMAGES,
+    ROPE,
+    THINKS,
+    TREE,
+    images,
+    rope_images,
+    thinking_pages,
+    tree_images,
+)
 
 # torch and matplotlib take seconds to import: whatever needs them is imported where a model is drawn, so that
 # a list of names and the answer to a typo need not wait.
@@ -37,6 +47,7 @@ SITE = Path(__file__).parent / "site"
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
+NUM_NEW = 16  # tokens that a model writes on a page of the website
 MOST = 10**12  # of rows, tokens and GB/s
 
 
@@ -54,6 +65,9 @@ def main(argv=None):
         print(what_there_is())
     elif args.rope:
         draw_rope(args.name, args.set, args.out, args.dark)
+    elif args.runs:
+        asked = {"prompt": args.prompt, "image": args.image, "num_new": args.new_tokens or 0}
+        watch_it_think(args.name, asked, args.out, args.draft, args.lookup)
     else:
         show(load(args.name, args.set), args)
 
@@ -84,6 +98,24 @@ def write_page(subject, out=None):
     print(f"wrote {path}")
 
 
+def watch_it_think(name, asked, out=None, draft=None, lookup=False, ways=()):
+    """The page of a run: a text of one's own through a checkpoint's weights. asked: see structure/watch."""
+    import torch
+
+    from conversion.checkpoint import open_checkpoint
+    from structure.watch.command import watch
+
+    checkpoint = open_checkpoint(name, device="cpu", dtype=torch.float32)
+    path, write = out or IMAGES / f"{file_name(Path(name).name)}{THINKS}.html", None
+    if draft or lookup:
+        from runs_ss.rounds import with_drafts
+
+        write = with_drafts(checkpoint, draft)
+    with written(path):
+        watch(checkpoint, load(name), path, asked, write, ways)
+    print(f"wrote {path}")
+
+
 def compare(first, second, out=None, html=False, dark=False):
     from structure.page import page
     from structure.picture import picture
@@ -103,8 +135,19 @@ def write_site(folder, names=None):
     from structure.tree import site
 
     with written(folder):
-        for path in site.write(folder, lambda name: load(size_of(name)), names):
+        for path in site.write(folder, lambda name: load(size_of(name)), names, run_example):
             print(f"wrote {path}")
+
+
+def run_example(model_name, path, ways):
+    """The page of the example that came with a small checkpoint of a model; False where there is none."""
+    here = [name for name in config_names() if (CHECKPOINTS / name / "config.json").is_file()]
+    name = next((name for name in here if model_of(name) == model_name), None)
+    if name:
+        num_new = 0 if kind_of(model_name) == ONE_PASS else NUM_NEW
+        asked = {"prompt": None, "image": None, "num_new": num_new}
+        watch_it_think(str(CHECKPOINTS / name), asked, path, ways=ways)
+    return bool(name)
 
 
 # Pictures ---------------------------------------------------------------------------------------------------
@@ -117,6 +160,8 @@ def draw_all():
         draw_rope(name, dark=dark)
     for dark in tree_images():
         draw_tree(dark=dark)
+    for name, asked in list(thinking_pages()):
+        watch_it_think(name, asked)
     for names, dark, html in images():
         subjects |= {name: load(name) for name in names if name not in subjects}
         shown = [subjects[name] for name in names]
@@ -337,6 +382,13 @@ def parse(argv):
     add("--json", action="store_true", help="print everything as one JSON object")
     add("--rope", action="store_true", help="draw the tokens that each pair of a head takes for a full turn")
 
+    add = parser.add_argument_group("watch it think (with --html)").add_argument
+    add("--prompt", metavar="TEXT", help="runs through the checkpoint's weights; each number is in the page")
+    add("--image", metavar="FILE", help="the same for a model that sees")
+    add("--new-tokens", type=int, metavar="N", help="let it write so many, greedily")
+    add("--draft", metavar="CHECKPOINT", help="a smaller one that guesses ahead while it writes")
+    add("--lookup", action="store_true", help="guess from the text so far instead")
+
     add = parser.add_argument_group("table").add_argument
     add("--batch", type=int, default=1, metavar="N", help="rows; default: %(default)s")
     length = "tokens of the prompt, and of the cache: %(default)s"
@@ -346,6 +398,17 @@ def parse(argv):
 
 
 def checked(args):
+    runs = {"--prompt": args.prompt, "--image": args.image, "--new-tokens": args.new_tokens}
+    runs |= {"--draft": args.draft, "--lookup": args.lookup or None}
+    args.runs = [option for option, value in runs.items() if value is not None]
+    if args.runs and not (args.name and args.html) or args.runs and args.set:
+        raise UserError(f"{args.runs[0]} goes with CHECKPOINT and --html, and without --set")
+    if args.new_tokens is not None and args.new_tokens < 1:
+        raise UserError(f"--new-tokens is {args.new_tokens}; give 1 or more")
+    if args.draft and args.lookup:
+        raise UserError("--draft and --lookup both guess ahead; give one of them")
+    if (args.draft or args.lookup) and args.new_tokens is None:
+        raise UserError("--draft and --lookup guess what is written: give --new-tokens N too")
     given = [bool(args.name), args.all, bool(args.compare), args.tree]
     if sum(given) > 1:
         raise UserError("NAME, --all, --compare and --tree exclude each other; give one of them")

@@ -1,54 +1,62 @@
-"""A picture of cross-attention: which source tokens the decoder looked at while it made each target token.
+"""A picture of attention: for each token, a row, how much of its attention each token it may look at gets.
 
-Column s is a token of the source, row t a token of the target, and the darkness of a square the probability
-that row t gives to column s; each row sums to one. The large picture is the mean over the heads of the last
-layer, the small ones below it are the same of every layer. Bahdanau et al. 2015 (arXiv:1409.0473, figure 3)
-drew such alignments first.
+Column s is a token that is looked at, row t one that looks, and the darkness of a square the probability that
+row t gives to column s; each row sums to one, but where a head's sink takes the rest. The large picture is
+the mean over the heads of the last layer, the small ones below it are the same of every layer. Of a
+translation the columns are the source, and row t is what was looked at while the target's token t was made:
+Bahdanau et al. 2015 (arXiv:1409.0473, figure 3) drew such alignments first. Of a text that a model continues
+or reads, rows and columns are its tokens, and row t is what the model looked at when it had read token t.
 
-The model returns logits, not probabilities. But these are made of q and k alone, and a forward hook sees what
-a module returns: hooks on q_proj and k_proj keep both while the model reads source and target once.
-
-Shapes: L layers, H heads, T target tokens, S source tokens, D features.
-Proof: tests/test_run_transformer.py, against the cross_attentions of `transformers`.
+Shapes: L layers, H heads, T tokens that look, S tokens looked at.
+Proof: tests/test_run_transformer.py and tests/test_attention.py, against the attentions of `transformers`.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from models.utils.files import write_atomically
+from models.utils.errors import UserError
+from models.utils.files import one_line, write_atomically
+from models.utils.recording import Recording
+from runs_ar.attention import heard
 
 
-@torch.inference_mode()
 def cross_attention(model, source, target):
     """The probabilities (L, H, T, S) of each layer and head; `target` begins with the start token.
 
     Row t belongs to the token that the model makes after it has read target[t].
     """
-    heard = {}
-
-    def keep(module, inputs, output):
-        heard[module] = output
-
-    attentions = [layer.cross_attn for layer in model.decoder_layers]
-    hooked = [module for each in attentions for module in (each.q_proj, each.k_proj)]
-    handles = [module.register_forward_hook(keep) for module in hooked]
     device = model.lm_head.weight.device
+    tokens = [torch.tensor([ids], device=device) for ids in (source, target)]
+    found = attention(model, len(target), *tokens)
+    return torch.stack([each.probs for each in found if each.path.endswith("cross_attn")])
+
+
+def self_attention(model, tokens, **inputs):
+    """The same (L, H, T, T) of a text that a model continues or reads at once; tokens: (1, T)."""
+    found = attention(model, tokens.shape[1], tokens, **inputs)
+    if not found:
+        raise UserError("--attention: no head of this model attends, so that there is nothing to draw")
+    return torch.stack([each.probs for each in found])
+
+
+@torch.inference_mode()
+def attention(model, num_tokens, *args, **kwargs):
+    with Recording(model) as recording:
+        model(*args, **kwargs)
+    return heard(recording, num_tokens)
+
+
+def save(path, probs, looked_at, looking):
+    """`draw`, for the person at the keyboard."""
     try:
-        model(torch.tensor([source], device=device), torch.tensor([target], device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    H = model.config.num_heads
-    return torch.stack([probabilities(heard[each.q_proj], heard[each.k_proj], H) for each in attentions])
-
-
-def probabilities(q, k, num_heads):
-    """softmax(q k^T / sqrt(d)) of each head, in fp32: (1, T, D) and (1, S, D) to (H, T, S)."""
-    q, k = [x[0].float().unflatten(-1, (num_heads, -1)).transpose(0, 1) for x in (q, k)]
-    return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1).cpu()
+        draw(Path(path), probs, looked_at, looking)
+    except (OSError, ValueError) as error:
+        reason = one_line(error)
+        raise UserError(f"--attention {path}: cannot be written ({reason}); give the name of a PNG") from None
 
 
 # Drawing ----------------------------------------------------------------------------------------------------
@@ -56,7 +64,9 @@ def probabilities(q, k, num_heads):
 INK = "#17324d"
 SHADES = LinearSegmentedColormap.from_list("shades", ["#f5f7fa", "#a9c1d9", "#3f76a8", INK])
 CELL = 0.32  # inches
-THUMBNAIL = 1.3
+LARGEST = 26  # of the large picture: cells of a long text are smaller
+THUMBNAIL = 1.5
+MOST_NAMES = 90  # more tokens than these are numbered
 
 
 def draw(path, probs, source, target):
@@ -64,13 +74,25 @@ def draw(path, probs, source, target):
     means = probs.mean(dim=1)
     num_layers, num_rows, num_columns = means.shape
     source = shortened(source, num_columns)
-    width = max(CELL * num_columns + 1.5, THUMBNAIL * num_layers)
-    height = CELL * num_rows + 1.2
+    cell = min(CELL, LARGEST / max(num_rows, num_columns))
+    columns = min(num_layers, max(6, int((cell * num_columns + 2.5) / THUMBNAIL)))
+    lines = math.ceil(num_layers / columns)
+    width = max(cell * num_columns + 2.5, THUMBNAIL * columns)
+    height = cell * num_rows + 1.6
 
-    figure = Figure(figsize=(width, height + THUMBNAIL), layout="constrained", facecolor="white")
-    large, small = figure.subfigures(2, 1, height_ratios=[height, THUMBNAIL])
-    with_names(heat(large.subplots(), means[-1]), [*map(spoken, source)], [*map(spoken, target)])
-    for number, axes in enumerate(small.subplots(1, num_layers, squeeze=False)[0], start=1):
+    figure = Figure(figsize=(width, height + THUMBNAIL * lines), layout="constrained", facecolor="white")
+    large, small = figure.subfigures(2, 1, height_ratios=[height, THUMBNAIL * lines])
+    axes = heat(large.subplots(), means[-1])
+    with_names(axes, [*map(spoken, source)], [*map(spoken, target)], cell)
+    bar = large.colorbar(axes.images[0], ax=axes, shrink=0.6, pad=0.02, aspect=24)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    bar.set_label("probability", fontsize=9, color=INK)
+    places = small.subplots(lines, columns, squeeze=False).flat
+    for number, axes in enumerate(places, start=1):
+        if number > num_layers:
+            axes.set_axis_off()
+            continue
         heat(axes, means[number - 1]).set(xticks=[], yticks=[], aspect="auto")
         axes.set_title(f"layer {number}", fontsize=8, color=INK)
     with write_atomically(path) as partial:
@@ -84,14 +106,21 @@ def heat(axes, probs):
     return axes
 
 
-def with_names(axes, source, target):
-    """The source's tokens above, the target's on the left, white lines between the squares."""
+def with_names(axes, source, target, cell=CELL):
+    """The tokens looked at above, those that look on the left, white lines between the squares."""
+    size = min(10, 72 * cell * 0.72)
+    axes.set_title("mean over the heads of the last layer", fontsize=9, color=INK, pad=10)
+    axes.set_xlabel("looked at", fontsize=9, color=INK)
+    axes.set_ylabel("looking, a row each", fontsize=9, color=INK)
+    axes.tick_params(length=0, labelsize=size, labelcolor=INK, top=True, labeltop=True, labelbottom=False)
+    if max(len(source), len(target)) > MOST_NAMES:
+        axes.tick_params(labelsize=9)
+        return
     axes.set_xticks(range(len(source)), source, rotation=60, ha="left", rotation_mode="anchor")
     axes.set_yticks(range(len(target)), target)
-    axes.tick_params(length=0, labelsize=10, labelcolor=INK, top=True, labeltop=True, labelbottom=False)
     axes.set_xticks([n + 0.5 for n in range(len(source) - 1)], minor=True)
     axes.set_yticks([n + 0.5 for n in range(len(target) - 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.grid(which="minor", color="white", linewidth=min(1.5, 4 * cell))
     axes.tick_params(which="minor", length=0)
 
 
@@ -102,5 +131,6 @@ def shortened(names, count):
 
 
 def spoken(name):
-    """A token as a label; the mark of a word's beginning is left out."""
-    return name.replace("▁", " ").strip() or "␣"
+    """A token as a label; the mark of a word's beginning is left out, and what a font has no sign for."""
+    text = name.replace("▁", " ").replace("\n", "↵").replace("\t", "⇥").strip() or "␣"
+    return "".join(sign if sign.isprintable() else "�" for sign in text).replace("$", r"\$")

@@ -11,12 +11,14 @@ import os
 import stat
 import sys
 
+import torch
 from tqdm import tqdm
 
 from models.utils.errors import UserError, report
-from models.utils.files import decode_utf8, read_text
+from models.utils.files import check_output, decode_utf8, read_text
 from models.utils.machine import Stopwatch
 from models.utils.sampling import seeded_generators
+from runs_ar.attention_picture import save, self_attention
 from runs_ar.chat import FIRST_SLOTS, Conversation, require_template
 from runs_ar.generate import (
     NOT_FINITE,
@@ -27,6 +29,7 @@ from runs_ar.generate import (
     generation_defaults,
 )
 from runs_ar.score import figures, negative_log_likelihood
+from runs_ar.top import continuation, lines, token_name
 
 DEFAULT_PROMPT = "def"  # without a space, which would be a token of its own
 LARGEST_WINDOW = 4096  # of --score, for models with a longer context than papers score with
@@ -37,15 +40,26 @@ def run_decoder(args, checkpoint, way=None):
 
     checkpoint.load(num_slots) is slow: what can be wrong with the input is found out before.
     """
-    for option in ("beams", "attention"):
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option}: for a model that translates; this one continues text")
+    if args.beams is not None:
+        raise UserError("--beams: for a model that translates; this one continues text")
+    check_looks(args)
     if args.score:
         score(args, checkpoint)
     elif args.chat:
         chat(args, checkpoint, generation_options(args, checkpoint))
     else:
         continue_text(args, checkpoint, generation_options(args, checkpoint), way or Plain())
+
+
+def check_looks(args):
+    """UserError for --attention and --top where there is no one text to look at."""
+    for option, value in (("--attention", args.attention), ("--top", args.top)):
+        if value and (args.score or args.chat):
+            raise UserError(f"{option}: of one text; leave out --chat and --score, and give --prompt TEXT")
+        if value and args.compile:
+            raise UserError(f"{option}: a compiled step tells nothing of itself; leave out --compile")
+    if args.attention:
+        check_output(args.attention, "--attention")
 
 
 def generation_options(args, checkpoint):
@@ -114,8 +128,21 @@ def continue_text(args, checkpoint, options, way):
         result |= {"seed": args.seed, **dataclasses.asdict(options["sampling"]), **way.figures()}
         print(json.dumps(result | {"timings": watch.timings(args.device)}))
     print(f"[{watch.line(args.device)}; end: {reason}; seed {args.seed}]", file=sys.stderr)
+    look_back(args, model, tokenizer, prompt_ids, tokens)
     if interrupted:
         sys.exit(130)
+
+
+def look_back(args, model, tokenizer, prompt, tokens):
+    """What --top and --attention say of a text that is there: prompt, then the tokens that were written."""
+    if args.top and tokens:
+        found = continuation(model, prompt, tokens, args.top)
+        print("\n".join(lines(tokenizer, tokens, found)), file=sys.stderr)
+    if args.attention:
+        text = [*prompt, *tokens]
+        probs = self_attention(model, torch.tensor([text], device=model.lm_head.weight.device))
+        names = [token_name(tokenizer, id) for id in text]
+        save(args.attention, probs, names, names)
 
 
 def tell_of_marks(tokenizer, prompt):

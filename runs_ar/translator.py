@@ -8,18 +8,18 @@ Proof: tests/test_run_transformer.py.
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from models.utils.errors import UserError
-from models.utils.files import check_output, one_line
+from models.utils.files import check_output
 from models.utils.machine import Stopwatch
 from models.utils.sampling import Sampling, seeded_generators
 from models.utils.tokenizers.base import Tokenizer
 from models.utils.tokenizers.marian import LANGUAGE_CODE
-from runs_ar.attention_picture import cross_attention, draw
+from runs_ar.attention_picture import cross_attention, save
 from runs_ar.beam_search import Beams, beam_search
 from runs_ar.generate import TextStream
 from runs_ar.terminal import finish_reason, generation_options, ignore, prompt_text, write
+from runs_ar.top import lines, translation
 from runs_ar.transformer import Decoder, Rules, check_source, generate, generation_rules
 
 # What follows one hypothesis alone.
@@ -77,6 +77,9 @@ def run_transformer(args, checkpoint, make_translator=Translator):
     watch = Stopwatch()
     for number, (text, source) in enumerate(zip(texts, sources)):
         target = translate(args, translator, text, source, args.seed + number, watch)
+        if args.top and target:
+            found = translation(translator.model, source, rules.start_id, target, args.top)
+            print("\n".join(lines(tokenizer, target, found)), file=sys.stderr)
     if args.attention:
         save_picture(args.attention, translator, sources[0], target)
     way = f"{beams.num_beams} beams" if beams.num_beams > 1 else f"seed {args.seed}"
@@ -166,8 +169,4 @@ def save_picture(path, translator, source, target):
     """Draw which source tokens each token of the target was made from."""
     probs = cross_attention(translator.model, source, [translator.rules.start_id, *target[:-1]])
     pieces = translator.tokenizer.pieces
-    try:
-        draw(Path(path), probs, [pieces[id] for id in source], [pieces[id] for id in target])
-    except (OSError, ValueError) as error:
-        reason = one_line(error)
-        raise UserError(f"--attention {path}: cannot be written ({reason}); give the name of a PNG") from None
+    save(path, probs, [pieces[id] for id in source], [pieces[id] for id in target])

@@ -76,7 +76,7 @@ def draw(path, image, probs, grid, guesses):
     num_rows = math.ceil(len(heads) / HEADS_PER_ROW)
     num_columns = max(4, math.ceil(len(heads) / num_rows))
     proportion = min(max(image.height / image.width, 0.4), 2.5)
-    tops = WIDTH * 0.35 * proportion + 0.4
+    tops = WIDTH * 0.35 * proportion + 0.7
     bottoms = num_rows * (WIDTH / num_columns * proportion + 0.3)
 
     figure = Figure(figsize=(WIDTH, tops + bottoms), layout="constrained", facecolor="white")
@@ -85,6 +85,10 @@ def draw(path, image, probs, grid, guesses):
     plain, seen, labels = above.subplots(1, 3, width_ratios=[1, 1, 0.8])
     show(plain, image, "the image")
     show(seen, image, "seen by the class token, all layers", patches_seen(rollout(probs)[0], grid))
+    scale = above.colorbar(seen.images[-1], ax=seen, location="bottom", shrink=0.7, pad=0.02, aspect=30)
+    scale.set_ticks([0, 1], labels=["least", "most"])
+    scale.ax.tick_params(length=0, labelsize=8, labelcolor=INK)
+    scale.outline.set_visible(False)
     list_guesses(labels, guesses)
 
     places = below.subplots(num_rows, num_columns, squeeze=False).flat

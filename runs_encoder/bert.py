@@ -25,12 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conversion.config_fields import stored_labels
 from models.utils.errors import UserError
-from models.utils.files import decode_utf8, one_line, read_json
+from models.utils.files import check_output, decode_utf8, one_line, read_json
 from models.utils.tokenizers.wordpiece import WordPieceTokenizer
+from runs_ar.attention_picture import save, self_attention
 from runs_ar.generate import NOT_FINITE, check_vocabulary
 from runs_ar.terminal import is_piped
 
-OPTIONS = {"--checkpoint", "--device", "--dtype", "--prompt", "--json"}
+OPTIONS = {"--checkpoint", "--device", "--dtype", "--prompt", "--json", "--attention", "--top"}
 BATCH_SIZE = 16
 NUM_GUESSES = 5
 LARGEST_MATRIX = 12  # sentences whose similarities a terminal shows side by side
@@ -50,6 +51,10 @@ def run_bert(args, checkpoint):
     check_options(args.given)
     folder, config, tokenizer = checkpoint.folder, checkpoint.config, checkpoint.tokenizer
     texts = texts_of(args, config.head)
+    if args.attention and len(texts) > 1:
+        raise UserError(f"--attention draws the picture of one text; {len(texts)} were given")
+    if args.attention:
+        check_output(args.attention, "--attention")
     if not isinstance(tokenizer, WordPieceTokenizer):
         raise UserError(f"{folder}: this tokenizer does not cut words as BERT does (WordPiece); use its own")
     answer = {
@@ -64,11 +69,17 @@ def run_bert(args, checkpoint):
     for text, (ids, _) in zip(texts, inputs):
         check_length(config, text, ids)
 
-    results = answer.results(texts, inputs, outputs(checkpoint.load(), inputs))
+    answer.num_guesses = args.top or NUM_GUESSES
+    model = checkpoint.load()
+    results = answer.results(texts, inputs, outputs(model, inputs))
     if args.json:
         print(json.dumps(results))
     else:
         print("\n".join(answer.lines(results)).strip("\n"))
+    if args.attention:
+        tokens, segments, _ = padded(inputs, next(model.parameters()).device)
+        names = [tokenizer.token_text(id) for id in inputs[0][0]]
+        save(args.attention, self_attention(model, tokens, segments=segments), names, names)
 
 
 def outputs(model, inputs):
@@ -136,6 +147,8 @@ class Answer:
     lines(results)                   the same for people
     """
 
+    num_guesses = NUM_GUESSES
+
     def __init__(self, folder, tokenizer):
         self.tokenizer = tokenizer
 
@@ -169,7 +182,7 @@ class FillMask(Answer):
         return [n for n, id in enumerate(ids) if id == self.tokenizer.mask_id]
 
     def guesses(self, logits):
-        probabilities, ids = logits.softmax(dim=-1).topk(min(NUM_GUESSES, len(logits)))
+        probabilities, ids = logits.softmax(dim=-1).topk(min(self.num_guesses, len(logits)))
         return [
             {"token": self.tokenizer.token_text(id), "id": id, "probability": probability}
             for id, probability in zip(ids.tolist(), probabilities.tolist())

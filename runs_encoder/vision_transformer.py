@@ -22,7 +22,7 @@ from models.utils.machine import peak_memory, spoken_bytes
 from runs_ar.generate import NOT_FINITE
 from runs_encoder.attention_picture import attention, draw
 
-OPTIONS = {"--checkpoint", "--device", "--dtype", "--image", "--attention", "--json"}
+OPTIONS = {"--checkpoint", "--device", "--dtype", "--image", "--attention", "--json", "--top"}
 NUM_GUESSES = 5
 MOST_PATCHES = 10_000  # every patch attends to every other
 
@@ -42,7 +42,7 @@ def run_vit(args, checkpoint):
     model = checkpoint.load()
     start, results = time.perf_counter(), []
     for path, image in zip(args.images, inputs):
-        results.append(result(path, look(model, image), labels))
+        results.append(result(path, look(model, image), labels, args.top or NUM_GUESSES))
         if not args.json:
             print("\n".join(lines(results[-1])), flush=True)
     seconds = time.perf_counter() - start
@@ -63,13 +63,13 @@ def look(model, image):
     return out if out.dim() == 1 else out[0]  # the class token's, where hidden states come out
 
 
-def result(path, logits, labels):
+def result(path, logits, labels, num_guesses=NUM_GUESSES):
     """What --json prints for one image."""
     if labels is None:
         return {"image": str(path), "vector": logits.tolist()}
     multiple = labels["problem_type"] == "multi_label_classification"
     probabilities = logits.sigmoid() if multiple else logits.softmax(dim=-1)
-    best = probabilities.topk(min(NUM_GUESSES, len(logits)))
+    best = probabilities.topk(min(num_guesses, len(logits)))
     guesses = [
         {"label": labels["labels"][id], "id": id, "probability": probability}
         for probability, id in zip(best.values.tolist(), best.indices.tolist())

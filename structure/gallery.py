@@ -1,11 +1,14 @@
 """What lies in structure_images/, by the names of its files: what `show_structure.py --all` draws anew."""
 
+import json
+import re
 from pathlib import Path
 
 from models import config_names
 
 IMAGES = Path(__file__).resolve().parents[1] / "structure_images"
 ROPE = "-rope"  # behind the name of a picture of RoPE
+THINKS = "-thinks"  # behind that of a page in which a text runs through a model
 TREE = "family-tree"  # the name of its picture
 
 
@@ -37,3 +40,10 @@ def tree_images(folder=IMAGES):
 def pairs(stem):
     """Every way to read "gpt2-llama-3-8b" as two names."""
     return [(stem[:n], stem[n + 1 :]) for n, sign in enumerate(stem) if sign == "-"]
+
+
+def thinking_pages(folder=IMAGES):
+    """(name of the checkpoint, what was asked) of each such page of a folder, which says it itself."""
+    for path in sorted(folder.glob(f"*{THINKS}.html")):
+        asked = re.search(r'"asked": ({[^}]*})', path.read_text(encoding="utf-8"))
+        yield path.stem.removesuffix(THINKS), json.loads(asked[1])

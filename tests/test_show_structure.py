@@ -85,6 +85,7 @@ def test_what_all_draws_is_what_lies_there(tmp_path, monkeypatch):
     ropes = show_structure.rope_images(tmp_path)
     assert ropes == [("gpt2", False), ("pythia-70m", True)]
     monkeypatch.setattr(show_structure, "rope_images", list)
+    monkeypatch.setattr(show_structure, "thinking_pages", list)
     monkeypatch.setattr(show_structure, "images", lambda: found)
     monkeypatch.setattr(show_structure, "load", lambda name: (name, {"name": name}))
     monkeypatch.setattr(show_structure, "draw", lambda subject, dark: drawn.append((subject[0], dark)))

@@ -148,6 +148,15 @@ def has_a_page(visit):
 
 
 @step
+def thinks(visit):
+    """A text runs through it, with what it writes, on a page of its own."""
+    page, asked = visit.folder / "thinks.html", ["--prompt", "def f(x)", "--new-tokens", "4", "--html"]
+    show_structure.main([str(visit.checkpoint), *asked, "--lookup", "--out", str(page)])
+    text = page.read_text(encoding="utf-8")
+    assert '"first": false' in text and text.count('"kind": "add"') >= 2
+
+
+@step
 def has_a_table(visit):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         show_structure.main([visit.config_name, "--table"])

@@ -66,6 +66,7 @@ class Box:
     tied_to: str = ""  # id of the box that holds the same matrix
     weights: tuple = ()  # ((name, shape, Hugging Face's names), ...) of one member's own tensors
     output: Shape | None = None
+    call: tuple = ()  # where it is made: (paths of the modules, lines, torch's name, which of these calls)
     attends: tuple = ()  # of a mask: rows of "110000" for a short prompt, and for one more token
     flops: tuple = ()  # ((coefficient, "B*T"), ...), summed, of its own operations; see facts.py
     kept: tuple = ()  # the same for the numbers that a cache keeps

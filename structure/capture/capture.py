@@ -85,6 +85,7 @@ class Boxes:
         if spot.ops and spot.kind != "parameter" and not spot.opens:
             computing = [op for op in spot.ops if op.target not in BENDS | MAKERS]
             box.output = self.shapes.shape(computing[-1])
+            box.call = self.call_of(computing[-1])
             box.flops = self.flops(spot.ops)
             box.kept = self.kept_by(spot.ops)
             if spot.role == "mask":
@@ -96,6 +97,13 @@ class Boxes:
                 box.kept = self.terms([math.prod(computing[-1].shape)])
             box.once = bool(self.places.methods) and "decode" not in methods
         return box
+
+    def call_of(self, op):
+        """How whoever listens to the whole model finds an op again."""
+        where = op.modules[-1:], self.lines_of(op), op.target
+        same = [o for o in self.ops if (o.modules[-1:], self.lines_of(o), o.target) == where]
+        path = op.modules[-1][0] if op.modules else ""
+        return self.members(path) if path else ("",), where[1], op.target, same.index(op)
 
     def lines_of(self, op):
         """The statements that run it, from the outermost in, each by its first line."""
