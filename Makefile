@@ -1,6 +1,7 @@
 # make run    a model of this zoo writes text            make test   the whole test suite
 # make serve  the model behind an address, http://127.0.0.1:8000
 # make chat   a conversation with SmolLM2 135M           make clean  forget the virtual environment
+# make pages  all pages of show_structure.py as a website, in the folder site/
 # make check  ruff, then the tests
 # make test-real  the model of make chat, measured against transformers and llama.cpp
 # make soak   10,000 schedules by chance for runs_serve/, of which the suite makes 240
@@ -9,7 +10,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run serve chat test test-real check soak mutants clean
+.PHONY: run serve chat pages test test-real check soak mutants clean
 
 run: $(VENV)/installed-run
 	$(PYTHON) run.py
@@ -38,6 +39,9 @@ $(FILE): | $(VENV)/installed-run
 # The same model against transformers, and llama.cpp where it is installed: minutes, and 4 GB of memory.
 test-real: $(VENV)/installed-test $(FILE)
 	$(PYTHON) -m pytest -s tests/real_weights.py
+
+pages: $(VENV)/installed-run
+	$(PYTHON) show_structure.py --tree --html --out site
 
 test: $(VENV)/installed-test
 	$(PYTHON) -m pytest -n auto --dist loadfile

@@ -10,6 +10,7 @@
     python show_structure.py llama-3.1-405b --table   parameters, memory and work of every module
     python show_structure.py llama-3.1-405b --json    all of it, for a program
     python show_structure.py llama-3.1-8b --rope      how far RoPE's pairs reach, and what scaling does
+    python show_structure.py --tree                   what came from what; --html: all pages, in site/
 
 Nothing is drawn by hand: the model stands on torch's meta device, where weights have shapes and take no
 memory, and torch.export records what it does. A new file in models/ has its diagram without another line.
@@ -24,20 +25,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from conversion.find import find_folder, what_was_meant
-from models import CONFIGS_FOLDER, MODEL_NAMES, config_from_dict, config_names, nearest
+from models import CONFIGS_FOLDER, MODEL_NAMES, ONE_PASS, config_from_dict, config_names, kind_of, nearest
 from models.utils.command_line import CHECKPOINTS, Parser
 from models.utils.errors import UserError, report, run_main
 from models.utils.files import one_line, read_json
+from structure.gallery import (
+    IMAGES,
+    ROPE,
+    THINKS,
+    TREE,
+    images,
+    rope_images,
+    thinking_pages,
+    tree_images,
+)
 
 # torch and matplotlib take seconds to import: whatever needs them is imported where a model is drawn, so that
 # a list of names and the answer to a typo need not wait.
 
-IMAGES = Path(__file__).parent / "structure_images"
-ROPE = "-rope"  # behind the name of a picture of RoPE
-THINKS = "-thinks"  # behind that of a page in which a text runs through a model
+SITE = Path(__file__).parent / "site"
 LARGEST = 10**9  # of a number in a config; no model has more of anything
 COUNTS = re.compile(r"num_(?!active)(\w+_)?(layers|experts)")  # each an object, even on the meta device
 MOST_MODULES = 100_000
+NUM_NEW = 16  # tokens that a model writes on a page of the website
 MOST = 10**12  # of rows, tokens and GB/s
 
 
@@ -47,6 +57,10 @@ def main(argv=None):
         draw_all()
     elif args.compare:
         compare(*map(load, args.compare), args.out, args.html, args.dark)
+    elif args.tree and args.html:
+        write_site(args.out or SITE)
+    elif args.tree:
+        draw_tree(args.out, args.dark)
     elif not args.name:
         print(what_there_is())
     elif args.rope:
@@ -84,7 +98,7 @@ def write_page(subject, out=None):
     print(f"wrote {path}")
 
 
-def watch_it_think(name, asked, out=None, draft=None, lookup=False):
+def watch_it_think(name, asked, out=None, draft=None, lookup=False, ways=()):
     """The page of a run: a text of one's own through a checkpoint's weights. asked: see structure/watch."""
     import torch
 
@@ -98,15 +112,8 @@ def watch_it_think(name, asked, out=None, draft=None, lookup=False):
 
         write = with_drafts(checkpoint, draft)
     with written(path):
-        watch(checkpoint, load(name), path, asked, write)
+        watch(checkpoint, load(name), path, asked, write, ways)
     print(f"wrote {path}")
-
-
-def thinking_pages(folder=IMAGES):
-    """(name of the checkpoint, what was asked) of each such page of a folder, which says it itself."""
-    for path in sorted(folder.glob(f"*{THINKS}.html")):
-        asked = re.search(r'"asked": ({[^}]*})', path.read_text(encoding="utf-8"))
-        yield path.stem.removesuffix(THINKS), json.loads(asked[1])
 
 
 def compare(first, second, out=None, html=False, dark=False):
@@ -123,6 +130,26 @@ def compare(first, second, out=None, html=False, dark=False):
         save(picture, picture.compare(*first, *second, dark), path, dark)
 
 
+def write_site(folder, names=None):
+    """The family tree, and all pages that it leads to."""
+    from structure.tree import site
+
+    with written(folder):
+        for path in site.write(folder, lambda name: load(size_of(name)), names, run_example):
+            print(f"wrote {path}")
+
+
+def run_example(model_name, path, ways):
+    """The page of the example that came with a small checkpoint of a model; False where there is none."""
+    here = [name for name in config_names() if (CHECKPOINTS / name / "config.json").is_file()]
+    name = next((name for name in here if model_of(name) == model_name), None)
+    if name:
+        num_new = 0 if kind_of(model_name) == ONE_PASS else NUM_NEW
+        asked = {"prompt": None, "image": None, "num_new": num_new}
+        watch_it_think(str(CHECKPOINTS / name), asked, path, ways=ways)
+    return bool(name)
+
+
 # Pictures ---------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +158,8 @@ def draw_all():
     subjects = {}
     for name, dark in rope_images():
         draw_rope(name, dark=dark)
+    for dark in tree_images():
+        draw_tree(dark=dark)
     for name, asked in list(thinking_pages()):
         watch_it_think(name, asked)
     for names, dark, html in images():
@@ -142,31 +171,6 @@ def draw_all():
             write_page(*shown)
         else:
             draw(*shown, dark=dark)
-
-
-def images(folder=IMAGES):
-    """(names of the configs, whether it is dark, whether a page) of each picture and page of a folder."""
-    known, found = config_names(), []
-    for path in sorted(folder.glob("*")):
-        stem = path.stem.removesuffix("-dark")
-        names = (
-            (stem,) if stem in known else next((pair for pair in pairs(stem) if set(pair) <= set(known)), ())
-        )
-        if names and path.suffix in (".png", ".html"):
-            found.append((names, stem != path.stem, path.suffix == ".html"))
-    return found
-
-
-def rope_images(folder=IMAGES):
-    """(name of the config, whether it is dark) of each picture of RoPE in a folder."""
-    stems = [path.stem for path in sorted(folder.glob("*.png"))]
-    named = [(stem.removesuffix("-dark").removesuffix(ROPE), stem) for stem in stems if ROPE in stem]
-    return [(name, stem.endswith("-dark")) for name, stem in named if name in config_names()]
-
-
-def pairs(stem):
-    """Every way to read "gpt2-llama-3-8b" as two names."""
-    return [(stem[:n], stem[n + 1 :]) for n, sign in enumerate(stem) if sign == "-"]
 
 
 def draw(subject, out=None, dark=False):
@@ -186,6 +190,15 @@ def draw_rope(name, changes=(), out=None, dark=False):
 
     path = out or IMAGES / f"{file_name(shown)}{ROPE}.png"
     save(picture, rope.draw(shown, model_name, config, dark), path, dark)
+
+
+def draw_tree(out=None, dark=False):
+    """Of the docstrings alone, so that nothing is captured."""
+    from structure.picture import picture
+    from structure.tree import draw
+    from structure.tree.ancestry import relatives
+
+    save(picture, draw.draw(relatives(), dark), out or IMAGES / f"{TREE}.png", dark)
 
 
 def file_name(name):
@@ -357,10 +370,11 @@ def parse(argv):
         "name", nargs="?", metavar="NAME", help="in configs/, models/, checkpoints/, a folder, or a JSON file"
     )
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="another value in its config")
-    add("--out", type=Path, metavar="FILE", help="default: structure_images/NAME.png, or .html")
+    add("--out", type=Path, metavar="FILE", help="default: structure_images/NAME.png, or .html; site/")
     add("--dark", action="store_true", help="a picture for a dark page, NAME-dark.png")
     add("--all", action="store_true", help="draw anew all that lies in structure_images/")
     add("--compare", nargs=2, metavar="NAME", help="two models side by side")
+    add("--tree", action="store_true", help="all models by year; with --html every page, in a folder")
 
     add = parser.add_mutually_exclusive_group().add_argument
     add("--html", action="store_true", help="write a page instead of a picture")
@@ -395,24 +409,23 @@ def checked(args):
         raise UserError("--draft and --lookup both guess ahead; give one of them")
     if (args.draft or args.lookup) and args.new_tokens is None:
         raise UserError("--draft and --lookup guess what is written: give --new-tokens N too")
-    given = [bool(args.name), args.all, bool(args.compare)]
+    given = [bool(args.name), args.all, bool(args.compare), args.tree]
     if sum(given) > 1:
-        raise UserError("NAME, --all and --compare exclude each other; give one of them")
+        raise UserError("NAME, --all, --compare and --tree exclude each other; give one of them")
     if args.set and not args.name:
         raise UserError("--set goes with NAME")
     if args.all and (args.out or args.dark or args.html or args.table or args.json or args.rope):
         raise UserError("--all draws pictures into structure_images/; leave out the other options")
-    if args.compare and (args.table or args.json or args.rope):
-        raise UserError(
-            "--compare makes a picture, or with --html a page; leave out --table, --json and --rope"
-        )
+    if (args.compare or args.tree) and (args.table or args.json or args.rope):
+        makes = f"--{'compare' if args.compare else 'tree'} makes a picture, or with --html"
+        raise UserError(f"{makes} pages; leave out --table, --json and --rope")
     if (args.html or args.table or args.json or args.rope or args.out or args.dark) and not any(given):
         raise UserError("say which model: give its NAME; without options the names are listed")
     if (args.table or args.json) and (args.out or args.dark):
         raise UserError("--table and --json print what they say; leave out --out and --dark")
     if args.html and args.dark:
         raise UserError("--dark is for pictures; a page is as dark as the browser asks for, key t changes it")
-    check_out(args.out)
+    check_out(args.out, is_folder=args.tree and args.html)
     for option in ("batch", "length", "bandwidth"):
         value = getattr(args, option)
         if not 0 < value <= MOST:  # which NaN is not either
@@ -420,11 +433,13 @@ def checked(args):
     return args
 
 
-def check_out(out):
-    """Before a model is drawn for it: a place for a file."""
+def check_out(out, is_folder=False):
+    """Before a model is drawn for it: a place for a file, or for the folder of --tree --html."""
     if out is None:
         return
-    if os.path.isdir(out):
+    if is_folder and out.is_file():
+        raise UserError(f"--out {out}: is no folder; --tree --html writes a page for each model into one")
+    if os.path.isdir(out) and not is_folder:
         raise UserError(f"--out {out}: is a folder; give the name of a file in it")
     around = next((folder for folder in out.parents if os.path.lexists(folder)), None)
     if around and not os.path.isdir(around):

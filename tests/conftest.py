@@ -30,3 +30,5 @@ if os.environ.get("ZOO_CPU") in THEIR_NAMES:
 import torch  # noqa: E402 (after the variables that it reads)
 
 torch.set_num_threads(1)
+
+from tests.browser import browser, driver  # noqa: E402, F401 (fixtures)

@@ -38,7 +38,7 @@ from runs_serve.live import LiveEngine
 from runs_serve.metrics import Metrics
 from runs_serve.model_thread import ModelThread
 from runs_serve.request import Request
-from tests.test_structure_page import FLAGS
+from tests.browser import FLAGS
 from tests.tiny_checkpoints import EOS, load, save_checkpoint
 
 ROOT = Path(__file__).parent.parent

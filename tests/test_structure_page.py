@@ -2,10 +2,8 @@
 
 import json
 import re
-import shutil
 from copy import deepcopy
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from structure.compare import compare
 from structure.page import page
 from structure.page.rows import arrange
 from tests import zoo
+from tests.browser import Elements
 
 ROOT = Path(__file__).parent.parent
 MODELS = list(zoo.one_config_each("llama-3-8b", "gpt2", "bert-base-uncased", "opus-mt", "vit-b-16").values())
@@ -48,31 +47,6 @@ def page_of(folder):
     return write
 
 
-class Elements(HTMLParser):
-    """Every element of a page as (tag, attributes), and the text of its scripts."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.scripts, self.inside = [], [], None
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        self.inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-    def handle_data(self, text):
-        if self.inside == "script":
-            self.scripts[-1] += text
-
-    def values(self, attribute):
-        return [attributes[attribute] for _, attributes in self.elements if attribute in attributes]
-
-
 # What is in a page ------------------------------------------------------------------------------------------
 
 
@@ -87,14 +61,14 @@ def test_every_box_is_drawn_once_and_every_wire_has_its_ends(name, page_of):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_everything_flows_down(name):
+def test_rows_are_in_the_order_of_the_data(name):
     for box in page.inside(captured(name)[0]):
         rows = arrange(box).rows
         stands = {item.anchor: n for n, row in enumerate(rows) for item in row} | {"port:out": len(rows)}
         assert len(stands) == 1 + sum(map(len, rows)), "an anchor stands twice"
         for path, edge in arrange(box).wires:
             steps = [stands[anchor] for anchor in path]
-            assert steps == sorted(set(steps)), f"{box.id}: {edge.source} to {edge.target} goes up"
+            assert steps == sorted(set(steps)), f"{box.id}: {edge.source} to {edge.target} goes back"
             if not arrange(box).has_gutter:
                 assert steps == list(range(steps[0], steps[-1] + 1)), f"{box.id}: {edge} runs through a box"
 
@@ -171,128 +145,6 @@ def test_lines_that_two_sources_share():
 
 # In a browser -----------------------------------------------------------------------------------------------
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("no browser: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # Told where the driver is, Selenium fetches none.
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
-
-
-class Browser:
-    """One page in the browser; closing it checks that nothing was fetched and nothing went wrong."""
-
-    def __init__(self, driver):
-        self.driver = driver
-
-    def open(self, path, link="", width=1440, height=900, dark=False):
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        scheme = [
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
-            {"name": "prefers-reduced-motion", "value": "reduce"},
-        ]
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-        self.driver.get("about:blank")
-        self.driver.get(path.as_uri() + link)
-
-    def run(self, script, *arguments):
-        return self.driver.execute_script(script, *arguments)
-
-    def find(self, selector):
-        return self.driver.find_element("css selector", selector)
-
-    def box(self, name):
-        """The head of a box, which is where a pointer meets no other."""
-        return self.run(
-            "const box = elements[0].get(arguments[0]); return box.querySelector('.head') ?? box", name
-        )
-
-    def line(self, text):
-        """The element of the first line that holds a text, and its number."""
-        return self.run(
-            "const line = all('.line').find((each) => each.textContent.includes(arguments[0]));"
-            "line.scrollIntoView({block: 'center'});"
-            "return [line.querySelector('.text span, .text'), Number(line.dataset.line)]",
-            text,
-        )
-
-    def point(self, element):
-        from selenium.webdriver import ActionChains
-
-        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
-        ActionChains(self.driver, duration=0).move_to_element(element).perform()
-
-    def keys(self, *keys):
-        from selenium.webdriver import ActionChains
-
-        ActionChains(self.driver, duration=0).send_keys(*keys).perform()
-
-    def lit(self):
-        """The ids of the lit boxes and the numbers of the lit lines."""
-        return (
-            set(self.run("return all('.box.lit').map((each) => each.dataset.id)")),
-            self.run("return all('.line.lit').map((each) => Number(each.dataset.line))"),
-        )
-
-    def pinned(self):
-        return self.run("return all('.box.pinned').map((each) => each.dataset.id)")
-
-    def values(self, root="document"):
-        """{name: the exact number} of the facts that are shown."""
-        named = f"all('[data-name]', {root})"
-        return dict(
-            self.run(f"return {named}.map((each) => [each.dataset.name, Number(each.dataset.value)])")
-        )
-
-    def set(self, **fields):
-        for name, value in fields.items():
-            self.run(
-                "const field = controls.elements[arguments[0]]; field.value = arguments[1];"
-                "field.dispatchEvent(new Event('input', {bubbles: true}))",
-                name,
-                str(value),
-            )
-
-    def in_view(self, selector):
-        """Whether an element stands inside its pane's window."""
-        return self.run(
-            "const element = document.querySelector(arguments[0]), pane = element.closest('.pane');"
-            "const a = element.getBoundingClientRect(), b = pane.getBoundingClientRect();"
-            "return a.top >= b.top && a.top < b.bottom",
-            selector,
-        )
-
-
-@pytest.fixture
-def browser(driver):
-    driver.get("about:blank")
-    driver.get_log("browser"), driver.get_log("performance")  # what came before is forgotten
-    yield Browser(driver)
-    assert driver.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    asked = [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-    ]
-    assert asked and all(url.startswith(("file:", "data:", "about:")) for url in asked), asked
-
 
 @pytest.fixture
 def llama(browser, page_of):
@@ -326,7 +178,7 @@ def test_pointing_at_a_line_lights_its_boxes(llama):
     # A line inside a class that no box runs by itself: all that are of this class.
     llama.point(llama.line("self.weight = nn.Parameter(torch.ones")[0])
     assert llama.lit()[0] == {"layers.0.attn_norm", "layers.0.ffn_norm", "final_norm"}
-    assert llama.in_view(".box.lit")
+    assert llama.in_view('.box.lit[data-id="layers.0.attn_norm"]')
     llama.point(llama.line("import math")[0])
     assert llama.lit() == (set(), [])
 
@@ -406,13 +258,15 @@ def test_a_mask_is_shown_for_a_prompt_and_for_one_more_token(llama):
 def test_a_field_says_what_is_wrong_with_it(llama):
     remark = "return document.getElementById('remark-' + arguments[0]).textContent"
     for name, wrong, says in [
-        ("B", "1.5", "a whole number, 1 or more"),
-        ("bandwidth", "-1", "a number above 0"),
-        ("T", "9000", "more than the 8,192 it is made for"),
-        ("S", "8193", "more than the 8,192 it is made for"),
+        ("B", "1.5", "a whole number, 1 or more; still counted for 1"),
+        ("bandwidth", "-1", "a number above 0; still counted for 100"),
+        ("T", "9000", "at most 8,192 tokens fit this model; still counted for 512"),
+        ("S", "8193", "at most 8,192 tokens fit this model; still counted for 2,048"),
     ]:
+        before = llama.values()
         llama.set(**{name: wrong})
-        assert llama.run(remark, name) == says
+        assert llama.run(remark, name) == says and llama.values() == before
+        assert llama.find(f'input[name="{name}"]').get_attribute("aria-invalid") == "true"
         described = llama.find(f'input[name="{name}"]').get_attribute("aria-describedby")
         assert described == f"remark-{name}"
     llama.set(B=2, T=8192, bandwidth=0.5)
@@ -450,7 +304,7 @@ def test_keyboard(llama):
     llama.keys(left)
     assert llama.find('[data-id="layers.0.attn"]').get_attribute("aria-expanded") == "false"
     llama.keys(right, right)
-    assert llama.run(focused) == "layers.0.attn.q_proj"
+    assert llama.run(focused) == "layers.0.attn.o_proj"
     llama.keys(left, left, left)
     assert llama.run(focused) == "layers.0"
     llama.keys(enter)
@@ -510,6 +364,12 @@ def test_every_number_of_every_model(name, browser, page_of):
     }
 
 
+def test_a_model_of_short_texts_begins_with_one_that_fits(browser, page_of):
+    browser.open(page_of("gpt2"))
+    assert browser.run("return [settings.T, settings.S]") == [512, 1024]
+    assert browser.run("return all('[aria-invalid=\"true\"]').length") == 0
+
+
 def test_controls_change_the_numbers_at_once(llama):
     before = llama.values()
     llama.set(dtype="fp32")
@@ -539,6 +399,90 @@ def test_what_a_model_has_not_is_not_asked_for(browser, page_of):
         )
         assert set(asked) - {""} == set(letters), name
         assert ("tokensPerSecond" in browser.values()) == ("S" in letters)
+
+
+# Panes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_data_flows_upward_as_in_the_pictures(name, browser, page_of):
+    """From the upper edge of its source, or the stream, a wire leads up to the lower edge of its target."""
+    browser.open(page_of(name))
+    falls = """
+        const ends = (path) => [0, path.getTotalLength()].map((at) => {
+            const point = path.getPointAtLength(at);
+            return new DOMPoint(point.x, point.y).matrixTransform(path.getScreenCTM()).y;
+        });
+        const paths = all('.wires path:not(.tip)').filter((path) => path.getClientRects().length);
+        return [paths.length, paths.filter((path) => {
+            const [start, end] = ends(path), source = elements[0].get(path.dataset.source);
+            const free = path.closest('.gutter') || !source;
+            const edge = source?.getBoundingClientRect().top;
+            const target = elements[0].get(path.dataset.target);
+            const foot = target?.getBoundingClientRect().bottom + 6 * target?.matches('.folded');
+            const misses = target && !target.matches('.circle') && Math.abs(end - foot) > 1.5;
+            return end > start + 0.5 || misses || (!free && Math.abs(start - edge) > 1.5);
+        }).map((path) => `${path.dataset.source} to ${path.dataset.target}`)];
+    """
+    drawn, wrong = browser.run(falls)
+    assert drawn > 5 and wrong == []
+    begins = browser.run(
+        "const pane = document.querySelector('.pane.diagram').getBoundingClientRect();"
+        "const inlet = all('.tree .ports').at(-1).getBoundingClientRect();"
+        "return inlet.top > pane.top && inlet.bottom <= pane.bottom"
+    )
+    assert begins, "the page begins where the tokens come in"
+
+
+@pytest.mark.parametrize("width", [1440, 1100, 390])
+def test_no_line_of_the_source_is_cut_off(width, browser, page_of):
+    browser.open(page_of("llama-3-8b"), width=width, height=844)
+    if width < 600:
+        browser.find('.tabs [data-pane="source"]').click()
+    cut = """
+        const right = document.querySelector('.pane.source').getBoundingClientRect().right;
+        const ends = (node) => [...node.data.matchAll(/\\S+/g)].map((word) => {
+            const range = document.createRange();
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            return range.getBoundingClientRect().right;
+        });
+        return all('.line .text').filter((line) => {
+            const nodes = document.createTreeWalker(line, NodeFilter.SHOW_TEXT);
+            while (nodes.nextNode()) if (ends(nodes.currentNode).some((end) => end > right)) return true;
+            return false;
+        }).map((line) => line.textContent);
+    """
+    assert browser.run(cut) == []
+    pane = "document.querySelector('.pane.source')"
+    assert browser.run(f"return {pane}.scrollWidth <= {pane}.clientWidth")
+    short = "all('.shape').filter((each) => each.textContent.length < 30)"
+    broken = f"return {short}.filter((each) => each.getClientRects().length > 1)"
+    assert browser.run(broken) == [], "a shape stays in one piece"
+
+
+def test_borders_move_by_pointer_and_by_keys(llama):
+    from selenium.webdriver import ActionChains
+
+    left, right, enter = "\ue012", "\ue014", "\ue007"
+    widths = "return all('.pane').map((pane) => Math.round(pane.getBoundingClientRect().width))"
+    first, middle, last = llama.run(widths)
+    border = llama.find('.border[data-name="--left"]')
+    ActionChains(llama.driver, duration=0).drag_and_drop_by_offset(border, 100, 0).perform()
+    assert llama.run(widths) == [first + 100, middle - 100, last]
+    ActionChains(llama.driver, duration=0).drag_and_drop_by_offset(border, 600, 0).perform()
+    assert llama.run(widths)[1] == 180, "the next pane keeps some room"
+    llama.run("arguments[0].focus()", border)
+    llama.keys(enter)
+    assert llama.run(widths) == [first, middle, last], "Enter moves it back"
+    llama.keys(right, right, left)
+    assert llama.run(widths) == [first + 24, middle - 24, last]
+    assert 0 < int(border.get_attribute("aria-valuenow")) < 100
+    llama.run("document.querySelector('[data-name=\"--right\"]').focus()")
+    llama.keys(left)
+    assert llama.run(widths) == [first + 24, middle - 48, last + 24]
+    tips = llama.run("return all('.wires path.tip').length")
+    assert tips and llama.run("return document.documentElement.scrollWidth") <= 1440
 
 
 def test_dark(browser, page_of):
@@ -615,6 +559,12 @@ def test_two_models_side_by_side(browser, folder):
     shown = browser.driver.find_elements("css selector", ".differences .sentence")
     assert len(shown) == sum(bool(sentence) for _, *both in said for sentence in both)
     assert len(browser.driver.find_elements("css selector", ".differences h3")) == len(said)
+
+    heights = "return all('.pair > .pane.diagram').map((pane) => Math.round(pane.offsetHeight))"
+    before = browser.run(heights)
+    browser.run("document.querySelector('.border.level').focus()")
+    browser.keys("\ue015")
+    assert browser.run(heights) == [height + 24 for height in before], "both diagrams are higher"
 
     item = next(n for n, sentence in enumerate(sentences) if "RMSNorm" in sentence)
     browser.point(browser.driver.find_elements("css selector", ".differences li")[item])

@@ -12,9 +12,6 @@ from conversion.convert import convert
 from models import load_model
 from models.utils.command_line import CHECKPOINTS
 from structure.watch.thought import Text, think
-from tests import test_structure_page
-
-driver, browser = test_structure_page.driver, test_structure_page.browser  # fixtures
 
 ROOT = Path(__file__).parent.parent
 DATA = '<script type="application/json" id="data">'

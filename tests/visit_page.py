@@ -171,6 +171,12 @@ def is_compared(visit):
 
 
 @step
+def stands_in_the_tree(visit):
+    show_structure.main(["--tree", "--out", str(visit.folder / "tree.png")])
+    assert f"models/{visit.model_name}.py" in (visit.folder / "tree.svg").read_text(encoding="utf-8")
+
+
+@step
 def measures(visit):
     """As benchmark.py does in processes of its own."""
     subject = Eager(visit.checkpoint, None, "cpu", "float32")

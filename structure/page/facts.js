@@ -7,6 +7,8 @@ const BYTES = { fp32: 4, bf16: 2, int8: 2, int4: 2 }; // of an activation, of a 
 const MEMORIES = [8, 16, 24, 80]; // GB that people have
 
 const settings = { B: 1, T: 512, N: 512, S: 2048, dtype: "bf16", bandwidth: 100 };
+const LENGTHS = ["T", "N", "S"];
+const most = model.config.max_seq_len ?? Infinity; // tokens of a text
 const generates = root.cache.length > 0; // token by token, with a cache
 const pass = model.letters.includes("T") ? "Prompt" : "A pass";
 let looked = null; // the id of the box whose facts are shown
@@ -231,34 +233,39 @@ function overview() {
   for (const [name, value] of Object.entries(model.config)) {
     config.append(make("dt", {}, name), make("dd", {}, spoken(value)));
   }
-  const hint = make("p", { class: "hint" }, "Point at a box or at a line; a click holds it.");
+  const hint = make("p", { class: "hint" }, "Data flows upward, as in the pictures. Point at a box or at a line; a click holds it.");
   return [make("h2", {}, model.name), hint, sizesOf(root), make("h3", {}, "Config"), config];
 }
 
 // Controls --------------------------------------------------------------------------------------------------
 
-/** What is wrong with a field, or what its number means to this model; "" where all is well. */
-function remarkOn(name, value, valid) {
-  if (!valid) return name === "bandwidth" ? "a number above 0" : "a whole number, 1 or more";
-  const most = model.config.max_seq_len;
-  if ("TNS".includes(name) && most && value > most) return `more than the ${plain(most)} it is made for`;
+/** What is wrong with a field, and which number holds instead; "" where all is well. */
+function wrongWith(name, value) {
+  if (name === "dtype") return "";
+  const holds = `; still counted for ${plain(settings[name])}`;
+  if (name === "bandwidth") return value > 0 ? "" : `a number above 0${holds}`;
+  if (!(value > 0 && Number.isSafeInteger(value))) return `a whole number, 1 or more${holds}`;
+  if (LENGTHS.includes(name) && value > most) return `at most ${plain(most)} tokens fit this model${holds}`;
   return "";
 }
 
 function readControls() {
   for (const { name, value, parentElement } of controls.elements) {
-    const number = Number(value);
-    const valid = name === "dtype" || (number > 0 && (name === "bandwidth" || Number.isSafeInteger(number)));
-    controls.elements[name].setAttribute("aria-invalid", String(!valid));
+    const wrong = wrongWith(name, Number(value));
+    controls.elements[name].setAttribute("aria-invalid", String(wrong !== ""));
     const remark = parentElement.querySelector(".remark");
-    if (remark) remark.textContent = remarkOn(name, number, valid);
-    if (valid) settings[name] = name === "dtype" ? value : number;
+    if (remark) remark.textContent = wrong;
+    if (!wrong) settings[name] = name === "dtype" ? value : Number(value);
   }
   showNumbers();
   showBox();
 }
 
-for (const letter of ["B", "T", "N", "S"]) {
+for (const name of LENGTHS) {
+  settings[name] = Math.min(settings[name], most);
+  controls.elements[name].value = settings[name];
+}
+for (const letter of ["B", ...LENGTHS]) {
   const asked = letter === "S" ? generates : model.letters.includes(letter);
   controls.querySelector(`.${letter}`).hidden = !asked;
 }

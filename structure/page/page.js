@@ -1,4 +1,3 @@
-"use strict";
 // The diagram and the source: what is lit, what is pinned, and the wires between the boxes.
 // Says "show" to the document with {model, id, name} whenever another box is looked at; id null: none. name is
 // the module that a link meant, of the many that a folded box stands for. Says "pin" when a box is pinned.
@@ -255,12 +254,15 @@ addEventListener("keydown", (event) => {
 document.getElementById("help").addEventListener("click", () => dialog.showModal());
 
 // Wires -----------------------------------------------------------------------------------------------------
+// Data flows upward, as in the pictures. So heights count from a group's lower edge, and page.css turns the
+// drawing of its wires over.
 
 const SPINE = 25; // where the residual stream runs, from a group's left edge; page.css puts the signs there
-const BEND = 9; // how far above its target a wire turns
+const BEND = 9; // how far before its target a wire turns
 const RADIUS = 5; // of its corners
 const INSET = 14; // wires keep this far from the corners of a box
 const SIGN = 11; // the radius of a sign
+const CARDS = 6; // how far the cards below a folded box stick out
 
 /** Where wires may leave and reach an item of a row, relative to its group. */
 function place(item, frame) {
@@ -272,31 +274,31 @@ function place(item, frame) {
   return {
     left: narrow ? middle : rect.left - frame.left + INSET,
     right: narrow ? middle : rect.right - frame.left - INSET,
-    top: rect.top - frame.top,
-    bottom: rect.bottom - frame.top,
+    entry: frame.bottom - rect.bottom - (box?.matches(".folded") ? CARDS : 0),
+    exit: frame.bottom - rect.top,
     circle,
     onSpine: item.matches(".spine, .wide"),
   };
 }
 
-/** Where a wire leaves a and reaches b: straight down where it can. */
+/** Where a wire leaves a and reaches b: straight up where it can. */
 function columns(a, b) {
   const left = Math.max(a.left, b.left), right = Math.min(a.right, b.right);
   if (left <= right) return [(left + right) / 2, (left + right) / 2];
   return a.right < b.left ? [a.right, b.left] : [a.left, b.right];
 }
 
-/** From the column x down to a point, with a turn right above it. */
-function downTo(x, toX, toY) {
+/** From the column x up to a point, with a turn right before it. */
+function upTo(x, toX, toY) {
   if (Math.abs(x - toX) < 1) return `V${toY}`;
   const bend = toY - BEND, r = Math.min(RADIUS, Math.abs(x - toX) / 2), side = Math.sign(toX - x) * r;
   const first = `V${bend - r}Q${x} ${bend} ${x + side} ${bend}`;
   return `${first}H${toX - side}Q${toX} ${bend} ${toX} ${bend + r}V${toY}`;
 }
 
-/** From the column x down, then sideways into a sign. */
-function intoSign(x, { left, top, bottom }) {
-  const y = (top + bottom) / 2, side = Math.sign(left - x), edge = left - side * SIGN;
+/** From the column x up, then sideways into a sign. */
+function intoSign(x, { left, entry, exit }) {
+  const y = (entry + exit) / 2, side = Math.sign(left - x), edge = left - side * SIGN;
   return [`V${y - RADIUS}Q${x} ${y} ${x + side * RADIUS} ${y}H${edge}`, [edge, y, -90 * side]];
 }
 
@@ -304,27 +306,27 @@ function intoSign(x, { left, top, bottom }) {
 function route(stops, gutter, residual) {
   const [first, second] = stops, last = stops.at(-1);
   if (gutter && first.onSpine && last.onSpine && residual) {
-    return [`M${SPINE} ${first.bottom}V${last.top}`, null];
+    return [`M${SPINE} ${first.exit}V${last.entry}`, null];
   }
   if (gutter && first.onSpine && last === second) {
-    const x = Math.max(last.left, SPINE), y = last.top - BEND;
-    return [`M${SPINE} ${y}H${x - RADIUS}Q${x} ${y} ${x} ${y + RADIUS}V${last.top}`, [x, last.top, 0]];
+    const x = Math.max(last.left, SPINE), y = last.entry - BEND;
+    return [`M${SPINE} ${y}H${x - RADIUS}Q${x} ${y} ${x} ${y + RADIUS}V${last.entry}`, [x, last.entry, 0]];
   }
   let [x] = columns(first, second);
   // To a sign at the side a wire leaves from the middle, to the residual stream from where it branched off.
   const aside = second.circle && (second.left < first.left || second.left > first.right);
   if (aside) x = gutter ? first.left : (first.left + first.right) / 2;
-  let path = `M${x} ${first.bottom}`;
+  let path = `M${x} ${first.exit}`;
   for (const stop of stops.slice(1)) {
     const [, toX] = columns({ left: x, right: x }, stop);
     if (stop.circle && Math.abs(toX - x) > SIGN) {
       const [end, tip] = intoSign(x, stop);
       return [path + end, tip];
     }
-    path += downTo(x, toX, stop.top);
+    path += upTo(x, toX, stop.entry);
     x = toX;
   }
-  return [path, last.isOut ? null : [x, last.top, 0]];
+  return [path, last.isOut ? null : [x, last.entry, 0]];
 }
 
 function draw(group) {
@@ -335,10 +337,11 @@ function draw(group) {
   const middle = gutter ? SPINE : row.offsetLeft + row.offsetWidth / 2;
   const items = all(":scope > .row > .item[data-anchor]", group);
   const places = new Map(items.map((item) => [item.dataset.anchor, place(item, frame)]));
-  const end = group.querySelector(":scope > .idle")?.offsetTop ?? frame.height;
-  places.set("port:out", { left: middle, right: middle, top: end, bottom: end, onSpine: true, isOut: true });
+  const idle = group.querySelector(":scope > .idle");
+  const end = frame.height - (idle ? idle.offsetTop + idle.offsetHeight : 0);
+  places.set("port:out", { left: middle, right: middle, entry: end, exit: end, onSpine: true, isOut: true });
   const inlet = places.get("port:in");
-  if (inlet && gutter) Object.assign(inlet, { left: SPINE, right: SPINE, bottom: 0, onSpine: true });
+  if (inlet && gutter) Object.assign(inlet, { left: SPINE, right: SPINE, exit: 0, onSpine: true });
 
   svg.replaceChildren();
   const { model } = group.closest(".box").dataset;
@@ -363,21 +366,3 @@ function draw(group) {
 
 const drawAll = (tree) => all(".inside", tree).filter((group) => group.offsetParent).forEach(draw);
 for (const tree of trees) new ResizeObserver(() => drawAll(tree)).observe(tree);
-
-// Light and dark, panes -------------------------------------------------------------------------------------
-
-function changeTheme() {
-  const { dataset } = document.documentElement;
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  dataset.theme = (dataset.theme ?? system) === "dark" ? "light" : "dark";
-}
-document.getElementById("theme").addEventListener("click", changeTheme);
-
-const tabs = all(".tabs button");
-for (const tab of tabs) {
-  tab.addEventListener("click", () => {
-    document.querySelector("main").dataset.pane = tab.dataset.pane;
-    tabs.forEach((each) => each.setAttribute("aria-pressed", String(each === tab)));
-    if (pinned) scrollToLines(pinned.model, pinned.id);
-  });
-}

@@ -1,7 +1,8 @@
 """One HTML file that ties a model's diagram to its source: it opens from disk and needs no network.
 
 frame.html.jinja is what all pages share, page.html.jinja shows one model and comparison.html.jinja two;
-page.css is their looks. page.js ties boxes and lines together, facts.js computes. All goes into the file.
+page.css is their looks. page.js ties boxes and lines together, panes.js makes room, facts.js computes. All of
+it goes into the file.
 """
 
 import ast
@@ -37,19 +38,19 @@ KINDS = {
 SHAPE_COMMENT = re.compile(r"#\s*(\(|each \(|\w x \()")
 
 
-def write(box, info, path):
+def write(box, info, path, ways=()):
     """Write the page of one model.
 
-    box: the whole model, from capture.py. info: what facts.describe says of it.
+    box: the whole model, from capture.py. info: what facts.describe says of it. ways: (words, address) of
+    the pages that it leads to.
     """
     shown = model(box, info)
     panes = {"diagram": "Diagram", "source": "Source", "facts": "Facts"}
-    render(
-        "page", path, "facts.js", title=info["name"], summary=shown["summary"], panes=panes, models=[shown]
-    )
+    values = {"title": info["name"], "summary": shown["summary"], "panes": panes, "models": [shown]}
+    render("page", path, "facts.js", ways=ways, **values)
 
 
-def compare(box_a, info_a, box_b, info_b, path):
+def compare(box_a, info_a, box_b, info_b, path, ways=()):
     """Write the page of two models side by side, arguments as for write: what is the same is faded."""
     comparison = compare_models(box_a, box_b)
     left = [(each.left, each.right) for each in comparison.differences]
@@ -65,11 +66,20 @@ def compare(box_a, info_a, box_b, info_b, path):
     title = f"{info_a['name']} and {info_b['name']}"
     summary = "What is the same is faded; sizes do not count."
     values = {"title": title, "summary": summary, "panes": panes, "models": models}
-    render("comparison", path, "comparison.js", comparison=comparison, **values)
+    render("comparison", path, "comparison.js", comparison=comparison, ways=ways, **values)
 
 
 def render(name, path, *scripts, folders=(), **values):
-    """scripts: of one of the folders, beside page.js; the template and what it includes may be there too."""
+    """A page with boxes and lines. scripts: beside those that all have; folders: see write_page."""
+    scripts = ["theme.js", "page.js", "panes.js", *scripts]
+    write_page(name, path, scripts, ["page.css"], folders, **values)
+
+
+def write_page(name, path, scripts, styles, folders=(), **values):
+    """The file of a template, with its scripts and styles inside.
+
+    folders: where these may be, and what the template includes, besides this one.
+    """
     folders = [HERE, *folders]
     environment = Environment(
         loader=FileSystemLoader(folders),
@@ -79,17 +89,15 @@ def render(name, path, *scripts, folders=(), **values):
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    # These files are the project's own; nothing else in a page goes unescaped.
-    css, js, *more_js = (
-        Markup(
-            next(folder / file for folder in folders if (folder / file).is_file()).read_text(encoding="utf-8")
-        )
-        for file in ("page.css", "page.js", *scripts)
-    )
+
+    def texts(names):
+        """Files of the project's own, as they are; nothing else in a page goes unescaped."""
+        places = [next(at / each for at in folders if (at / each).is_file()) for each in names]
+        return Markup("\n".join(place.read_text(encoding="utf-8") for place in places))
+
     colours = {"ground": GROUND, "text": TEXT, "muted": MUTED, "spine": SPINE}
-    text = environment.get_template(f"{name}.html.jinja").render(
-        roles=COLOURS, colours=colours, css=css, js=js, more_js=Markup("\n").join(more_js), **values
-    )
+    shared = {"roles": COLOURS, "colours": colours, "css": texts(styles), "js": texts(scripts), "ways": ()}
+    text = environment.get_template(f"{name}.html.jinja").render(**shared | values)
     with write_atomically(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -110,6 +118,7 @@ def model(box, info, marks=None, same=()):
         "box": view(box, marks),
         "lines": highlighted(source),
         "same_lines": same,
+        "indents": [len(line) - len(line.lstrip()) for line in source.splitlines()],
         "data": {
             "name": info["name"],
             "root": box.id,

@@ -1,9 +1,9 @@
-"""Where the boxes of one group stand on the page: in rows, from the top down, beside the residual stream.
+"""Where the boxes of one group stand on the page: in rows, from the bottom up, beside the residual stream.
 
-A layer has a gutter at its left edge: the residual stream runs down there, its additions sit on it, and what
-they add branches off to the right. Other groups are rows alone: a box stands one row below the last of its
-inputs. Where an edge passes a row on its way down, a lane keeps a place free for it. Masks, positions, caches
-and the like come into a box by name, without a line, as on a circuit's plan, unless they are right above it.
+A layer has a gutter at its left edge: the residual stream runs up there, its additions sit on it, and what
+they add branches off to the right. Other groups are rows alone: a box stands one row above the last of its
+inputs. Where an edge passes a row on its way up, a lane keeps a place free for it. Masks, positions, caches
+and the like come into a box by name, without a line, as on a circuit's plan, unless they are right below it.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ def arrange(box):
 
 
 def branches_off(children, lines):
-    """Whether the residual stream runs from the top of a box to an addition: then it has a gutter."""
+    """Whether the residual stream runs from the foot of a box to an addition: then it has a gutter."""
     adds = {child.id for child in children if child.role == "add"}
     return any(edge.source == "in" and edge.residual and edge.target in adds for edge in lines)
 
@@ -138,7 +138,7 @@ def place_of(child, spine):
 
 
 def ranked(children, edges):
-    """Rows of children: each below its inputs, and what has none right above what it is for.
+    """Rows of children: each above its inputs, and what has none right below what it is for.
 
     A child that opens, or a circle, has its row to itself.
     """
@@ -146,9 +146,9 @@ def ranked(children, edges):
     targets = {child.id: [edge.target for edge in edges if edge.source == child.id] for child in children}
     rank = {}
     for child in children:
-        above = [rank.get(source, 0) for source in sources[child.id] if source in rank or is_port(source)]
-        if above:
-            rank[child.id] = 1 + max(above)
+        below = [rank.get(source, 0) for source in sources[child.id] if source in rank or is_port(source)]
+        if below:
+            rank[child.id] = 1 + max(below)
     taken = {rank[child.id] for child in children if child.id in rank and is_circle(child)}
     for child in reversed(children):
         if child.id not in rank:
@@ -167,7 +167,7 @@ def ranked(children, edges):
 
 
 class Lanes:
-    """The lanes of wires in the rows that they pass on their way down.
+    """The lanes of wires in the rows that they pass on their way up.
 
     What passes small boxes goes between them, anything else in a slot at their right. A wire that comes from
     where another did takes its lane.
@@ -190,7 +190,7 @@ class Lanes:
         return [source.anchor, *passed, target.anchor]
 
     def leaves_late(self, edge, first, last):
-        """What leaves the stream while the stream still holds it branches off right above its target."""
+        """What leaves the stream while the stream still holds it branches off right below its target."""
         if edge.source not in self.stream and not (edge.source == "in" and self.stream):
             return False
         return not any(first < n < last for n, item in self.stands.values() if item.key in self.stream)
@@ -212,16 +212,16 @@ class Lanes:
 
 
 def sorted_rows(rows, lines, slots, stream):
-    """The rows with their items in order, each row by the one above it."""
+    """The rows with their items in order, each row by the one below it."""
     done = []
     for row in rows:
         done.append(centred(ordered(row, done[-1] if done else [], lines, slots), stream))
     return done
 
 
-def ordered(row, above, edges, slots):
-    """The row sorted by where its inputs stand in the row above, so that few lines cross."""
-    stands = {item.key: n / max(len(above) - 1, 1) for n, item in enumerate(above)}
+def ordered(row, below, edges, slots):
+    """The row sorted by where its inputs stand in the row below, so that few lines cross."""
+    stands = {item.key: n / max(len(below) - 1, 1) for n, item in enumerate(below)}
 
     def place(item):
         sources = [item.key, *(edge.source for edge in edges if edge.target == item.key)]
@@ -232,7 +232,7 @@ def ordered(row, above, edges, slots):
 
 
 def centred(row, spine):
-    """The row with the box of the residual stream in its middle, so that the stream runs straight down."""
+    """The row with the box of the residual stream in its middle, so that the stream runs straight up."""
     beside = [item for item in row if item.slot or item.key not in spine]
     stream = [item for item in row if item not in beside]
     among = [item for item in beside if not item.slot]

@@ -18,10 +18,11 @@ from structure.watch.thought import Text, think
 from structure.watch.writing import answers_of, pixels_of, text_of
 
 
-def watch(checkpoint, subject, path, asked, write=None):
+def watch(checkpoint, subject, path, asked, write=None, ways=()):
     """Write the page. subject: (box, info) of the model. write: how a drafter writes, see writing.py.
 
     asked: {"prompt", "image", "num_new"}; None: what came with the checkpoint, 0: nothing is written.
+    ways: (words, address) of the pages that it leads to.
     """
     (box, info), prompt, image, num_new = subject, asked["prompt"], asked["image"], asked["num_new"]
     sees = "images" in checkpoint.inputs
@@ -62,7 +63,7 @@ def watch(checkpoint, subject, path, asked, write=None):
     view.data["asked"] = asked
     if sees:
         view.data["image"] = picture(pixels, checkpoint.config)
-    page.write(path, box, info, view)
+    page.write(path, box, info, view, ways)
     size = path.stat().st_size
     report(f"{num_places} places; {size / 1e6:.1f} MB")
 

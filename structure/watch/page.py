@@ -45,12 +45,12 @@ def plan(num_tokens, heads, numbers, matrices):
     return Plan(min(num_tokens, longest, MOST_TOKENS), 0, False)
 
 
-def write(path, box, info, view):
+def write(path, box, info, view, ways=()):
     """view: a View, which knows how tokens are called."""
     shown = page.model(box, info)
     shown["data"]["watch"] = view.data
     values = {"title": info["name"], "summary": shown["summary"], "panes": {}, "models": [shown]}
-    page.render("watch", path, *SCRIPTS, folders=[HERE], watch=view.data, **values)
+    page.render("watch", path, *SCRIPTS, folders=[HERE], watch=view.data, ways=ways, **values)
 
 
 class View:
