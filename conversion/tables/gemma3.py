@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from conversion.config_fields import DECODER, HFType, renamed, words
 from conversion.tables.qwen3 import LAYOUT as QWEN3_LAYOUT
+from conversion.tables.qwen3 import PARALLEL as QWEN3_PARALLEL
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
@@ -28,6 +29,8 @@ LAYOUT = Layout(
         layers.{n}.ffn_out_norm.weight       model.layers.{n}.post_feedforward_layernorm.weight
     """),
 )
+
+PARALLEL = QWEN3_PARALLEL
 
 
 def full_every(theirs):

@@ -1,6 +1,7 @@
 """GPT-2 at Hugging Face: its tensors, and the fields of its config.json."""
 
 from conversion.config_fields import DECODER, HFType, highest, renamed, spellings, words
+from conversion.tables import llama
 from conversion.tensor_table import Layout, table
 
 # wte, wpe: token and position embeddings; h: layers; ln: norms; c_attn: q, k, v in one; c_fc: the map up.
@@ -30,6 +31,8 @@ LAYOUT = Layout(
     """),
 )
 
+
+PARALLEL = llama.PARALLEL
 
 # llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
 GGUF = {"gpt2": ("gpt2", ())}

@@ -3,6 +3,7 @@
 import math
 
 from conversion.config_fields import DECODER, HFType, activation_named, checked_value, renamed, words
+from conversion.tables import llama
 from conversion.tensor_table import Computed, Layout, rope_frequencies, table
 from models.utils.errors import UserError
 
@@ -36,6 +37,8 @@ LAYOUT = Layout(
     """),
 )
 
+
+PARALLEL = llama.PARALLEL
 
 # llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
 GGUF = {"gptneox": ("gpt_neox", ())}

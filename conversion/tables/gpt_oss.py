@@ -7,6 +7,7 @@ come over as they are, code for code (models/utils/quantize.py).
 import math
 
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
+from conversion.tables.llama import PARALLEL as LLAMA_PARALLEL
 from conversion.tables.llama import rope_base, rope_parameters
 from conversion.tables.qwen3 import OPTIONAL, YARN, natural_scale
 from conversion.tensor_table import Layout, Row, table
@@ -52,6 +53,9 @@ LAYOUT = Layout(
     rows=PLAIN + BIASES + WEIGHTS,
     in_codes={"mxfp4": CODES},
 )
+
+# Each head has a sink, attn.sinks, which goes with it.
+PARALLEL = LLAMA_PARALLEL | {"ffn": "experts"}
 
 # What the published config.json says of the codes; another choice of modules is refused.
 MXFP4 = {

@@ -5,6 +5,7 @@ import math
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
 from conversion.tables.llama import LLAMA_TYPE, rope_parameters
+from conversion.tables.llama import PARALLEL as LLAMA_PARALLEL
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
@@ -17,6 +18,9 @@ LAYOUT = Layout(
         layers.{n}.attn.k_norm.weight        model.layers.{n}.self_attn.k_norm.weight
     """),
 )
+
+# The norms of q and k are one for all heads, and stay whole.
+PARALLEL = LLAMA_PARALLEL
 
 # llama.cpp's architectures: Hugging Face's model_type, and which rows it turns.
 GGUF = {"qwen3": ("qwen3", ())}

@@ -21,6 +21,9 @@ LAYOUT = Layout(
     """),
 )
 
+# The router stays whole: every rank knows who was chosen.
+PARALLEL = qwen3.PARALLEL | {"ffn": "experts"}
+
 
 def dense_layers(theirs):
     """The layers without experts: those that mlp_only_layers names, and all but every so many-th."""
