@@ -16,6 +16,7 @@ Proof: tests/test_parallel.py.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import warnings
@@ -118,11 +119,10 @@ def is_about_others(error):
     return named or "gloo" in str(error) or "Connection" in str(error)
 
 
+@functools.cache
 def patient():
-    """The group of all ranks for what may take long; all ranks make it at their first call of this."""
-    if not hasattr(patient, "group"):
-        patient.group = dist.new_group(timeout=PATIENCE, backend="gloo")
-    return patient.group
+    """The group of all ranks for what may take long; they make it together, at their first call of this."""
+    return dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
 def from_rank_0(make):

@@ -19,8 +19,8 @@ from runs_ar.terminal import given_text, run_decoder
 from runs_parallel.ranks import OfOneRank, agree, device_of_rank, from_rank_0, joined, rank_0_first
 from runs_parallel.tensor_parallel import load_share, local_part, split
 
-# Options of run.py that need more than a model that writes text.
-REFUSED = ("draft", "lookup", "multi_token", "compile", "quantize", "calibrate", "adapter", "chat", "images")
+# Options of run.py that want more than a model that continues or scores a text, or one that is not split.
+REFUSED = "--list --image --chat --draft --lookup --multi-token --compile --quantize --adapter".split()
 PRIVATE = ("seed", "prompt", "prompts", "given", "device")  # that rank 0 decides, or each rank for itself
 
 
@@ -29,9 +29,9 @@ def run_split(parse):
     with joined():
         args = parse()
         for option in REFUSED:
-            if getattr(args, option):
+            if option in args.given:
                 raise UserError(
-                    f"--{option.replace('_', '-')}: not under torchrun, where a model continues or scores a "
+                    f"{option}: not under torchrun, where a model continues or scores a "
                     "text; leave one of the two out"
                 )
         args.device = device_of_rank(args.device)

@@ -17,8 +17,8 @@ An HFType sorts the fields of config.json for one model_type:
     token_ids     special tokens where config.json is silent
 Any other field stops the conversion, since it may mean anything. to_hf_config is the way back.
 
-PARALLEL says how several devices share a layer: which modules they split, by the end of our name, and how
-    (runs_parallel/tensor_parallel.py).
+PARALLEL says how several devices share a decoder: which modules they split, by the end of our name, and how
+    (runs_parallel/tensor_parallel.py). None: this model cannot be split.
 """
 
 import math
