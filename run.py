@@ -28,9 +28,10 @@ DEFAULT_CHECKPOINT = "tiny-llama-python"
 
 def main(argv=None):
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this, once for each device
+        from runs_parallel.ranks import together
         from runs_parallel.terminal import run_split
 
-        return run_split(lambda: parse(argv))
+        together(lambda: run_split(parse(argv)))
     args = parse(argv)
     if args.list:
         return print("\n".join(listing()))

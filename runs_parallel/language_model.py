@@ -25,17 +25,15 @@ if not __package__ or "TORCHELASTIC_RUN_ID" not in os.environ:
     print(f"error: start it as: {start}, in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from models.utils.errors import run_main
-from runs_parallel.ranks import joined
+from runs_parallel.ranks import together
 from runs_train.language_model import make_parser
 
 
-def main(arguments=None):
-    with joined():
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        from runs_parallel.training import train
+def main():
+    options = parse_options(sys.argv[1:])
+    from runs_parallel.training import train  # slow to import
 
-        train(options)
+    train(options)
 
 
 def parse_options(arguments):
@@ -47,4 +45,4 @@ def parse_options(arguments):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    together(main)

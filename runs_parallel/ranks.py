@@ -8,9 +8,9 @@ Each computes its part and they exchange results, over NCCL between GPUs and ove
 person they are one program: rank 0 alone reads what is typed and shows what comes out. What is wrong with a
 command is wrong for all ranks, and rank 0 tells it. What happens to a rank alone it tells, with its number.
 
-    with joined():
-        corpus = rank_0_first(lambda: prepare(...))      the others wait, and find it done
-        agree("option", vars(options))                   a sentence that says which rank has another one
+    together(main)                                the ranks meet, run main() and end, with one exit status
+    corpus = rank_0_first(lambda: prepare(...))   the others wait, and find it done
+    agree("option", vars(options))                a sentence that says which rank has another one
 
 Proof: tests/test_parallel.py.
 """
@@ -19,13 +19,14 @@ import contextlib
 import functools
 import os
 import sys
+import traceback
 import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from models.utils.errors import UserError
+from models.utils.errors import UserError, run_main
 from models.utils.machine import choose_device
 
 # A rank that says nothing for so long is taken for dead; a dead one on the same machine is noticed at once.
@@ -60,14 +61,31 @@ def device_of_rank(name=None):
     return torch.device("cuda", rank)
 
 
-@contextlib.contextmanager
-def joined():
-    """Meet the other ranks; the block runs on all of them."""
+def together(main):
+    """Run main() on all ranks, as run_main runs a script, and end the process."""
+    try:
+        run_main(lambda: met(main))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Without taking down what connects the ranks: of that a process may die, where another still talks.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status or 0)
+
+
+def met(main):
     # Small things, which Python holds, travel by gloo, whatever the device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=SILENCE)
     try:
         with shown_by_rank_0():
-            yield
+            main()
+        # Who leaves while another still speaks to it is taken for dead.
+        dist.barrier(group=patient())
     except OfOneRank:
         raise
     except UserError:
@@ -84,9 +102,6 @@ def joined():
             "another rank is gone, or does not answer; start all of them again, and they go on from what "
             "was kept"
         ) from None
-    # Who leaves while another still speaks to it is taken for dead.
-    dist.barrier(group=patient())
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from models.utils.errors import UserError
 from models.utils.machine import dtype_named
 from models.utils.weights import mismatches, names_of_parameters
 from runs_ar.terminal import given_text, run_decoder
-from runs_parallel.ranks import OfOneRank, agree, device_of_rank, from_rank_0, joined, rank_0_first
+from runs_parallel.ranks import OfOneRank, agree, device_of_rank, from_rank_0, rank_0_first
 from runs_parallel.tensor_parallel import load_share, local_part, split
 
 # Options of run.py that want more than a model that continues or scores a text, or one that is not split.
@@ -24,29 +24,25 @@ REFUSED = "--list --image --chat --draft --lookup --multi-token --compile --quan
 PRIVATE = ("seed", "prompt", "prompts", "given", "device")  # that rank 0 decides, or each rank for itself
 
 
-def run_split(parse):
-    """parse() gives run.py's options."""
-    with joined():
-        args = parse()
-        for option in REFUSED:
-            if option in args.given:
-                raise UserError(
-                    f"{option}: not under torchrun, where a model continues or scores a "
-                    "text; leave one of the two out"
-                )
-        args.device = device_of_rank(args.device)
-        checkpoint = rank_0_first(
-            lambda: open_checkpoint(args.checkpoint, args.device, dtype_named(args.dtype))
-        )
-        checkpoint = SplitCheckpoint(**vars(checkpoint))
-        options = {name: value for name, value in vars(args).items() if name not in PRIVATE}
-        agree("option", options | {"dtype": str(checkpoint.dtype)})
-        agree("config.json's", checkpoint.fields)
-        checkpoint.prepare()
-        args.seed = from_rank_0(lambda: args.seed)
-        if not args.score:
-            args.prompt = from_rank_0(lambda: given_text(args))
-        run_decoder(args, checkpoint)
+def run_split(args):
+    """args: run.py's options."""
+    for option in REFUSED:
+        if option in args.given:
+            raise UserError(
+                f"{option}: not under torchrun, where a model continues or scores a "
+                "text; leave one of the two out"
+            )
+    args.device = device_of_rank(args.device)
+    checkpoint = rank_0_first(lambda: open_checkpoint(args.checkpoint, args.device, dtype_named(args.dtype)))
+    checkpoint = SplitCheckpoint(**vars(checkpoint))
+    options = {name: value for name, value in vars(args).items() if name not in PRIVATE}
+    agree("option", options | {"dtype": str(checkpoint.dtype)})
+    agree("config.json's", checkpoint.fields)
+    checkpoint.prepare()
+    args.seed = from_rank_0(lambda: args.seed)
+    if not args.score:
+        args.prompt = from_rank_0(lambda: given_text(args))
+    run_decoder(args, checkpoint)
 
 
 class SplitCheckpoint(Checkpoint):

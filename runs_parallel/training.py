@@ -49,17 +49,16 @@ from runs_train.text_data import forget_others, prepare
 def train(options):
     options.device = device_of_rank(options.device)
     options.num_shares = dist.get_world_size() if options.shard else 1
-    model_name, _ = check_kind(options, DECODER, "tokens")
-    check_options(options)
+    agree("option", {name: value for name, value in vars(options).items() if name != "device"})
+    model_name, config = check_kind(options, DECODER, "tokens")
+    check_options(options, build_model(model_name, config))
     with contextlib.ExitStack() as stack:
         # The folder is rank 0's, and what stands there is read by all.
         enter = stack.enter_context
         folder = from_rank_0(lambda: enter(run_folder(options, next_token.TOKENIZER_FILES)))
         size = options.vocab_size
         corpus = rank_0_first(lambda: prepare(options.data, folder / "training", size, options.tokenizer))
-        agree("option", {name: value for name, value in vars(options).items() if name != "device"})
-        agree("of the data", corpus.facts)
-
+        agree("of the data,", corpus.facts)
         fields = {"vocab_size": corpus.facts["vocab_size"]}
         model = sharded_model(options, **fields) if options.shard else fresh_model(options, **fields)
         run = Run(model, corpus, options, folder / "training")
@@ -68,7 +67,7 @@ def train(options):
         from_rank_0(lambda: finish(run, model_name, folder))
 
 
-def check_options(options):
+def check_options(options, model):
     if options.batch_size < dist.get_world_size():
         raise UserError(
             f"--batch-size {options.batch_size}: {dist.get_world_size()} ranks share every batch, a row each "
@@ -76,6 +75,10 @@ def check_options(options):
         )
     if options.compile:
         raise UserError("--compile: not under torchrun; leave one of the two out")
+    if options.shard and has_experts(model):
+        raise UserError(
+            f"--shard: {options.config} has experts, of which each rank uses others; leave --shard out"
+        )
 
 
 def finish(run, model_name, folder):
@@ -95,10 +98,6 @@ def sharded_model(options, **fields):
     check_memory(options, **fields)
     torch.manual_seed(options.seed)
     model = create_model(options.config, **fields)
-    if has_experts(model):
-        raise UserError(
-            f"--shard: {options.config} has experts, of which each rank uses others; leave --shard out"
-        )
     mesh = init_device_mesh(options.device.type, (dist.get_world_size(),))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)

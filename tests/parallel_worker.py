@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from conversion.checkpoint import open_checkpoint
-from models.utils.errors import UserError, run_main
+from models.utils.errors import UserError
 from models.utils.safetensors_files import SafetensorsFile
 from runs_ar.generate import generate
-from runs_parallel import ranks
+from runs_parallel.ranks import together
 from runs_parallel.terminal import SplitCheckpoint
 
 LENGTH, PREFIX = 12, 7  # tokens of a text, and how many of them come at once before single steps
@@ -33,25 +33,24 @@ def passes(model, tokens):
 
 def split(root):
     """Logits, tokens and the bytes that each rank read, or the error, of every checkpoint in the folder."""
-    with ranks.joined():
-        results = {}
-        for folder in sorted(root.glob("*/")):
-            with counted_reads() as count:
-                try:
-                    checkpoint = SplitCheckpoint(**vars(open_checkpoint(folder, "cpu")))
-                    checkpoint.prepare()
-                    model = checkpoint.load()
-                    with torch.inference_mode():
-                        logits = passes(model, torch.load(folder / "tokens.pt"))
-                    made = [token for (token,) in generate(model, [[1, 2, 3]], 10)]
-                    result = {"logits": logits, "made": made, "read": count()}
-                except UserError as error:
-                    result = {"error": str(error)}
-            everybody = [None] * dist.get_world_size()
-            dist.all_gather_object(everybody, result)
-            results[folder.name] = everybody
-        if dist.get_rank() == 0:
-            torch.save(results, root / "results.pt")
+    results = {}
+    for folder in sorted(root.glob("*/")):
+        with counted_reads() as count:
+            try:
+                checkpoint = SplitCheckpoint(**vars(open_checkpoint(folder, "cpu")))
+                checkpoint.prepare()
+                model = checkpoint.load()
+                with torch.inference_mode():
+                    logits = passes(model, torch.load(folder / "tokens.pt"))
+                made = [token for (token,) in generate(model, [[1, 2, 3]], 10)]
+                result = {"logits": logits, "made": made, "read": count()}
+            except UserError as error:
+                result = {"error": str(error)}
+        everybody = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, result)
+        results[folder.name] = everybody
+    if dist.get_rank() == 0:
+        torch.save(results, root / "results.pt")
 
 
 class counted_reads:
@@ -83,17 +82,16 @@ def training(root):
     from runs_parallel.language_model import parse_options
     from runs_parallel.training import train
 
-    with ranks.joined():
-        for number, arguments in enumerate(json.loads((root / "commands.json").read_text())):
-            # A list has a word for each rank, where they are to disagree.
-            words = [word if isinstance(word, str) else word[dist.get_rank()] for word in arguments]
-            try:
-                train(parse_options(words))
-            except UserError as error:
-                if dist.get_rank() == 0:
-                    (root / f"error-{number}").write_text(str(error))
-            except KeyboardInterrupt:
-                (root / f"stopped-{number}-{dist.get_rank()}").touch()
+    for number, arguments in enumerate(json.loads((root / "commands.json").read_text())):
+        # A list has a word for each rank, where they are to disagree.
+        words = [word if isinstance(word, str) else word[dist.get_rank()] for word in arguments]
+        try:
+            train(parse_options(words))
+        except UserError as error:
+            if dist.get_rank() == 0:
+                (root / f"error-{number}").write_text(str(error))
+        except KeyboardInterrupt:
+            (root / f"stopped-{number}-{dist.get_rank()}").touch()
 
 
 def dying(root):
@@ -128,4 +126,4 @@ def interrupted(root):
 
 if __name__ == "__main__":
     task = {"split": split, "training": training, "dying": dying, "interrupted": interrupted}[sys.argv[1]]
-    run_main(lambda: task(Path(sys.argv[2])))
+    together(lambda: task(Path(sys.argv[2])))
