@@ -88,8 +88,8 @@ def met(main):
         dist.barrier(group=patient())
     except OfOneRank:
         raise
-    except UserError:
-        wait_for_rank_0()
+    except UserError as error:
+        leave_it_to_rank_0(error)
         raise
     except KeyboardInterrupt:
         if dist.get_rank() > 0:
@@ -120,11 +120,14 @@ def shown_by_rank_0():
             sys.stdin = before
 
 
-def wait_for_rank_0():
-    """Until rank 0 has told what is wrong for all, and is gone: torchrun ends everybody with the first."""
+def leave_it_to_rank_0(error):
+    """Rank 0 tells what is wrong for all, so wait until it is gone: torchrun ends everybody with the first."""
     if dist.get_rank() > 0:
-        with contextlib.suppress(RuntimeError):
+        try:
             dist.recv(torch.empty(1), src=0)
+        except RuntimeError as silence:
+            if "timed out" in str(silence).lower():  # rank 0 goes on: nothing is wrong there
+                raise OfOneRank(error) from None
         sys.exit(2)
 
 
@@ -158,7 +161,10 @@ def rank_0_first(make):
     """What make() gives on each rank; the others begin when rank 0 has it, and find what it left on disk."""
     results = []
     from_rank_0(lambda: results.append(make()))
-    return results[0] if results else make()
+    try:
+        return results[0] if results else make()
+    except UserError as error:  # on another machine, say, where a file is missing
+        raise OfOneRank(error) from None
 
 
 def agree(what, values):
