@@ -121,7 +121,7 @@ def shown_by_rank_0():
 
 
 def leave_it_to_rank_0(error):
-    """Rank 0 tells what is wrong for all, so wait until it is gone: torchrun ends everybody with the first."""
+    """Rank 0 tells what is wrong for all. Wait until it is gone: torchrun ends everybody with the first."""
     if dist.get_rank() > 0:
         try:
             dist.recv(torch.empty(1), src=0)
