@@ -10,10 +10,12 @@
     python run.py checkpoints/gpt2 --score book.txt --stride 512
     python run.py tiny-bert-python --prompt "Return the [MASK] of the list."
     python run.py checkpoints/vit-base-patch16-224 --image cat.jpg --attention cat-seen.png
+    torchrun --nproc-per-node 2 run.py checkpoints/Llama-3.2-1B      split over two devices
 
 The text goes to standard output, everything else (memory, speed, errors) to standard error.
 """
 
+import os
 import random
 import sys
 
@@ -25,6 +27,11 @@ DEFAULT_CHECKPOINT = "tiny-llama-python"
 
 
 def main(argv=None):
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun started this, once for each device
+        from runs_parallel.ranks import together
+        from runs_parallel.terminal import run_split
+
+        together(lambda: run_split(parse(argv)))
     args = parse(argv)
     if args.list:
         return print("\n".join(listing()))

@@ -230,7 +230,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H, n, r = config.d_model, config.num_heads, config.d_query, config.d_latent
         d, R, v = config.head_dim, config.rotary_dim, config.value_dim
-        self.sizes, self.scale = (H, d, R, v, r), score_scale(config)
+        self.sizes, self.scale = (d, R, v, r), score_scale(config)
         self.q_proj = nn.Linear(D, H * (d + R), bias=False) if n is None else None
         if n is not None:
             self.q_down_proj = nn.Linear(D, n, bias=False)
@@ -250,7 +250,7 @@ class Attention(nn.Module):
         cache: "LayerCache | None",
     ) -> Tensor:
         B, T, _ = x.shape
-        H, d, R, v, r = self.sizes
+        H, (d, R, v, r) = len(self.kv_up), self.sizes
         if self.q_proj is None:
             q = self.q_up_proj(self.q_norm(self.q_down_proj(x)))  # (B, T, H * d + H * R)
         else:
@@ -271,7 +271,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
     def expanded(self, q: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
-        H, d, R, v, r = self.sizes
+        H, (d, R, v, r) = len(self.kv_up), self.sizes
         c, k_rope = latent.split([r, R], dim=-1)  # (B, 1, S, r), (B, 1, S, R)
         kv = F.linear(c[:, 0], self.kv_up.flatten(0, 1))  # (B, S, H * d + H * v)
         kv = kv.unflatten(-1, (H, d + v)).transpose(1, 2)  # (B, H, S, d + v)
@@ -284,7 +284,7 @@ class Attention(nn.Module):
         return out[..., :v]  # (B, H, T, v)
 
     def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
-        H, d, R, v, r = self.sizes
+        H, (d, _, v, r) = len(self.kv_up), self.sizes
         k_up, v_up = self.kv_up.split([d, v], dim=1)  # (H, d, r), (H, v, r)
         q = torch.cat([q @ k_up, q_rope], dim=-1)  # (B, H, T, r + R)
         # To the fused kernel these are H * T queries of one head, whose value is all of the key.

@@ -113,8 +113,8 @@ class Model(nn.Module):
 
     def new_cache(self, batch_size: int, num_slots: int) -> "Cache":
         """An empty cache, of the weights' dtype and device, for `batch_size` rows of `num_slots` tokens."""
-        config = self.config
-        shape = (batch_size, config.num_heads, num_slots, config.d_model // config.num_heads)
+        attn = self.layers[0].attn
+        shape = (batch_size, attn.num_heads, num_slots, attn.head_dim)
         zeros = self.token_embed.weight.new_zeros
         return tuple(LayerCache(k=zeros(shape), v=zeros(shape)) for _ in self.layers)
 
@@ -182,7 +182,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         D = config.d_model
-        self.num_heads = config.num_heads
+        self.num_heads, self.head_dim = config.num_heads, D // config.num_heads
         # Checkpoints hold q, k and v as one matrix, head by head: the rows of q of head 0, then of its k, of
         # its v, then head 1. Taken as three blocks Q, K, V, the weights fit and the text is gibberish. They
         # are taken apart when a checkpoint is converted.
@@ -199,8 +199,8 @@ class Attention(nn.Module):
         positions: Tensor,  # (B, T)
         cache: "LayerCache | None",
     ) -> Tensor:
-        B, T, D = x.shape
-        H, d = self.num_heads, D // self.num_heads
+        B, T, _ = x.shape
+        H, d = self.num_heads, self.head_dim
         q = self.q_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
         k = self.k_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
         v = self.v_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
@@ -214,7 +214,7 @@ class Attention(nn.Module):
             k, v = cache  # each (B, H, S, d)
 
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)  # (B, H, T, d)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, D))  # (B, T, D)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class FeedForward(nn.Module):

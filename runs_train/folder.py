@@ -38,7 +38,7 @@ def run_folder(options, files=()):
     with locked(training / "lock", folder):
         if not has_notes(folder):
             with writing(folder):
-                write_notes(folder, page=options.page, arguments=options.arguments)
+                write_notes(folder, page=options.page, start=options.start, arguments=options.arguments)
         try:
             yield folder
         finally:

@@ -55,7 +55,12 @@ def fresh_model(options, **fields):
 def check_memory(options, **fields):
     count = count_parameters(options.config, **fields)
     what = f"{count:,} parameters, their gradients and Adam's two means of them"
-    check_room(count * BYTES_PER_PARAMETER, f"--config {options.config}: {what}", options.device)
+    what += f", shared by {options.num_shares}" if options.num_shares > 1 else ""
+    check_room(
+        count * BYTES_PER_PARAMETER // options.num_shares,
+        f"--config {options.config}: {what}",
+        options.device,
+    )
 
 
 def check_room(num_bytes, what, device):

@@ -46,7 +46,11 @@ def main(arguments=None):
 
 
 def parse_options(arguments):
-    parser = TrainingParser("language_model", __doc__)
+    return make_parser("language_model", __doc__).parse_args(arguments)
+
+
+def make_parser(page, text, start=None):
+    parser = TrainingParser(page, text, start)
     add = parser.group("what")
     add_folder_options(add)
     add("--data", required=True, help="a text file, a folder of them, or stdlib: Python's library")
@@ -57,7 +61,7 @@ def parse_options(arguments):
     add("--batch-size", type=whole(1), default=8, metavar="B", help="windows at once [%(default)s]")
     add("--context", type=whole(2), metavar="T", help="tokens of a window [the model's max_seq_len]")
     add_machine_options(parser.group("on this machine"))
-    return parser.parse_args(arguments)
+    return parser
 
 
 if __name__ == "__main__":

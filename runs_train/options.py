@@ -15,19 +15,21 @@ MOST_TOKENS = 2**16  # token ids are stored in 16 bits
 
 
 class TrainingParser(Parser):
-    """Of `python -m runs_train.PAGE`; --help begins with the page's own text."""
+    """Of `python -m runs_train.PAGE`, or what `start` says; --help begins with the page's own text."""
 
-    def __init__(self, page, text):
-        super().__init__(f"python -m runs_train.{page}", text)
+    def __init__(self, page, text, start=None):
+        super().__init__(start or f"python -m runs_train.{page}", text)
         self.page, self.longest_warmup, self.least_warmup = page, 0, 0
 
     def group(self, name):
         return self.add_argument_group(f"{name} [default]").add_argument
 
     def parse_args(self, arguments):
-        """The options, with `page` and `arguments` (but --restart), the command that goes on with the run."""
+        """The options; `start` and `arguments` (but --restart) are the command that goes on with the run."""
         options = super().parse_args(arguments)
-        options.page, options.arguments = self.page, [word for word in arguments if word != "--restart"]
+        options.page, options.start = self.page, self.prog
+        options.arguments = [word for word in arguments if word != "--restart"]
+        options.num_shares = 1  # that a model is cut into, one for each device; see runs_parallel
         if options.warmup is not None and options.warmup >= options.steps:
             raise UserError(f"--warmup {options.warmup} leaves nothing of --steps {options.steps}; give less")
         # Of fewer steps than usual as large a share, which a run that goes on with more of them keeps.

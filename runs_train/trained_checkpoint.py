@@ -110,7 +110,7 @@ def write_readme(folder, options, rows, notes):
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     text = f"""# {folder.name}
 
-    python -m runs_train.{options.page} {shlex.join(options.arguments)}
+    {options.start} {shlex.join(options.arguments)}
 
 | | |
 |---|---|

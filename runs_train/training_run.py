@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from models import load_config
 from models.utils.errors import UserError, one_line
-from models.utils.files import write_atomically
+from models.utils.files import remove, write_atomically
 from models.utils.machine import dtype_named, keep_freed_memory, training_dtype
 from models.utils.training_notes import write_notes
 from runs_train.folder import writing
@@ -112,16 +112,25 @@ class TrainingRun:
             loss = self.loss(batch) * num_predictions
             loss.backward()
             total, count = total + loss.item(), count + num_predictions
+        total, count = self.mean_over_ranks(total, count)
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad /= count
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip).item()
+        norm = self.clip()
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(
                 f"step {self.step + 1}: the loss is {total / count}, the gradient's length {norm}; "
                 f"begin anew with --restart and a lower --lr ({self.kept()})"
             )
         return total / count
+
+    def mean_over_ranks(self, total, count):
+        """Of all processes that train together, as their gradients are: here of one. See runs_parallel."""
+        return total, count
+
+    def clip(self):
+        """Shorten the gradient where it is too long; its length before."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip).item()
 
     def update(self, loss):
         """What is never left half done: all that makes one step into the next."""
@@ -200,10 +209,17 @@ class TrainingRun:
         state["settings"] = self.settings()
         path = self.folder / "state.pt"
         with writing(path):
-            write_notes(self.folder.parent, page=self.options.page, arguments=self.options.arguments)
+            self.write_notes()
             # Opened here: then torch says why it cannot write, see `writing`.
             with write_atomically(path) as partial, open(partial, "wb") as file:
                 torch.save(state, file)
+            for old in self.folder.glob("state-*"):  # of several processes
+                remove(old)
+
+    def write_notes(self):
+        """Whose folder it is, now that this run has a state of its own there."""
+        options = self.options
+        write_notes(self.folder.parent, page=options.page, start=options.start, arguments=options.arguments)
 
     def kept(self):
         path = self.folder / "state.pt"
@@ -212,6 +228,11 @@ class TrainingRun:
     def load_state(self):
         """Go on where state.pt was written, if it is there and nobody says --restart."""
         path = self.folder / "state.pt"
+        if not self.options.restart and any(self.folder.glob("state-*/.metadata")):
+            raise UserError(
+                f"{self.folder}: holds a run of several processes; go on with torchrun -m "
+                "runs_parallel.language_model, give another --out, or --restart to begin anew"
+            )
         # An earlier run's state stays where it is until this run has one of its own.
         if self.options.restart or not path.is_file():
             return

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from conversion.checkpoint import find_checkpoint
 from models import DECODER, build_model, config_names, kind_of, load_config
+from runs_parallel import figures
 from structure.differences import read_pages
 from tests.copies import table as differences
 from tests.tiny_readmes import model_name_of, of_kind, row
@@ -108,15 +109,7 @@ def num_parameters(config_name):
     A layer that looks ahead guesses the next token but one, and works for none.
     """
     model = build_model(*load_config(config_name))
-    everything = active = sum(parameter.numel() for parameter in model.parameters())
-    if getattr(model, "ahead", None):
-        active -= sum(parameter.numel() for parameter in model.ahead.parameters())
-        model.ahead = None
-    for module in model.modules():
-        if hasattr(module, "experts") and hasattr(module, "router"):
-            one = sum(parameter.numel() for parameter in module.experts[0].parameters())
-            active -= (len(module.experts) - module.num_active) * one
-    return everything, active
+    return sum(parameter.numel() for parameter in model.parameters()), figures.active_parameters(model)
 
 
 def trained(folder):
@@ -174,6 +167,46 @@ def proofs(folder):
     return table(("test", "what it shows", "of"), rows)
 
 
+PLACED = ("llama-3-8b", "llama-3-70b", "llama-3.1-405b", "deepseek-v3")
+
+
+def devices(folder):
+    """A line per model and dtype: how many tokens of cache fit beside the weights, on which GPUs."""
+    places = [(1, ranks, memory) for memory in (24, 80) for ranks in (1, 2, 4, 8)]
+    places += [(2, 8, 80), (4, 8, 80)]
+    heads = [f"{ranks} x {memory} GB" for _, ranks, memory in places[:8]]
+    heads += [f"{machines} machines of 8 x {memory} GB" for machines, _, memory in places[8:]]
+    rows = []
+    for name in PLACED:
+        size = figures.weigh(name)
+        for dtype in ("bf16", "int8", "int4"):
+            weights = (size.split[dtype] + size.whole[dtype]) / 1e9
+            fit = [figures.tokens_that_fit(size, dtype, r, memory * 1e9, m) for m, r, memory in places]
+            rows.append((f"{name}, {dtype}", f"{weights:,.0f} GB", *map(thousands, fit)))
+    return table(("", "weights", *heads), rows)
+
+
+def thousands(count):
+    """42,262 -> 42 k; less than a thousand tokens are none to speak of."""
+    if count < 1000:
+        return "-"
+    return f"{count / 1e3:,.0f} k" if count < 1e6 else f"{count / 1e6:,.1f} M"
+
+
+def links(folder):
+    """A line per model: what tensor parallelism sends, and from which link on it pays."""
+    rows = []
+    for name in PLACED:
+        size = figures.weigh(name)
+        sent = [f"{figures.sent_per_token_and_layer(size, ranks) / 1e3:.0f} kB" for ranks in (2, 4, 8)]
+        all_layers = figures.sent_per_token_and_layer(size, 8) * size.config.num_layers / 1e6
+        longest = [f"{figures.longest_exchange(size, ranks) * 1e6:.0f} us" for ranks in (2, 8)]
+        slowest = f"{figures.slowest_link(size) / 1e9:.0f} GB/s"
+        rows.append((name, *sent, f"{all_layers:.1f} MB", *longest, slowest))
+    head = ("", "2 ranks", "4 ranks", "8 ranks", "8 ranks, all layers", "2 ranks: an exchange", "8 ranks")
+    return table((*head, "a prompt's link"), rows)
+
+
 def transcript(folder):
     """What `python run.py` prints here, with a seed that lets it be printed again."""
     find_checkpoint("tiny-llama-python")  # a conversion is not what the transcript is to show
@@ -192,6 +225,8 @@ REGIONS = {
     "differences": lambda folder: differences(read_pages()),
     "tree": tree,
     "proofs": proofs,
+    "devices": devices,
+    "links": links,
     "transcript": transcript,
 }
 NOT_CHECKED = {"transcript"}  # seconds and tokens differ from machine to machine

@@ -1,6 +1,6 @@
 """Who may import whom: downward only, and no room holds more than a quarter of the code.
 
-    scripts -> runs_serve -> runs_train runs_ss runs_encoder runs_parallel structure -> runs_ar -> conversion
+    scripts -> runs_serve runs_parallel -> runs_train runs_ss runs_encoder structure -> runs_ar -> conversion
             -> models/__init__.py -> models/utils
 
 The pages of models/ import no room: each stands alone. Nothing imports a script, nor the tests; benchmarks is
@@ -21,8 +21,9 @@ FLOORS = [
     [DOOR],
     ["conversion"],
     ["runs_ar"],
-    ["runs_train", "runs_ss", "runs_encoder", "runs_parallel", "structure"],
-    ["runs_serve"],  # drafts by prompt lookup, which is in runs_ss
+    ["runs_train", "runs_ss", "runs_encoder", "structure"],
+    # What drafts by prompt lookup, which is in runs_ss, and what trains as runs_train does.
+    ["runs_serve", "runs_parallel"],
     ["benchmarks"],
     [SCRIPTS],
 ]
@@ -114,6 +115,8 @@ def test_every_room_has_a_floor():
         ("runs_ar/x.py", "from runs_ss import speculate", "runs_ar imports runs_ss.speculate"),
         ("runs_ss/x.py", "from runs_serve.engine import Engine", "runs_ss imports runs_serve"),
         ("runs_serve/x.py", "from runs_ss.lookup import Index", None),
+        ("runs_parallel/x.py", "from runs_train.next_token import Run", None),
+        ("runs_train/x.py", "from runs_parallel.ranks import joined", "runs_train imports runs_parallel"),
         ("runs_ss/x.py", "import runs_train.options", "runs_ss imports runs_train.options"),
         ("structure/x.py", "from run import main", "structure imports run.main of scripts"),
         ("run.py", "import benchmark", "scripts imports benchmark of scripts"),

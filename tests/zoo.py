@@ -172,10 +172,11 @@ def small_config(model_name, **sizes):
     return small_configs(model_name, **sizes)[0]
 
 
-def small_model(model_name, seed=0, **sizes):
+def small_model(model_name, seed=0, config=None, **sizes):
     """A model of small_config, in eval mode, every parameter drawn anew: norms and biases hide nothing."""
     torch.manual_seed(seed)
-    model = build_model(model_name, small_config(model_name, **sizes), device="cpu").eval()
+    config = config or small_config(model_name, **sizes)
+    model = build_model(model_name, config, device="cpu").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)

@@ -5,6 +5,7 @@ import math
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.gguf_latent import GGUF
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
+from conversion.tables.llama import PARALLEL as LLAMA_PARALLEL
 from conversion.tables.llama import rope_base, rope_parameters, without
 from conversion.tables.qwen3 import OPTIONAL, YARN, YARN_DEFAULTS, natural_scale
 from conversion.tensor_table import Layout, Row, table
@@ -61,6 +62,16 @@ LAYOUT = Layout(
         "model.layers.{end}.shared_head.head.weight": "lm_head.weight",
     },
 )
+
+# What all heads read is whole: the narrow vectors of queries and of keys and values, and so the cache. What
+# makes heads of them is split, attn.kv_up too. The shared expert is one part more of what experts add up to.
+PARALLEL = LLAMA_PARALLEL | {
+    "attn.q_up_proj": "columns",
+    "ffn": "experts",
+    "ffn.shared.gate_proj": "columns",
+    "ffn.shared.up_proj": "columns",
+    "ffn.shared.down_proj": "part",
+}
 
 
 def from_names(theirs, names):

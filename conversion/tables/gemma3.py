@@ -5,6 +5,7 @@ from dataclasses import replace
 from conversion.config_fields import DECODER, HFType, renamed, words
 from conversion.gguf_table import GGUFType, plainly
 from conversion.tables.qwen3 import LAYOUT as QWEN3_LAYOUT
+from conversion.tables.qwen3 import PARALLEL as QWEN3_PARALLEL
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
@@ -29,6 +30,8 @@ LAYOUT = Layout(
         layers.{n}.ffn_out_norm.weight       model.layers.{n}.post_feedforward_layernorm.weight
     """),
 )
+
+PARALLEL = QWEN3_PARALLEL
 
 
 # llama.cpp writes down neither the scale of scores nor, in older files, what is the same in all of them.

@@ -2,6 +2,7 @@
 
 from conversion.config_fields import DECODER, HFType, highest, renamed, spellings, words
 from conversion.gguf_table import LAYER_NORM, GGUFType
+from conversion.tables import llama
 from conversion.tensor_table import Layout, table
 
 # wte, wpe: token and position embeddings; h: layers; ln: norms; c_attn: q, k, v in one; c_fc: the map up.
@@ -33,6 +34,8 @@ LAYOUT = Layout(
 
 
 GGUF = {"gpt2": GGUFType(("gpt2",), fields=LAYER_NORM)}
+
+PARALLEL = llama.PARALLEL
 
 
 def gpt2_d_ff(theirs):

@@ -4,6 +4,7 @@ import math
 
 from conversion.config_fields import DECODER, HFType, activation_named, checked_value, renamed, words
 from conversion.gguf_table import LAYER_NORM, GGUFType
+from conversion.tables import llama
 from conversion.tensor_table import Computed, Layout, rope_frequencies, table
 from models.utils.errors import UserError
 
@@ -45,6 +46,8 @@ GGUF = {
         wants_head=True,
     )
 }
+
+PARALLEL = llama.PARALLEL
 
 
 def rotary_dim(theirs):

@@ -8,6 +8,7 @@ import math
 
 from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.gguf_table import EXPERTS, YARN_FIELDS, GGUFType, read_yarn, write_yarn
+from conversion.tables.llama import PARALLEL as LLAMA_PARALLEL
 from conversion.tables.llama import rope_base, rope_parameters
 from conversion.tables.qwen3 import OPTIONAL, YARN, natural_scale
 from conversion.tensor_table import Layout, Row, table
@@ -98,6 +99,9 @@ GGUF = {
         write=write_gguf,
     )
 }
+
+# Each head has a sink, attn.sinks, which goes with it.
+PARALLEL = LLAMA_PARALLEL | {"ffn": "experts"}
 
 # What the published config.json says of the codes; another choice of modules is refused.
 MXFP4 = {

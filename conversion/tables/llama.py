@@ -16,6 +16,9 @@ An HFType sorts the fields of config.json for one model_type:
     inert         fields on which the logits of a trained model do not depend
     token_ids     special tokens where config.json is silent
 Any other field stops the conversion, since it may mean anything. to_hf_config is the way back.
+
+PARALLEL says how several devices share a decoder: which modules they split, by the end of our name, and how
+    (runs_parallel/tensor_parallel.py). None: this model cannot be split.
 """
 
 import math
@@ -61,6 +64,18 @@ LAYOUT = Layout(
         lm_head.weight                       lm_head.weight
     """),
 )
+
+PARALLEL = {
+    "attn": "heads",
+    "attn.q_proj": "columns",
+    "attn.k_proj": "columns",
+    "attn.v_proj": "columns",
+    "attn.o_proj": "rows",
+    "ffn.gate_proj": "columns",
+    "ffn.up_proj": "columns",
+    "ffn.down_proj": "rows",
+    "lm_head": "vocabulary",
+}
 
 
 def head_dim(theirs):

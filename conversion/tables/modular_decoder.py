@@ -36,6 +36,8 @@ LAYOUT = Layout(
     """),
 )
 
+PARALLEL = qwen3.PARALLEL | {"ffn": "experts"}
+
 
 # Their fields -> a section ----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from conversion.config_fields import DECODER, HFType, renamed, spellings, words
 from conversion.gguf_table import YARN_FIELDS, GGUFType, natural_scale, read_yarn, write_yarn
 from conversion.tables.llama import LAYOUT as LLAMA_LAYOUT
 from conversion.tables.llama import LLAMA_TYPE, rope_parameters
+from conversion.tables.llama import PARALLEL as LLAMA_PARALLEL
 from conversion.tensor_table import Layout, table
 from models.utils.errors import UserError
 
@@ -25,6 +26,10 @@ GGUF = {
         write=lambda config: write_yarn(config["rope_scaling"]),
     )
 }
+
+# The norms of q and k are one for all heads, and stay whole.
+PARALLEL = LLAMA_PARALLEL
+
 
 # YaRN's fields -> ours; what transformers takes where an optional one is missing or null.
 YARN = {"factor": "factor", "original_max_position_embeddings": "original_max_seq_len"}

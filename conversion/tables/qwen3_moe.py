@@ -22,6 +22,9 @@ LAYOUT = Layout(
     """),
 )
 
+# The router stays whole: every rank knows who was chosen.
+PARALLEL = qwen3.PARALLEL | {"ffn": "experts"}
+
 
 def write_experts(config):
     """What a GGUF file says beside the sizes; llama.cpp's Qwen3-MoE has no other experts than these."""

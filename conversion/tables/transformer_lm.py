@@ -5,10 +5,10 @@ this page. A model without RoPE is a SmolLM3, the model_type that says of each l
 """
 
 from conversion.config_fields import HFType, renamed, same
-from conversion.tables.llama import LAYOUT, LLAMA_TYPE, head_dim, rope_parameters, without
+from conversion.tables.llama import LAYOUT, LLAMA_TYPE, PARALLEL, head_dim, rope_parameters, without
 from models.utils.errors import UserError
 
-__all__ = ["HF_TYPES", "LAYOUT", "to_hf_config"]
+__all__ = ["HF_TYPES", "LAYOUT", "PARALLEL", "to_hf_config"]
 
 
 def num_heads(theirs):

@@ -46,6 +46,11 @@ class SafetensorsFile:
         with reading(self.path, self.then):
             return self.file.get_tensor(name)
 
+    def read_part(self, name, part):
+        """part: a slice per dimension; nothing else is read."""
+        with reading(self.path, self.then):
+            return self.file.get_slice(name)[part]
+
     def forget(self):
         """Nothing to let go: the file is mapped, what was read from it is the caller's."""
 
@@ -65,6 +70,9 @@ class Shards:
             if twice:
                 raise UserError(f"{file.path}: {twice[0]} is also in {self.entries[twice[0]].file.name}")
             self.entries.update(file.entries)
+
+    def read_part(self, name, part):
+        return self.files[self.entries[name].file].read_part(name, part)
 
     def read(self, name):
         file = self.files[self.entries[name].file]

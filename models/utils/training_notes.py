@@ -1,9 +1,10 @@
 """What a training run notes in its folder, so that others know what they find: FOLDER/training/run.json.
 
-    {"page": "language_model", "arguments": ["--config", ...], "written": {"README.md": [sha256, ...], ...}}
+    {"page": "language_model", "start": "python -m runs_train.language_model",
+     "arguments": ["--config", ...], "written": {"README.md": [sha256, ...], ...}}
 
-The page and its arguments go on with the run. What it wrote is known by its hash: a file that has another one
-is somebody's own work, and is left alone.
+The start and the arguments are the command that goes on with the run. What it wrote is known by its hash: a
+file that has another one is somebody's own work, and is left alone.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ def unfinished_run(folder):
         notes = read_notes(folder)
     except UserError:
         return None
-    command = f"python -m runs_train.{notes['page']} {shlex.join(notes['arguments'])}"
+    start = notes.get("start", f"python -m runs_train.{notes['page']}")
+    command = f"{start} {shlex.join(notes['arguments'])}"
     # A folder may come from anywhere, and its notes bring no line ends and no escape sequences.
     command = "".join(letter if letter.isprintable() else "?" for letter in command)
     return f"{folder}: an unfinished training run, not a model yet; go on with: {command}"
