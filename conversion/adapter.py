@@ -10,7 +10,8 @@ is one matrix and ours are three, the change is that of
     [ 0    B_k  0  ] x [ A_k ]      three adapters of rank r as one of rank 3 r; rank_pattern says so
     [ 0    0    B_v]   [ A_v ]
 
-and one of theirs becomes three of ours that share A. Nothing is rounded either way.
+and one of theirs becomes three of ours that share A. Nothing is rounded either way. (Beside transformers 5,
+PEFT 0.21 takes DeepSeek's dense and shared feed-forward for its experts, and leaves their adapters out.)
 
 Whose numbers an adapter was trained beside, PEFT does not say. What this page writes does, by a hash in the
 file's metadata, and beside another model it is refused; of other people's adapters names and shapes must do.

@@ -20,7 +20,8 @@ from runs_parallel.ranks import OfOneRank, agree, device_of_rank, from_rank_0, r
 from runs_parallel.tensor_parallel import load_share, local_part, split
 
 # Options of run.py that want more than a model that continues or scores a text, or one that is not split.
-REFUSED = "--list --image --chat --draft --lookup --multi-token --compile --quantize --adapter".split()
+REFUSED = ["--list", "--image", "--chat", "--draft", "--lookup", "--multi-token", "--compile"]
+REFUSED += ["--quantize", "--adapter"]
 PRIVATE = ("seed", "prompt", "prompts", "given", "device")  # that rank 0 decides, or each rank for itself
 
 

@@ -1,4 +1,4 @@
-"""What `python -m runs_train.lora` does to a decoder: fine_tuning.py, of which only the adapters are trained.
+"""What `python -m runs_train.lora` does to a decoder: what tuning.py does, but only adapters are trained.
 
 The frozen matrices are held in the dtype that they are multiplied in, or in their codes (--quantize): nobody
 adds small steps to them, for which fp32 would be needed. The adapters, norms and embeddings are fp32.
@@ -12,23 +12,24 @@ import torch
 from conversion.adapter import CONFIG, WEIGHTS, peft_files
 from models import load_model
 from models.utils.lora import adapters, attach
-from models.utils.machine import dtype_named
+from models.utils.machine import choose_device, dtype_named
 from models.utils.quantize import quantization_of
-from runs_train import fine_tuning
-from runs_train.chat_data import read_corpus
+from runs_train import fine_tuning, tuning
 from runs_train.folder import remove_other_results, run_folder, write_result
 from runs_train.fresh_model import BYTES_PER_PARAMETER, check_room
+from runs_train.options import ADAPTER_OPTIONS
 from runs_train.training_run import is_trained
 
 FILES = (CONFIG, WEIGHTS, "chat_template.jinja")
 
 
-def train(options):
-    options.device = fine_tuning.choose_device(options.device)
+def train(options, run_class):
+    """Train adapters; run_class, BesideFrozen and a Tuning, says on what, and what a step does."""
+    options.device = choose_device(options.device)
     quantization = quantization_of(options.quantize, options.group_size)
-    base = fine_tuning.open_base(options)
+    base = tuning.open_base(options)
     with run_folder(options, FILES) as folder:
-        corpus = read_corpus(options.data)
+        data = run_class.read(options)
         base.check_memory(num_slots=0)
         # In the dtype of the file: that is what run.py --quantize rounds, and so the same codes.
         model = load_model(base.folder, options.device, None, quantization, arranged=False)
@@ -40,21 +41,23 @@ def train(options):
             f"--rank {options.rank}: adapters with their gradients",
             options.device,
         )
-        run = Run(model, base, corpus, options, folder / "training")
+        run = run_class(model, base, data, options, folder / "training")
         run.train()
         save(run, folder)
-        fine_tuning.report(run, folder)
+        tuning.report(run, folder)
 
 
-class Run(fine_tuning.Run):
-    """Of a model with adapters."""
+class BesideFrozen(tuning.Tuning):
+    """What is otherwise in any run, once only adapters are trained."""
 
-    SETTINGS = (*fine_tuning.Run.SETTINGS, "rank", "alpha", "dropout", "targets", "quantize", "group_size")
     WITH_STATE = ("trained", "optimizer")
 
     def __init__(self, model, *rest):
         super().__init__(model, *rest)
         self.trained = Trained(model)
+
+    def settings(self):
+        return super().settings() | {name: getattr(self.options, name) for name in ADAPTER_OPTIONS}
 
     def settle_options(self):
         super().settle_options()
@@ -62,7 +65,12 @@ class Run(fine_tuning.Run):
             layer.base.to(dtype_named(self.options.dtype))
 
     def how_to_run(self, folder):
-        return f"python run.py {self.options.checkpoint} --adapter {folder} --chat"
+        chat = " --chat" if self.tokenizer.chat_template else ""
+        return f"python run.py {self.options.checkpoint} --adapter {folder}{chat}"
+
+
+class Run(BesideFrozen, fine_tuning.Run):
+    """On conversations."""
 
 
 class Trained:
@@ -90,7 +98,9 @@ def save(run, folder):
     files = peft_files(
         factors, run.base.fields, run.base.folder, options.rank, options.alpha, options.dropout
     )
-    remove_other_results(folder, (*FILES, "README.md", "loss.png"))
-    for name, content in {**files, "chat_template.jinja": run.tokenizer.chat_template.encode()}.items():
+    if run.tokenizer.chat_template:
+        files["chat_template.jinja"] = run.tokenizer.chat_template.encode()
+    remove_other_results(folder, (*files, "README.md", "loss.png"))
+    for name, content in files.items():
         with write_result(folder, name) as path:
             path.write_bytes(content)

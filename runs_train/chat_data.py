@@ -63,48 +63,57 @@ class Corpus(NamedTuple):
 
 
 def read_corpus(data):
-    train, held_out = split_library() if data == "stdlib" else split_file(data)
+    return corpus_of(data, read_conversation, split_library)
+
+
+def corpus_of(data, read_row, split_library):
+    """The Corpus of a file of JSON lines, each of which `read_row` makes an example, or of the library."""
+    train, held_out = split_library() if data == "stdlib" else split_file(data, read_row)
     if not train or not held_out:
         count = len(train) + len(held_out)
         raise UserError(
             f"--data {data}: {count} conversations, too few to hold a tenth of them out; give more"
         )
     digest = hashlib.sha256()
-    for conversation in [*train, *held_out]:
-        digest.update((json.dumps(conversation.messages, sort_keys=True) + "\n").encode())
-    facts = {"data": str(data), "conversations_sha256": digest.hexdigest()}
+    for example in [*train, *held_out]:
+        digest.update((json.dumps(example[:-1], sort_keys=True) + "\n").encode())  # all but its place
+    facts = {"data": str(data), "data_sha256": digest.hexdigest()}
     return Corpus(train, held_out, facts | {"train": len(train), "held_out": len(held_out)})
 
 
-def split_file(path):
-    conversations = [
-        read_line(line, f"line {number}", f"--data {path}, line {number}")
-        for number, line in enumerate(read_text(path, "--data").splitlines(), 1)
-        if line.strip()
-    ]
-    held_out = [c for c in conversations if is_held_out(first_question(c))]
-    return [c for c in conversations if not is_held_out(first_question(c))], held_out
+def split_file(path, read_row):
+    """(training, held-out) examples of a file; read_row(row, its place, the same for errors): one of them."""
+    examples = []
+    for number, line in enumerate(read_text(path, "--data").splitlines(), 1):
+        if line.strip():
+            where = f"--data {path}, line {number}"
+            examples.append(read_row(read_object(line, where), f"line {number}", where))
+    held_out = [example for example in examples if is_held_out(first_question(example.messages))]
+    return [e for e in examples if not is_held_out(first_question(e.messages))], held_out
 
 
-def first_question(conversation):
-    return next(m["content"] for m in conversation.messages if m["role"] != "system")
+def first_question(messages):
+    return next(message["content"] for message in messages if message["role"] != "system")
 
 
-def read_line(line, number, where):
+def read_object(line, where):
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is no JSON ({error}); give one object on each line") from None
+
+
+def read_conversation(row, place, where):
     if isinstance(row, dict) and "messages" not in row and {"prompt", "completion"} <= row.keys():
         row = {"messages": messages_of(row["prompt"], row["completion"])}
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise UserError(f"{where}: has neither messages (a list) nor prompt and completion")
-    for place, message in enumerate(row["messages"], 1):
-        check_message(message, f"{where}: message {place}")
+    for number, message in enumerate(row["messages"], 1):
+        check_message(message, f"{where}: message {number}")
     roles = [message["role"] for message in row["messages"] if message["role"] != "system"]
     if not roles or roles[0] == "assistant" or "assistant" not in roles:
         raise UserError(f"{where}: is no question with an answer of the assistant's behind it")
-    return Conversation(row["messages"], number)
+    return Conversation(row["messages"], place)
 
 
 def messages_of(question, answer):
@@ -118,6 +127,15 @@ def check_message(message, where):
     content = message.get("content")
     if not isinstance(content, str) or not content.strip():
         raise UserError(f"{where} has no content, which is a text")
+
+
+def as_messages(content, role, where):
+    messages = [{"role": role, "content": content}] if isinstance(content, str) else content
+    if not isinstance(messages, list) or not (messages or role == "user"):
+        raise UserError(f"{where} is neither a text nor a list of messages")
+    for number, message in enumerate(messages, 1):
+        check_message(message, f"{where}: message {number}")
+    return messages
 
 
 def split_library():
@@ -152,12 +170,15 @@ def functions(document: Document):
 # Which tokens -----------------------------------------------------------------------------------------------
 
 
-def lay_out(tokenizer, messages):
-    """(token ids of a conversation, for each of them whether it is one of the assistant's)."""
+def lay_out(tokenizer, messages, first=0):
+    """(token ids of a conversation, for each of them whether it is one of the assistant's).
+
+    first: the number of the first message that may count; earlier answers are read, as questions are.
+    """
     text, ids = tokenizer.lay_out_chat(messages, add_generation_prompt=False)
     is_answer = [False] * len(ids)
     for n, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and n >= first:
             start, stop = answer_span(tokenizer, messages, n, text, ids)
             is_answer[start:stop] = [True] * (stop - start)
     return ids, is_answer
@@ -195,23 +216,27 @@ class Batches:
     Batch n is a function of n and the seed alone, so that a run that goes on needs to know no more.
     """
 
-    def __init__(self, conversations, tokenizer, context, batch_tokens, seed, option="--data"):
+    NOTHING = "no answer of the assistant's begins"
+    ROWS = 1  # of each example
+
+    def __init__(self, examples, tokenizer, context, batch_tokens, seed, option="--data"):
         self.ids, self.answers, self.seed = Rows(), Rows(), seed
         self.num_cut = self.num_lost = self.num_left_out = 0
-        for conversation in tqdm(conversations, desc="encoding", leave=False, disable=None):
+        for example in tqdm(examples, desc="encoding", leave=False, disable=None):
             try:
-                ids, is_answer = lay_out(tokenizer, conversation.messages)
+                self.add(example, tokenizer, context)
             except UserError as error:
-                raise UserError(f"{option}, {conversation.where}: {error}") from None
-            self.add(ids, is_answer, context)
+                raise UserError(f"{option}, {example.where}: {error}") from None
         if not len(self.ids):
-            raise UserError(f"{option}: no answer of the assistant's begins within {context} tokens")
-        self.lengths = self.ids.lengths().numpy()
-        self.spans = spans(np.sort(self.lengths), max(batch_tokens, context))
+            raise UserError(f"{option}: {self.NOTHING} within {context} tokens")
+        # Of each example: that of its longest row.
+        self.lengths = self.ids.lengths().view(-1, self.ROWS).amax(dim=1).numpy()
+        self.spans = spans(np.sort(self.lengths), max(batch_tokens // self.ROWS, context))
         self.per_pass, self.orders = len(self.spans), {}
 
-    def add(self, ids, is_answer, context):
+    def add(self, conversation, tokenizer, context):
         """What is longer than the context is cut, and counted; what then has no answer is left out."""
+        ids, is_answer = lay_out(tokenizer, conversation.messages)
         kept = sum(is_answer[1:context])
         self.num_lost += sum(is_answer[1:]) - kept
         self.num_cut += len(ids) > context
@@ -221,27 +246,46 @@ class Batches:
         else:
             self.num_left_out += 1
 
+    def what_was_lost(self, name, context):
+        """A line of what truncation took, or None."""
+        if not self.num_cut:
+            return None
+        return (
+            f"{self.num_cut:,} {name} conversations of more than {context} tokens are cut, by "
+            f"{self.num_lost:,} tokens of answers; {self.num_left_out:,} have no answer left and are left out"
+        )
+
     def batch(self, n):
         """(tokens (B, T), is_answer (B, T)): rows padded on the right with what is no answer."""
+        return self.padded(self.examples(n))
+
+    def padded(self, rows):
+        return tuple(padded([side[row] for row in rows]) for side in (self.ids, self.answers))
+
+    def examples(self, n):
+        """The numbers of those that make batch n."""
         number_of_pass, index = divmod(n, self.per_pass)
-        rows, batches = self.order(number_of_pass)
+        by_length, batches = self.order(number_of_pass)
         start, stop = self.spans[batches[index]]
-        return tuple(padded([side[row] for row in rows[start:stop]]) for side in (self.ids, self.answers))
+        return by_length[start:stop]
 
     def order(self, number_of_pass):
-        """(the rows by length, those of one length shuffled; the batches, shuffled) in a pass."""
+        """(the examples by length, those of one length shuffled; the batches, shuffled) in a pass."""
         if number_of_pass not in self.orders:
             generator = np.random.default_rng([self.seed, number_of_pass])
-            shuffled = generator.permutation(len(self.ids))
+            shuffled = generator.permutation(len(self.lengths))
             by_length = shuffled[np.argsort(self.lengths[shuffled], kind="stable")]
             self.orders = {number_of_pass: (by_length, generator.permutation(self.per_pass))}
         return self.orders[number_of_pass]
+
+    def tokens_per_batch(self):
+        return int(self.ids.lengths().sum()) / self.per_pass
 
     def share_of_pads(self):
         """Of the places of all batches."""
         ordered = np.sort(self.lengths)
         places = sum((stop - start) * int(ordered[stop - 1]) for start, stop in self.spans)
-        return 1 - int(self.lengths.sum()) / places
+        return 1 - int(self.ids.lengths().sum()) / (places * self.ROWS)
 
 
 def padded(rows):

@@ -28,24 +28,22 @@ if not __package__:
     print("error: start it as: python -m runs_train.lora, in the project's folder", file=sys.stderr)
     sys.exit(2)
 
-from models.utils.command_line import QUANTIZED
 from models.utils.errors import run_main
 from runs_train.options import (
     TrainingParser,
+    add_adapter_options,
     add_chat_options,
     add_machine_options,
     add_step_options,
-    number,
-    whole,
 )
 
 
 def main(arguments=None):
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
     # Not above: it imports torch, which takes seconds, and what is wrong with a command is said at once.
-    from runs_train.adapters import train
+    from runs_train.adapters import Run, train
 
-    train(options)
+    train(options, Run)
 
 
 def parse_options(arguments):
@@ -55,21 +53,6 @@ def parse_options(arguments):
     add_step_options(parser, 150, lr=2e-3, warmup=10, weight_decay=0.0, draws="adapters, order, dropout")
     add_machine_options(parser.group("on this machine"))
     return parser.parse_args(arguments)
-
-
-def add_adapter_options(add):
-    rank = "directions in which a matrix may change [%(default)s]"
-    add("--rank", type=whole(1, 4096), default=8, metavar="R", help=rank)
-    add("--alpha", type=number(above=0), default=16.0, metavar="F", help="of the factor F / R [%(default)s]")
-    dropout = "of what the adapters read [%(default)s]"
-    add("--dropout", type=number(least=0, most=0.99), default=0.0, metavar="P", help=dropout)
-    add("--targets", type=names, default=(), metavar="NAMES", help="linear layers: q_proj,v_proj, say [all]")
-    add("--quantize", choices=QUANTIZED, help="the frozen weights; the adapters never")
-    add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
-
-
-def names(text):
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ Proof: tests/test_train_loops.py.
 import argparse
 import math
 
-from models.utils.command_line import Parser
+from models.utils.command_line import QUANTIZED, Parser
 from models.utils.errors import UserError
 
 MOST = 2**62  # numbers that are added to each other still fit into 64 bits
+ADAPTER_OPTIONS = ("rank", "alpha", "dropout", "targets", "quantize", "group_size")
 MOST_TOKENS = 2**16  # token ids are stored in 16 bits
 
 
@@ -30,6 +31,11 @@ class TrainingParser(Parser):
         options.page, options.start = self.page, self.prog
         options.arguments = [word for word in arguments if word != "--restart"]
         options.num_shares = 1  # that a model is cut into, one for each device; see runs_parallel
+        adapter = [name for name in ADAPTER_OPTIONS if getattr(options, name, None) != self.get_default(name)]
+        if adapter and not getattr(options, "lora", True):
+            raise UserError(
+                "--rank, --alpha, --dropout, --targets, --quantize and --group-size go with --lora"
+            )
         if options.warmup is not None and options.warmup >= options.steps:
             raise UserError(f"--warmup {options.warmup} leaves nothing of --steps {options.steps}; give less")
         # Of fewer steps than usual as large a share, which a run that goes on with more of them keeps.
@@ -45,23 +51,49 @@ def add_folder_options(add):
     add("--restart", action="store_true", help="begin anew, in place of the run in that folder")
 
 
-def add_chat_options(add):
-    """What is tuned, and on which conversations."""
+def add_tuning_options(add, data):
+    """What is tuned, on which data, and where to."""
     add(
         "--checkpoint",
         required=True,
         metavar="NAME",
         help="a name in checkpoints/ or a folder: what is tuned",
     )
-    add("--data", required=True, help="JSON lines of conversations, or stdlib: what its functions do")
+    add("--data", required=True, help=data)
     add("--out", metavar="FOLDER", help="where to write [checkpoints/my-NAME-PAGE]")
     add("--restart", action="store_true", help="begin anew, in place of the run in that folder")
+
+
+def add_chat_options(add, data="JSON lines of conversations, or stdlib: what its functions do"):
+    """What is tuned, and on which conversations."""
+    add_tuning_options(add, data)
     add("--template", metavar="FILE", help="a chat template (Jinja) [the checkpoint's own, or a plain one]")
     add(
         "--context", type=whole(2), metavar="T", help="longest conversation, in tokens [max_seq_len, to 2048]"
     )
     batch = "places of a batch, in tokens [%(default)s]"
     add("--batch-tokens", type=whole(1), default=2048, metavar="N", help=batch)
+
+
+def add_adapter_options(add):
+    rank = "directions in which a matrix may change [%(default)s]"
+    add("--rank", type=whole(1, 4096), default=8, metavar="R", help=rank)
+    add("--alpha", type=number(above=0), default=16.0, metavar="F", help="of the factor F / R [%(default)s]")
+    dropout = "of what the adapters read [%(default)s]"
+    add("--dropout", type=number(least=0, most=0.99), default=0.0, metavar="P", help=dropout)
+    add("--targets", type=names, default=(), metavar="NAMES", help="linear layers: q_proj,v_proj, say [all]")
+    add("--quantize", choices=QUANTIZED, help="the frozen weights; the adapters never")
+    add("--group-size", type=int, metavar="N", help="of int4: 32 (default), 64 or 128")
+
+
+def add_lora_options(add):
+    """For a page that trains all weights or adapters."""
+    add("--lora", action="store_true", help="train adapters beside the weights, which stay (lora.py)")
+    add_adapter_options(add)
+
+
+def names(text):
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def add_step_options(

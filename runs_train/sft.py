@@ -11,8 +11,9 @@ questions that it does not learn from. Then: python run.py my-tiny-llama-python-
 
 Any checkpoint of a decoder can be tuned: its template is used or, where it has none, a plain one that goes
 with the result (--template FILE gives another). Which tokens count is found in chat_data.py, what a step does
-stands in fine_tuning.py, the loop around it in training_run.py. A run that was stopped (Ctrl-C saves it) and
-is started again by the same command goes on as if it had never been stopped: to the bit on a CPU.
+stands in fine_tuning.py, what all tuning shares in tuning.py, the loop in training_run.py. A run that was
+stopped (Ctrl-C saves it) and is started again by the same command goes on as if it had never been stopped: to
+the bit on a CPU.
 
 In the folder --out, by default checkpoints/my-NAME-sft, a run writes
     training/                             state.pt, from which the same command goes on
@@ -37,9 +38,10 @@ from runs_train.options import TrainingParser, add_chat_options, add_machine_opt
 def main(arguments=None):
     options = parse_options(sys.argv[1:] if arguments is None else arguments)
     # Not above: it imports torch, which takes seconds, and what is wrong with a command is said at once.
-    from runs_train.fine_tuning import train
+    from runs_train.fine_tuning import Run
+    from runs_train.tuning import train
 
-    train(options)
+    train(options, Run)
 
 
 def parse_options(arguments):

@@ -14,7 +14,7 @@ from runs_ar import generate
 from runs_encoder.bert import padded
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["models", "runs_ar", "runs_encoder", "runs_serve", "runs_ss"]
+ROOMS = ["models", "runs_ar", "runs_encoder", "runs_serve", "runs_ss", "runs_train"]
 PAGES = [
     f"{room}.{path.stem}"
     for room in ROOMS

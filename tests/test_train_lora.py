@@ -113,7 +113,7 @@ def test_the_base_is_held_as_it_is_multiplied(tmp_path, monkeypatch):
     """In bf16 half the bytes, in int4 codes; what is trained is in fp32 always."""
     seen = {}
     monkeypatch.setattr(page, "save", lambda run, folder: seen.update(model=run.model))
-    monkeypatch.setattr(page.fine_tuning, "report", lambda run, folder: None)
+    monkeypatch.setattr(page.tuning, "report", lambda run, folder: None)
     for how in ["--dtype", "bfloat16"], ["--dtype", "float32"], ["--quantize", "int4"]:
         main(small_run("lora", tmp_path)("run", "--restart", *how, steps=3))
         layers = adapters(seen["model"]).values()

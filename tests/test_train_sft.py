@@ -9,18 +9,21 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from conversion.checkpoint import open_checkpoint
 from conversion.convert import convert
-from models import load_model
+from models import config_to_dict, load_model
 from models.utils.errors import UserError
 from models.utils.tokenizer import load_tokenizer
 from runs_ar.chat import Conversation
-from runs_train import chat_data, fine_tuning
+from runs_train import chat_data, fine_tuning, tuning
 from runs_train.chat_data import PLAIN_TEMPLATE, Batches, lay_out, read_corpus
+from runs_train.expert_balance import Routers
 from runs_train.sft import main
-from tests.training_runs import CHATS, CONFIGS, TEXT, small_base, small_run, state_of
-from tests.zoo import every_decoder, small_model
+from runs_train.training_run import TrainingRun
+from tests.training_runs import CHATS, CONFIGS, TEXT, main_of, small_base, small_run, state_of
+from tests.zoo import every_decoder, small_config, small_model
 
 # Templates that mark what the assistant says, for transformers to tell us; ours does not look at the marks.
 CHATML = """{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}
@@ -201,7 +204,7 @@ def test_what_truncation_takes_is_counted(tokenizer):
 def test_the_loss_is_that_of_transformers(tokenizer, tmp_path):
     """Which leaves out the labels that are -100."""
     options = fine_tuning_options(tmp_path)
-    base = fine_tuning.open_base(options)
+    base = tuning.open_base(options)
     run = fine_tuning.Run(load_model(base.folder), base, read_corpus(options.data), options, tmp_path)
     run.model.eval()
     theirs = transformers.GPT2LMHeadModel(
@@ -289,6 +292,43 @@ def test_another_template_is_another_run(tmp_path):
     small_base(tmp_path / "base", CONFIGS["sft"] | {"d_ff": 48})
     with pytest.raises(UserError, match="that run was started with base_sha256"):
         main(command("run", "--template", tmp_path / "own.jinja", steps=3))
+
+
+@pytest.mark.parametrize("page", ["sft", "dpo", "grpo"])
+def test_experts_are_kept_busy(tmp_path, page, monkeypatch):
+    """As in pretraining: a term that moves routers, and leaves the loss what it is."""
+    config = small_config("qwen3_moe", vocab_size=4096)
+    command = small_run(page, tmp_path, config=config_to_dict("qwen3_moe", config))
+    seen = {}
+
+    def look(run):
+        found = []
+        hooks = [
+            layer.ffn.router.register_forward_hook(lambda router, inputs, logits: found.append(logits))
+            for layer in run.model.layers
+        ]
+        run.model.train()
+        batch = run.batch(0)
+        losses = []
+        for number in range(2):
+            found.clear()
+            losses.append(run.loss(batch))
+            weights = [layer.ffn.router.weight for layer in run.model.layers]
+            grads = torch.autograd.grad(losses[-1], weights, retain_graph=True)
+            if number == 0:
+                expected = sum(load_balancing_loss_func((each,), 5, 2) for each in found) / len(found)
+                with_term, expected = grads, torch.autograd.grad(expected, weights)
+                monkeypatch.setattr(Routers, "gradient", lambda routers: 0.0)
+        assert losses[0].item() == losses[1].item() and hooks
+        for ours, plain, term in zip(with_term, grads, expected):
+            torch.testing.assert_close(ours - plain, 0.01 * term, atol=1e-7, rtol=1e-3)
+        seen["it"] = True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingRun, "train_step", look)
+    with pytest.raises(KeyboardInterrupt):
+        main_of(page)(command("run", "--dtype", "float32"))
+    assert seen
 
 
 # The data ---------------------------------------------------------------------------------------------------

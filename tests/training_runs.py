@@ -58,11 +58,23 @@ CONFIGS = {
         "model": "gpt2", "vocab_size": 4096, "max_seq_len": 64, "d_model": 32, "num_layers": 2,
         "num_heads": 2, "d_ff": 64, "norm_eps": 1e-5, "dropout": 0.2,
     },
+    "dpo": {
+        "model": "llama", "vocab_size": 4096, "max_seq_len": 64, "d_model": 16, "num_layers": 2,
+        "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "d_ff": 32, "norm_eps": 1e-5, "rope_base": 1e4,
+        "rope_scaling": None, "qkv_bias": False, "o_bias": False, "ffn_bias": False, "tied_head": True,
+    },
 }  # fmt: skip
+CONFIGS["grpo"] = CONFIGS["dpo"]
 CHATS = "".join(
     json.dumps({"prompt": f"What comes after {n}?", "completion": f"{n + 1}, and then {n + 2}."}) + "\n"
     for n in range(30)
 )
+PAIRS = "".join(
+    json.dumps({"prompt": f"What comes after {n}?", "chosen": f"{n + 1}.", "rejected": f"{n}, or so."}) + "\n"
+    for n in range(30)
+)
+PROMPTS = "".join(json.dumps({"prompt": f"Count: {n}", "answer": n + 1}) + "\n" for n in range(30))
+REWARD = ROOT / "tests" / "data" / "letters.py"
 # (what the file of data holds, or None where the data are a word; the options of the page's own)
 DATA = {
     "language_model": (TEXT, ["--vocab-size", 400, "--batch-size", 2, "--lr", 0.01]),
@@ -70,6 +82,11 @@ DATA = {
     "seq2seq": ("".join("\t".join(row) + "\n" for row in ROWS[::6]), ["--batch-size", 4]),
     "image_classifier": (None, ["--batch-size", 16, "--lr", 0.01]),
     "sft": (CHATS, ["--batch-tokens", 200, "--lr", 0.01]),
+    "dpo": (PAIRS, ["--batch-tokens", 200, "--lr", 0.01]),
+    "grpo": (
+        PROMPTS,
+        ["--reward", REWARD, "--questions", 2, "--group", 4, "--new-tokens", 8, "--updates", 4, "--lr", 0.01],
+    ),
     "lora": (CHATS, ["--batch-tokens", 200, "--lr", 0.01, "--dropout", 0.1]),
 }
 
@@ -147,7 +164,7 @@ def goes_on_to_the_bit(train, root, monkeypatch, interrupt):
     whole, parts = state_of(root / "whole"), state_of(root / "parts")
     assert len(whole["losses"]) == 8 and whole["losses"] == parts["losses"]
     # What is tuned is measured before the first step too.
-    assert [step for step, _ in whole["evaluations"] if step] == [3, 6, 8]
+    assert [step for step, *_ in whole["evaluations"] if step] == [3, 6, 8]
     assert whole["evaluations"] == parts["evaluations"]
     weights = [weights_of(root / folder).read_bytes() for folder in ("whole", "parts")]
     assert weights[0] == weights[1]

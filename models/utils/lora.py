@@ -18,6 +18,8 @@ Shapes: N outputs and K inputs of a layer, r its rank.
 Proof: tests/test_lora.py, against the formula and `peft`.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -128,6 +130,19 @@ def attach(model, rank, alpha, dropout=0.0, names=()):
 def adapters(model):
     """{name: LoraLinear} of those a model has."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+@contextmanager
+def switched_off(model):
+    """The model as it is without its adapters, until the block ends."""
+    scales = {layer: layer.scale for layer in adapters(model).values()}
+    try:
+        for layer in scales:
+            layer.scale = 0.0
+        yield model
+    finally:
+        for layer, scale in scales.items():
+            layer.scale = scale
 
 
 def attach_trained(model, factors):
