@@ -46,7 +46,7 @@ def check_schedules(name, compiled):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["wide", "gemma3"])
 def test_compiled_steps_change_no_text(name):
     """Slots in blocks; windows, which have places, beside them. Two steps: for one row, for any number."""
     said = []
@@ -65,19 +65,19 @@ def test_a_step_for_a_gpu_is_made_once_for_all_sizes(monkeypatch):
         return original(step, fullgraph=fullgraph, dynamic=dynamic, backend=keep)
 
     monkeypatch.setattr(torch, "compile", traced)
-    compiled = compile_decoding(copy.deepcopy(model_named("llama")))
+    compiled = compile_decoding(copy.deepcopy(model_named("wide")))
     compiled.compiled = lambda cache, width: page.graph_step(compiled.model, cache)
-    check_schedules("llama", compiled)
+    check_schedules("wide", compiled)
     # Pools of another number of blocks are other tensors, at another address.
     assert len(graphs) <= 4
 
 
 @needs_compiler
 def test_everything_is_compiled_before_the_first_request(monkeypatch):
-    compiled = compile_decoding(copy.deepcopy(model_named("llama")), report=print)
+    compiled = compile_decoding(copy.deepcopy(model_named("wide")), report=print)
     engine = Engine(compiled, num_blocks=20, **OPTIONS)
     assert len(compiled.steps) == 2 and not engine.has_work
     assert all(step is not None for step in compiled.steps.values())
     monkeypatch.setattr(page, "compile_step", None)  # the next start finds it on the disk
-    again = compile_decoding(copy.deepcopy(model_named("llama")), report=print)
+    again = compile_decoding(copy.deepcopy(model_named("wide")), report=print)
     assert all(step is not None for step in Engine(again, num_blocks=33, **OPTIONS).model.steps.values())
