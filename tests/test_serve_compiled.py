@@ -65,9 +65,9 @@ def test_a_step_for_a_gpu_is_made_once_for_all_sizes(monkeypatch):
         return original(step, fullgraph=fullgraph, dynamic=dynamic, backend=keep)
 
     monkeypatch.setattr(torch, "compile", traced)
-    compiled = compile_decoding(copy.deepcopy(model_named("wide")))
+    compiled = compile_decoding(copy.deepcopy(model_named("llama")))
     compiled.compiled = lambda cache, width: page.graph_step(compiled.model, cache)
-    check_schedules("wide", compiled)
+    check_schedules("llama", compiled)
     # Pools of another number of blocks are other tensors, at another address.
     assert len(graphs) <= 4
 
