@@ -4,7 +4,7 @@
     python benchmark.py --quick                                 a first impression, within two minutes
     python benchmark.py tinyllama-1.1b --weights bfloat16 int8 int4
     python benchmark.py gpt2 --subjects eager transformers --batches 8 32
-    python benchmark.py --subjects eager served transformers --weights bfloat16 --requests 32
+    python benchmark.py --subjects served compiled+served llama.cpp --weights bfloat16 --requests 8
     python benchmark.py llama-124m --subjects eager speculative --weights float32
     python benchmark.py bert-base-uncased vit-b-16              16 texts of 128 tokens, 8 images
 

@@ -18,7 +18,10 @@ TOO_NEAR = 1e-4
 
 @cache
 def model_named(name):
-    """A small model of the zoo, or of tests/strange_pages: "recurrence" keeps states in place of slots."""
+    """A small model of the zoo; "wide", a Llama whose heads row_attention takes; or of tests/strange_pages:
+    "recurrence" keeps states in place of slots."""
+    if name == "wide":
+        return small_model("llama", head_dim=16)
     if name != "recurrence":
         return small_model(name)
     path = Path(__file__).parent / "strange_pages/models/recurrence.py"

@@ -138,7 +138,7 @@ SCHEDULE = [
 
 
 @pytest.mark.parametrize("num_blocks", [10, 60])
-@pytest.mark.parametrize("name", [*DECODERS, "recurrence"])
+@pytest.mark.parametrize("name", [*DECODERS, "wide", "recurrence"])
 def test_every_decoder_is_served(name, num_blocks):
     """With room for all of them, and with so little that texts are sent away and come again."""
     options = {"num_blocks": num_blocks, "block_size": 4, "chunk": 7}

@@ -8,7 +8,10 @@ import torch
 
 from models.utils import compile as page
 from models.utils.compile import compile_decoding
+from models.utils.kernels.row_attention import load_row_attention
+from runs_serve import paged_cache
 from runs_serve.engine import Engine
+from runs_serve.paged_cache import Memory, Plan
 from tests.compiler import needs_compiler
 from tests.serving import model_named
 from tests.test_serve import SCHEDULE, check_answers, run_schedule
@@ -46,13 +49,31 @@ def check_schedules(name, compiled):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["wide", "gemma3"])
 def test_compiled_steps_change_no_text(name):
     """Slots in blocks; windows, which have places, beside them. Two steps: for one row, for any number."""
     said = []
     compiled = compile_decoding(copy.deepcopy(model_named(name)), report=said.append)
     check_schedules(name, compiled)
     assert len(said) == 2 and all("compiling" in line for line in said)
+
+
+@pytest.mark.skipif(load_row_attention() is not None, reason=str(load_row_attention()))
+def test_a_step_reads_blocks_where_they_lie(monkeypatch):
+    """As FewRows has it, in which steps are traced; gathered, they give the same."""
+    model = model_named("wide")
+    memory = Memory(Plan(model, 40, 4), 9, 2)
+    for pool in memory.all_pools():
+        pool.normal_()
+    tokens, positions, outs = torch.tensor([[7], [8]]), torch.tensor([[6], [2]]), []
+    with torch.inference_mode(), memory.lend([[1, 2], [5]], [0, 1]) as cache:
+        monkeypatch.setattr(paged_cache, "attention_fits", lambda *args: False)
+        outs.append(model(tokens, positions, cache))
+        monkeypatch.undo()
+        monkeypatch.setattr(paged_cache.PagedTensor, "gathered", None)
+        with page.FewRows():
+            outs.append(model(tokens, positions, cache))
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-4)
 
 
 def test_a_step_for_a_gpu_is_made_once_for_all_sizes(monkeypatch):
@@ -74,10 +95,10 @@ def test_a_step_for_a_gpu_is_made_once_for_all_sizes(monkeypatch):
 
 @needs_compiler
 def test_everything_is_compiled_before_the_first_request(monkeypatch):
-    compiled = compile_decoding(copy.deepcopy(model_named("llama")), report=print)
+    compiled = compile_decoding(copy.deepcopy(model_named("wide")), report=print)
     engine = Engine(compiled, num_blocks=20, **OPTIONS)
     assert len(compiled.steps) == 2 and not engine.has_work
     assert all(step is not None for step in compiled.steps.values())
     monkeypatch.setattr(page, "compile_step", None)  # the next start finds it on the disk
-    again = compile_decoding(copy.deepcopy(model_named("llama")), report=print)
+    again = compile_decoding(copy.deepcopy(model_named("wide")), report=print)
     assert all(step is not None for step in Engine(again, num_blocks=33, **OPTIONS).model.steps.values())
