@@ -5,9 +5,9 @@ heads share, and a file has the sizes of this one: attention.key_length is r + R
 as key_length_mla. For this the map from c to keys is stored apart from the one to values, and turned over:
 
     ours, at Hugging Face too    kv_up, kv_b    H (d + v) rows of r: d for keys of head 0, v for values, ...
-    llama.cpp since May 2025     attn_k_b       (H, r, d)
+    llama.cpp's files            attn_k_b       (H, r, d)
                                  attn_v_b       (H, v, r)
-    before                       attn_kv_b      as ours, and sizes those of H keys and H values
+    its older files              attn_kv_b      as ours, and sizes those of H keys and H values
 
 Both are read, the new one is written. The layer that looks ahead is left out, as by llama.cpp's converter.
 Letters: H heads, d and R features of a head without and with RoPE, v of its value, r the width of c.
