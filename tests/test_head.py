@@ -11,6 +11,7 @@ from models.utils import compile as compile_page
 from models.utils import head as page
 from models.utils.compile import compile_decoding
 from models.utils.head import Head, keep_logits_in_fp32
+from models.utils.kernels import widened
 from tests.compiler import needs_compiler
 
 HALF = [torch.bfloat16, torch.float16]
@@ -25,7 +26,7 @@ def exact(x, linear):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("in_cache, built", [(1, False), (96 * 50, False), (2**20, False), (1, True)])
 def test_it_is_the_product_in_fp32(dtype, bias, in_cache, built, monkeypatch):
-    monkeypatch.setattr(page, "IN_CACHE", in_cache)
+    monkeypatch.setattr(widened, "IN_CACHE", in_cache)
     monkeypatch.setattr(page, "is_built", lambda source: built)
     linear = nn.Linear(96, 130, bias=bias).to(dtype)
     x = torch.randn(3, 2, 96).to(dtype)

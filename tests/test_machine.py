@@ -31,8 +31,14 @@ def test_a_variable_takes_the_newer_instructions_away(server, monkeypatch):
     monkeypatch.setenv("ZOO_CPU", "avx512")
     assert instructions() == ["avx2", "avx512"]
     monkeypatch.setenv("ZOO_CPU", "avx1024")
-    with pytest.raises(UserError, match="ZOO_CPU is 'avx1024'; give one of avx2, avx512,"):
+    with pytest.raises(UserError, match="ZOO_CPU is 'avx1024'; give one of avx2, avx_vnni, avx512,"):
         instructions()
+    # A laptop's processor has the dot product without AVX-512.
+    monkeypatch.setitem(FLAGS, "avx_vnni", True)
+    monkeypatch.setenv("ZOO_CPU", "avx_vnni")
+    assert instructions() == ["avx2", "avx_vnni"]
+    monkeypatch.setenv("ZOO_CPU", "avx2")
+    assert instructions() == ["avx2"]
 
 
 def test_a_cpu_runs_and_trains_in_the_dtype_that_it_is_fast_at(server, monkeypatch):

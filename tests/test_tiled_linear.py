@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from models.utils.kernels import cpp_library, tiled_linear
 from models.utils.kernels.cpp_library import build
+from models.utils.kernels.row_attention import load_row_attention
+from models.utils.kernels.row_linear import load_row_linear
 from models.utils.kernels.tiled_linear import (
     TiledLinear,
     into_huge_pages,
@@ -22,6 +24,7 @@ from models.utils.kernels.tiled_linear import (
     tile_layers,
     why_not_faster,
 )
+from models.utils.machine import instructions
 from models.utils.quantize import (
     Int4Linear,
     Int8Linear,
@@ -145,6 +148,49 @@ def test_a_row_alone_equals_the_row_in_a_batch(group_size, plain):
     alone = torch.cat([product(row, plain) for row in x.split(1)])
     for M in (*range(1, 10), 16, 19):
         assert torch.equal(product(x[:M], plain), alone[:M])
+
+
+# Prints a word that stands for all results of a loop; some matrices have the largest codes and activations.
+RESULTS = """
+import hashlib, torch
+from models.utils.kernels import tiled_linear
+from models.utils.quantize import quantize_int4, quantize_int8
+assert tiled_linear.load_kernel() is None
+said, draw = hashlib.sha256(), torch.Generator().manual_seed(0)
+for K in (32, 96, 1024):
+    weight = torch.randn(100, K, generator=draw)
+    packed = torch.randint(256, (100, K // 2), generator=draw)
+    scale = torch.randint(120, 130, (100, K // 32), generator=draw)
+    packed[:40], weight[:40] = 0x77, weight[:40].sign()
+    each = [
+        (8, False, tiled_linear.tiles_of_int8(*quantize_int8(weight))),
+        (4, False, tiled_linear.tiles_of_int4(*quantize_int4(weight, 32))),
+        (4, True, tiled_linear.tiles_of_mxfp4(packed.to(torch.uint8), scale.to(torch.uint8))),
+    ]
+    for bits, floats, tiles in each:
+        for M in (1, 2, 3, 4, 5, 6, 7, 8):
+            for x in (torch.randn(M, K, generator=draw), torch.randn(M, K, generator=draw).sign()):
+                out = torch.ops.zoo.tiled_linear(x, tiles, 100, bits, PLAIN, None, floats)
+                said.update(out.numpy().tobytes())
+print(said.hexdigest())
+"""
+
+
+def results(level, plain):
+    """The word of RESULTS, as on a processor that has nothing newer than `level`."""
+    code, environment = RESULTS.replace("PLAIN", str(plain)), os.environ | {"ZOO_CPU": level}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_vectors
+def test_every_loop_that_runs_here_gives_the_same_to_the_bit():
+    """AVX2, AVX-VNNI, AVX-512: three ways to the same whole numbers; and the plain loop."""
+    levels = [name for name in ("avx2", "avx_vnni", "avx512_vnni") if name in instructions()]
+    assert {results(level, plain=False) for level in levels} == {results(levels[0], plain=True)}
 
 
 @needs_kernel
@@ -296,10 +342,12 @@ print(type(model[0]).__name__, model(torch.ones(1, 64).bfloat16()).isfinite().al
 """
 
 
-def in_new_process(extensions, **variables):
+def in_new_process(extensions, before="", **variables):
     """What tile_layers says and what kind of layer is left, with an empty cache of extensions."""
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run([sys.executable, "-c", REPORT], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{before}\n{REPORT}"], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -336,12 +384,33 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     assert layer == "Int4Linear True"
 
 
+@pytest.mark.parametrize("load", [load_kernel, load_row_linear, load_row_attention])
+def test_what_is_built_here_gives_the_sums_that_are_known(load):
+    """Otherwise the tests that need a kernel would be skipped, and nobody would see why."""
+    assert "wrong sums" not in str(load())
+
+
+@needs_vectors
+def test_a_kernel_that_gives_wrong_sums_is_not_used_and_says_so(tmp_path):
+    """The loop for vectors takes one number for another; torch's kernel stays."""
+    for path in [tiled_linear.SOURCE, *tiled_linear.SOURCE.parent.glob("*.h")]:
+        shutil.copy(path, tmp_path)
+    broken = tmp_path / tiled_linear.SOURCE.name
+    text = broken.read_text()
+    assert "* row.sum" in text
+    broken.write_text(text.replace("* row.sum", "* row.scale"))
+    before = "import pathlib; from models.utils.kernels import tiled_linear"
+    reason, layer = in_new_process(tmp_path, f"{before}; tiled_linear.SOURCE = pathlib.Path({str(broken)!r})")
+    assert reason.startswith("tiled_linear.cpp gives wrong sums on this processor (")
+    assert reason.endswith("), and is not used") and layer == "Int4Linear True"
+
+
 @needs_kernel
 @pytest.mark.parametrize("kind, layer_class", [("int8", Int8Linear), ("int4", Int4Linear)])
 def test_a_cpu_without_the_instructions_keeps_torchs_kernel_where_it_has_one(monkeypatch, kind, layer_class):
     monkeypatch.setattr(torch.ops.zoo, "has_vector_loop", lambda: False)
     model = quantized((64, 64), kind=kind)
-    assert "no AVX-512 VNNI" in tile_layers(model) and isinstance(model[0], layer_class)
+    assert "neither AVX2 nor AVX-512 VNNI" in tile_layers(model) and isinstance(model[0], layer_class)
     in_fp32 = quantized((64, 64), dtype=torch.float32, kind=kind)
     assert tile_layers(in_fp32) is None and isinstance(in_fp32[0], TiledLinear)
 
@@ -400,13 +469,24 @@ def test_every_kind_of_processor_has_a_library_of_its_own(tmp_path, monkeypatch)
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(cpp_library.subprocess, "run", compiled)
-    for names in (["avx2"], ["avx2", "avx512", "avx512_vnni"], ["neon"]):
+    for names in (["avx2"], ["avx2", "avx_vnni"], ["avx2", "avx512", "avx512_vnni"], ["neon"]):
         monkeypatch.setattr(cpp_library, "instructions", lambda names=names: names)
         library = build(tiled_linear.SOURCE)
         assert build(tiled_linear.SOURCE) == library and library.exists()
-    assert len(list(tmp_path.iterdir())) == len(commands) == 3
+    assert len(list(tmp_path.iterdir())) == len(commands) == 4
     told = [[word for word in command if word.startswith("-m")] for command in commands]
-    assert told == [["-mavx2", "-mfma"], ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vnni"], []]
+    avx2, server = ["-mavx2", "-mfma"], ["-mavx512f", "-mavx512bw", "-mavx512vnni"]
+    assert told == [avx2, [*avx2, "-mavxvnni"], [*avx2, *server], []]
+
+
+def test_a_header_is_part_of_what_includes_it(tmp_path, monkeypatch):
+    source, header = tmp_path / "page.cpp", tmp_path / "part.h"
+    source.write_text("one")
+    names = set()
+    for text in ("two", "three"):
+        header.write_text(text)
+        names.add(cpp_library.plan(source)[1])
+    assert len(names) == 2
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path):

@@ -48,6 +48,7 @@ from torch.utils import _pytree as pytree
 from models.utils import head, stacked_experts
 from models.utils.files import one_line
 from models.utils.head import Head
+from models.utils.kernels.cpp_library import libraries
 from models.utils.kernels.onednn import choose_products
 from models.utils.kernels.row_attention import MAX_QUERIES, attention_fits, load_row_attention, row_attention
 from models.utils.kernels.row_linear import linear_fits, load_row_linear, row_linear
@@ -396,6 +397,7 @@ def fingerprint(model, cache, width):
         torch.get_num_threads(),
         load_row_linear(),
         load_row_attention(),
+        libraries(),
         instructions(),
         shapes_of(cache),
         width,

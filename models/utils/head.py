@@ -6,8 +6,8 @@ their order in the vocabulary. The sums of a product are made in fp32 anyway; a 
 ties any more. The weights stay bf16, and as many bytes are read.
 
 torch has no such product on a CPU. row_linear.py has, and takes half of the time that torch does; it is asked
-where its library was built already, by --compile. Elsewhere a part of the matrix that fits into the core's
-cache is made fp32 there and multiplied before it leaves: a tenth more time for a step of 124 M weights.
+where its library was built already, by --compile. Elsewhere widened.py makes the matrix fp32, part by part: a
+tenth more time for a step of 124 M weights.
 
 A head that was quantized answers as its kernel does, in the dtype of its input.
 Shapes: N outputs, K inputs.
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from models.utils.kernels.cpp_library import is_built
 from models.utils.kernels.row_linear import SOURCE, linear_fits, row_linear
-
-IN_CACHE = 2**20  # numbers of a matrix that are fp32 at a time: 4 MB
+from models.utils.kernels.widened import widened_product
 
 
 class Head(nn.Module):
@@ -45,9 +44,7 @@ def product_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     elif torch.is_grad_enabled() or torch.compiler.is_compiling():
         out = F.linear(rows.float(), weight.float())
     else:
-        rows, parts = rows.float(), weight.split(max(1, IN_CACHE // weight.shape[1]))
-        memory = torch.empty(parts[0].shape, device=weight.device)
-        out = torch.cat([F.linear(rows, memory[: len(part)].copy_(part)) for part in parts], dim=-1)
+        out = widened_product(rows, weight)
     out = out.view(*x.shape[:-1], -1)
     return out if bias is None else out + bias.float()
 

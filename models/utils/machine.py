@@ -38,6 +38,7 @@ def choose_device(name=None):
 # calls it. ZOO_CPU=avx2 in the environment, say, means: as if it had nothing of this list after avx2.
 INSTRUCTIONS = {
     "avx2": "avx2",
+    "avx_vnni": "avx_vnni",
     "avx512": "avx512_bw",
     "avx512_vnni": "avx512_vnni",
     "avx512_bf16": "avx512_bf16",

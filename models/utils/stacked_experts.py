@@ -35,7 +35,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from models.utils.kernels import onednn
+from models.utils.kernels import onednn, widened
 from models.utils.kernels.row_linear import matrix_fits, row_linear
 from models.utils.kernels.tiled_linear import TiledLinear
 from models.utils.quantize import Int8Linear, add_bias
@@ -160,6 +160,7 @@ class StackedInt8(Stacked):
 KINDS = {
     nn.Linear: StackedLinear,
     onednn.Linear: StackedLinear,
+    widened.Linear: StackedLinear,
     TiledLinear: StackedTiles,
     Int8Linear: StackedInt8,
 }

@@ -6,7 +6,8 @@
 torch.utils.cpp_extension does the same and asks for ninja, and for Python's headers; a page that sees only
 ATen's tensors is one call of the compiler. The compiler is told what this processor has, and a page asks what
 that is (#ifdef __AVX512VNNI__). ZOO_CPU=avx2 in the environment takes what is newer away (machine.py), to try
-how the pages do elsewhere. Proof: tests/test_tiled_linear.py.
+how the pages do elsewhere. Before a library is used it has to give sums that are known (NAME_works in it): a
+compiler may be wrong, or a processor not what it says. Proof: tests/test_tiled_linear.py.
 """
 
 import hashlib
@@ -19,14 +20,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.compiler.config
 
-from models.utils.machine import instructions
+from models.utils.machine import instructions, spoken_instructions
 
 TORCH = Path(torch.__file__).parent
 # Vectors wider than a CPU's registers are passed in a way of which GCC warns (psabi); here they never are.
 # What the compiler calls the instructions of machine.py; it needs to know nothing of the others.
 OPTIONS = {
     "avx2": ["-mavx2", "-mfma"],
+    "avx_vnni": ["-mavxvnni"],
     "avx512": ["-mavx512f", "-mavx512bw"],
     "avx512_vnni": ["-mavx512vnni"],
     "avx512_bf16": ["-mavx512bf16"],
@@ -48,7 +51,11 @@ def load_library(source: Path, shape_of):
         torch.ops.load_library(build(source))
     except (BuildError, OSError) as error:
         return str(error).partition("\n")[0]
+    if not getattr(torch.ops.zoo, f"{source.stem}_works")():
+        return f"{source.name} gives wrong sums on this processor ({spoken_instructions()}), and is not used"
     torch.library.register_fake(f"zoo::{source.stem}", shape_of)
+    # What torch compiled once calls an operator with the arguments that it had then, and is not to be found.
+    torch.compiler.config.cache_key_tag = " ".join(libraries())
     return None
 
 
@@ -58,12 +65,18 @@ def is_built(source: Path):
     return plan(source)[1].exists()
 
 
+def libraries():
+    """The file names of the libraries of all pages, each of which stands for what it was made from."""
+    return [plan(source)[1].name for source in sorted(Path(__file__).parent.glob("*.cpp"))]
+
+
 def plan(source):
     """(command, path of what it writes): a library for each source, torch, compiler and processor."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = FLAGS + [option for name in instructions() for option in OPTIONS.get(name, [])]
     command = [*compiler, *flags, f"-I{TORCH}/include", str(source), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
-    recipe = "\n".join([source.read_text(), torch.__version__, *command])
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    recipe = "\n".join([*texts, torch.__version__, *command])
     return command, cache_folder() / f"{source.stem}_{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
 
 

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.utils.machine import instructions
+from models.utils.kernels import widened
+from models.utils.machine import instructions, is_slow
 
 SMALLEST = 2**18  # numbers in a matrix for oneDNN: a megabyte
 
@@ -44,20 +45,23 @@ class Linear(nn.Module):
 
 
 def choose_products(model, by_columns=True):
-    """Give each fp32 matrix on the CPU, of a model that is loaded, its library and its order in memory.
+    """Give each matrix on the CPU, of a model that is loaded, its library and its order in memory.
 
     by_columns: whether those that stay with F.linear may be stored column by column.
     """
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    if not both or "avx512" not in instructions():
-        return
+    may_choose = both and "avx512" in instructions()
     for name, module in list(model.named_modules()):
         if type(module).__name__ != "Linear":  # torch's, or transformer_lm's own
             continue
         weight = module.weight
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        if weight.device.type != "cpu":
             continue
-        if weight.numel() >= SMALLEST:
+        if is_slow(weight.dtype, weight.device):
+            model.set_submodule(name, widened.Linear(module))
+        elif weight.dtype != torch.float32 or not may_choose:
+            continue
+        elif weight.numel() >= SMALLEST:
             model.set_submodule(name, Linear(module))
         elif by_columns:
             weight.data = weight.data.T.contiguous().T

@@ -9,9 +9,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <optional>
 #include <vector>
+
+#include "experts.h"
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -128,26 +129,8 @@ void some_rows(int rows, const T* w, const T* x, const float* plain_x, int64_t K
   if constexpr (sizeof(T) == 2) dot_loop<ROWS>(w, x, K, num_outputs, out);
 }
 
-// Rows of x, `count` from `first` on, that go through the same matrix.
-struct Run {
-  int64_t matrix, first, count;
-};
-
-// The order that brings rows of the same expert together, and the runs that they make in it.
-std::vector<Run> sort_by_expert(const at::Tensor& experts, std::vector<int64_t>& order) {
-  const int64_t* matrices = experts.const_data_ptr<int64_t>();
-  order.resize(experts.numel());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return matrices[a] < matrices[b]; });
-  std::vector<Run> runs;
-  for (int64_t n = 0; n < experts.numel(); n++) {
-    if (n == 0 || matrices[order[n]] != matrices[order[n - 1]]) runs.push_back({matrices[order[n]], n, 0});
-    runs.back().count++;
-  }
-  return runs;
-}
-
-// x (M, K) in the order of the runs, of which row n is row order[n] of out (M, N); weight (E, N, K), bias (E, N)
+// x (M, K) in the order of the runs, of which row n is row order[n] of out (M, N); weight
+// (E, N, K), bias (E, N)
 template <typename T, typename Out>
 void multiply(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, at::Tensor& out,
               const std::vector<Run>& runs, const std::vector<int64_t>& order, bool plain) {
@@ -199,16 +182,9 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::
   TORCH_CHECK(x.scalar_type() == weight.scalar_type() && weight.dim() == (experts ? 3 : 2) &&
                   weight.stride(-1) == 1 && weight.stride(-2) == K,
               "x and weight do not fit");
-  at::Tensor rows = x.reshape({-1, K}).contiguous();
-  std::vector<int64_t> order(rows.size(0));
-  std::vector<Run> runs = {{0, 0, rows.size(0)}};
-  std::iota(order.begin(), order.end(), 0);
-  if (experts) {
-    TORCH_CHECK(experts->numel() == rows.size(0), "each row of x needs an expert");
-    runs = sort_by_expert(experts->contiguous(), order);
-    TORCH_CHECK(runs.front().matrix >= 0 && runs.back().matrix < weight.size(0), "no such expert");
-    rows = rows.index_select(0, at::tensor(order));
-  }
+  const at::Tensor inputs = x.reshape({-1, K}).contiguous();
+  const auto [order, runs] = sort_by_expert(inputs.size(0), experts, weight.size(0));
+  const at::Tensor rows = experts ? inputs.index_select(0, at::tensor(order)) : inputs;
   const at::Tensor matrices = experts ? weight : weight.unsqueeze(0);
   const at::TensorOptions options = to_fp32 ? x.options().dtype(at::kFloat) : x.options();
   at::Tensor out = at::empty({rows.size(0), num_outputs}, options);
@@ -225,6 +201,36 @@ at::Tensor row_linear(const at::Tensor& x, const at::Tensor& weight, const std::
   return out.view(shape);
 }
 
+// Whether each loop gives sums that are known: of whole numbers, which every dtype holds and no order of
+// additions changes.
+template <typename T>
+bool gives_known_sums(bool plain) {
+  constexpr int K = 3 * INPUTS;
+  T x[SHARED * K], w[OUTPUTS * K];
+  float plain_x[SHARED * K], sums[SHARED][OUTPUTS];
+  for (int i = 0; i < SHARED * K; i++) x[i] = i * 7 % 23 - 11;
+  for (int i = 0; i < OUTPUTS * K; i++) w[i] = i * 5 % 19 - 9;
+  if constexpr (sizeof(T) == 2)
+    spread(x, plain_x, SHARED * K);
+  else
+    std::copy_n(x, SHARED * K, plain_x);
+  for (int rows = 1; rows <= SHARED; rows++) {
+    some_rows<T>(rows, w, x, plain ? plain_x : nullptr, K, OUTPUTS, sums);
+    for (int m = 0; m < rows; m++)
+      for (int n = 0; n < OUTPUTS; n++) {
+        int known = 0;
+        for (int k = 0; k < K; k++) known += ((m * K + k) * 7 % 23 - 11) * ((n * K + k) * 5 % 19 - 9);
+        if (sums[m][n] != known) return false;
+      }
+  }
+  return true;
+}
+
+bool works() {
+  return gives_known_sums<float>(true) && gives_known_sums<at::BFloat16>(true) &&
+         (!has_dot_loop() || gives_known_sums<at::BFloat16>(false));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(zoo, library) {
@@ -232,5 +238,6 @@ TORCH_LIBRARY_FRAGMENT(zoo, library) {
       "row_linear(Tensor x, Tensor weight, Tensor? bias=None, bool plain=False, bool to_fp32=False, "
       "Tensor? experts=None) -> Tensor");
   library.def("has_dot_loop() -> bool", has_dot_loop);
+  library.def("row_linear_works() -> bool", works);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("row_linear", row_linear); }

@@ -10,36 +10,18 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <vector>
 
-#ifdef __AVX512VNNI__
-#include <immintrin.h>
-#endif
+#include "experts.h"
+#include "tile_dots.h"
 
 namespace {
 
-constexpr int LANES = 32;    // outputs in a tile: two vectors of 16 numbers of 32 bits
-constexpr int VECTORS = 2;   // they share each activation that is loaded
-constexpr int INPUTS = 32;   // activations that share a scale
-constexpr int MAX_ROWS = 8;  // rows of x that share each weight that is loaded
+constexpr int LANES = 32;          // outputs in a tile
+constexpr int MAX_ROWS = 8;        // rows of x that share each weight that is loaded
 constexpr int HEADER = 4 * LANES;  // bytes of scales before the codes, in int4 with their zeros
-constexpr int AHEAD = 8192;  // bytes: how far in front of the sums codes are asked for in 8 bits
-
-// Twice the numbers of 4-bit floats (MXFP4), + 12 so that none is negative; of -0 as of 0.
-alignas(16) constexpr uint8_t LEVELS[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-
-// INPUTS activations of a row: each is scale * code.
-struct Block {
-  float scale;
-  float sum;      // of the codes, for the zeros of the weights
-  int32_t start;  // of the integer sum of q * code, which so becomes that of (q - 128) * code, int4: q - 8
-  union {
-    int8_t codes[INPUTS];
-    int32_t fours[INPUTS / 4];  // what one lane of the dot-product instruction takes
-  };
-};
+constexpr int AHEAD = 8192;        // bytes: how far in front of the sums codes are asked for in 8 bits
 
 template <int BITS, typename T>
 void quantize(const T* x, Block* blocks, int64_t num_blocks) {
@@ -73,10 +55,10 @@ inline int32_t level(uint32_t code) {
 
 // What a tile gives for some rows of x, without a word about vectors: out[m][n] is row m times output n.
 template <int BITS, bool FLOATS>
-void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups,
-                          int64_t per_group, float* out) {
+void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
+                float* out) {
   const int64_t num_blocks = num_groups * per_group;
-  float scale[LANES], zero[LANES];
+  float scale[LANES] = {}, zero[LANES];
   uint32_t first[LANES], second[LANES];  // 4 inputs of each output, a byte each, and the next 4
   std::fill(out, out + rows * LANES, 0.0f);
 
@@ -105,88 +87,97 @@ void plain_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_group
             dot[n] += level<FLOATS>(first[n] >> 8 * j & 255) * block.codes[k + j] +
                       level<FLOATS>(second[n] >> 8 * j & 255) * block.codes[k + 4 + j];
       }
-      for (int n = 0; n < LANES; n++)
-        out[m * LANES + n] += (scale[n] * static_cast<float>(dot[n]) + zero[n] * block.sum) * block.scale;
+      for (int n = 0; n < LANES; n++) {
+        float sum = static_cast<float>(dot[n]);
+        if (BITS == 4) sum = std::fma(scale[n], sum, zero[n] * block.sum);
+        out[m * LANES + n] = std::fma(sum, block.scale, out[m * LANES + n]);
+      }
     }
     tile += INPUTS * LANES * BITS / 8;
   }
+  if (BITS == 8)  // where a row of the weight is one group, and its scale can wait until here
+    for (int i = 0; i < rows * LANES; i++) out[i] *= scale[i % LANES];
 }
 
-#ifdef __AVX512VNNI__
+#if WIDTH
+constexpr int VECTORS = LANES / WIDTH;  // of a tile
+constexpr int TOGETHER = 2;             // of these: they share each activation that is loaded
+
+INLINE Ints load(const uint8_t* at) {
+  Ints vector;
+  std::memcpy(&vector, at, sizeof vector);
+  return vector;
+}
+
+// Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With
+// a row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs
+// time. In 4 bits a core takes longer for a byte: from nearby, and into the first cache, was fastest.
 template <int BITS, int ROWS>
-inline __m512i load(const uint8_t* at) {
-  // Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With
-  // a row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs
-  // time. In 4 bits a core takes longer for a byte: from nearby, and into the first cache, was fastest.
-  if constexpr (BITS == 4) _mm_prefetch(at + AHEAD / 4, _MM_HINT_T0);
-  if constexpr (BITS == 8 && ROWS > 2) _mm_prefetch(at + AHEAD, _MM_HINT_T1);
-  return _mm512_loadu_si512(at);
+INLINE void ask_ahead(const uint8_t* at, int bytes) {
+  for (int i = 0; i < bytes; i += 64) {
+    if constexpr (BITS == 4) __builtin_prefetch(at + AHEAD / 4 + i, 0, 3);
+    if constexpr (BITS == 8 && ROWS > 2) __builtin_prefetch(at + AHEAD + i, 0, 2);
+  }
 }
 
-// The same with vectors of 512 bits, in which a lane is an output: 16 sums grow side by side.
+// The same with vectors, in which a lane is an output.
 template <int BITS, bool FLOATS, int ROWS>
-void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group,
-                      float* out) {
-  const __m512i low_half = _mm512_set1_epi8(15), high_bits = _mm512_set1_epi32(0xffff0000);
-  const __m512i levels = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(LEVELS)));
+void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_t per_group, float* out) {
+  constexpr int BYTES = INPUTS * LANES * BITS / 8;  // of the codes of 32 inputs
   const int64_t num_blocks = num_groups * per_group;
-  __m512 total[ROWS][VECTORS] = {}, scale[VECTORS], zero[VECTORS];
-  __m512i dot[ROWS][VECTORS], first[VECTORS], second[VECTORS];  // 4 inputs of 16 outputs, and the next 4
+  Floats total[ROWS][VECTORS] = {}, scale[VECTORS], zero[VECTORS];
 
   for (int64_t group = 0; group < num_groups; group++) {
+    ask_ahead<BITS, ROWS>(tile, HEADER);
     for (int v = 0; v < VECTORS; v++) {
-      const __m512i header = load<BITS, ROWS>(tile + 64 * v);
+      const Ints header = load(tile + 4 * WIDTH * v);
       // In int4 two bf16; such a number is the upper half of the fp32 of the same value.
-      scale[v] = _mm512_castsi512_ps(BITS == 8 ? header : _mm512_slli_epi32(header, 16));
-      zero[v] = _mm512_castsi512_ps(_mm512_and_si512(header, high_bits));
+      scale[v] = reinterpret_cast<Floats>(BITS == 8 ? header : header << 16);
+      zero[v] = reinterpret_cast<Floats>(header & (Ints{} + 0xffff0000));
     }
     tile += HEADER;
-    for (int64_t block = 0; block < per_group; block++, x++) {
-      for (int m = 0; m < ROWS; m++)
-        for (int v = 0; v < VECTORS; v++) dot[m][v] = _mm512_set1_epi32(x[m * num_blocks].start);
-
+    for (int64_t block = 0; block < per_group; block++, x++, tile += BYTES) {
+      ask_ahead<BITS, ROWS>(tile, BYTES);
+      for (int from = 0; from < VECTORS; from += TOGETHER) {
+        // As if memory had changed: otherwise GCC keeps the activations of all rows, on the stack, for later.
+        asm volatile("" ::: "memory");
+        Ints sums[ROWS][TOGETHER], first[TOGETHER], second[TOGETHER];  // 4 inputs of each output, the next 4
+        for (int m = 0; m < ROWS; m++)
+          for (int v = 0; v < TOGETHER; v++) sums[m][v] = begin<BITS, FLOATS>(x[m * num_blocks].start);
 #pragma GCC unroll 4
-      for (int k = 0; k < INPUTS / 4; k += 2, tile += LANES * BITS) {
-        for (int v = 0; v < VECTORS; v++) {
-          first[v] = load<BITS, ROWS>(tile + 64 * v);
-          if constexpr (BITS == 8) {
-            second[v] = load<BITS, ROWS>(tile + 64 * (VECTORS + v));
-          } else {
-            second[v] = _mm512_and_si512(_mm512_srli_epi16(first[v], 4), low_half);
-            first[v] = _mm512_and_si512(first[v], low_half);
+        for (int k = 0; k < INPUTS / 4; k += 2) {
+          for (int v = 0; v < TOGETHER; v++) {
+            const uint8_t* at = tile + LANES * BITS / 2 * k + 4 * WIDTH * (from + v);
+            first[v] = load(at);
+            if constexpr (BITS == 8) {
+              second[v] = load(at + 4 * LANES);
+            } else {
+              second[v] = first[v] >> 4 & 0x0f0f0f0f;
+              first[v] = first[v] & 0x0f0f0f0f;
+            }
+            if constexpr (FLOATS) first[v] = levels_of(first[v]), second[v] = levels_of(second[v]);
           }
-          if constexpr (FLOATS) {
-            first[v] = _mm512_shuffle_epi8(levels, first[v]);
-            second[v] = _mm512_shuffle_epi8(levels, second[v]);
-          }
+          for (int m = 0; m < ROWS; m++)
+            for (int v = 0; v < TOGETHER; v++) {
+              const int32_t* fours = x[m * num_blocks].fours + k;
+              sums[m][v] = add_products<BITS, FLOATS>(sums[m][v], first[v], second[v], fours);
+            }
         }
-        for (int m = 0; m < ROWS; m++) {
-          const __m512i x_first = _mm512_set1_epi32(x[m * num_blocks].fours[k]);
-          const __m512i x_second = _mm512_set1_epi32(x[m * num_blocks].fours[k + 1]);
-          for (int v = 0; v < VECTORS; v++) {
-            // In each of 16 lanes: 4 codes of a weight's row times 4 codes of x, all added to the lane.
-            dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], first[v], x_first);
-            dot[m][v] = _mm512_dpbusd_epi32(dot[m][v], second[v], x_second);
-          }
-        }
-      }
 
-      for (int m = 0; m < ROWS; m++) {
-        const __m512 x_scale = _mm512_set1_ps(x[m * num_blocks].scale);
-        const __m512 x_sum = _mm512_set1_ps(x[m * num_blocks].sum);
-        for (int v = 0; v < VECTORS; v++) {
-          __m512 sum = _mm512_cvtepi32_ps(dot[m][v]);
-          if constexpr (BITS == 4) sum = _mm512_fmadd_ps(scale[v], sum, _mm512_mul_ps(zero[v], x_sum));
-          total[m][v] = _mm512_fmadd_ps(sum, x_scale, total[m][v]);
-        }
+        for (int m = 0; m < ROWS; m++)
+          for (int v = 0; v < TOGETHER; v++) {
+            const Block& row = x[m * num_blocks];
+            Floats sum = __builtin_convertvector(end<BITS, FLOATS>(sums[m][v], row.start), Floats);
+            if constexpr (BITS == 4) sum = multiply_add(scale[from + v], sum, zero[from + v] * row.sum);
+            total[m][from + v] = multiply_add(sum, Floats{} + row.scale, total[m][from + v]);
+          }
       }
     }
   }
   for (int m = 0; m < ROWS; m++)
     for (int v = 0; v < VECTORS; v++) {
-      // In int8 a row of the weight is one group, and its scale can wait until here.
-      if constexpr (BITS == 8) total[m][v] = _mm512_mul_ps(total[m][v], scale[v]);
-      _mm512_storeu_ps(out + m * LANES + v * 16, total[m][v]);
+      if constexpr (BITS == 8) total[m][v] *= scale[v];
+      std::memcpy(out + m * LANES + v * WIDTH, &total[m][v], sizeof(Floats));
     }
 }
 
@@ -197,37 +188,15 @@ void vector_rows(int rows, const uint8_t* tile, const Block* x, int64_t num_grou
   if (rows == ROWS) return vector_loop<BITS, FLOATS, ROWS>(tile, x, num_groups, per_group, out);
   if constexpr (ROWS > 1) vector_rows<BITS, FLOATS, ROWS - 1>(rows, tile, x, num_groups, per_group, out);
 }
-bool has_vector_loop() { return true; }
-template <int BITS, bool FLOATS>
-auto* choose(bool plain) {
-  return plain ? plain_rows<BITS, FLOATS> : vector_rows<BITS, FLOATS>;
-}
-
-#else
-bool has_vector_loop() { return false; }
-template <int BITS, bool FLOATS>
-auto* choose(bool) {
-  return plain_rows<BITS, FLOATS>;
-}
 #endif
 
-// Rows of x, `count` from `first` on, that go through the same matrix.
-struct Run {
-  int64_t matrix, first, count;
-};
-
-// The order that brings rows of the same expert together, and the runs that they make in it.
-std::vector<Run> sort_by_expert(const at::Tensor& experts, std::vector<int64_t>& order) {
-  const int64_t* matrices = experts.const_data_ptr<int64_t>();
-  order.resize(experts.numel());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return matrices[a] < matrices[b]; });
-  std::vector<Run> runs;
-  for (int64_t n = 0; n < experts.numel(); n++) {
-    if (n == 0 || matrices[order[n]] != matrices[order[n - 1]]) runs.push_back({matrices[order[n]], n, 0});
-    runs.back().count++;
-  }
-  return runs;
+bool has_vector_loop() { return WIDTH > 0; }
+template <int BITS, bool FLOATS>
+auto* choose(bool plain) {
+#if WIDTH
+  if (!plain) return vector_rows<BITS, FLOATS>;
+#endif
+  return plain_rows<BITS, FLOATS>;
 }
 
 // Row n of the runs is row order[n] of out, each row of x makes `each` of them; tiles (E, N / 32, K / g, bytes)
@@ -279,16 +248,10 @@ at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t nu
   const int64_t K = x.size(-1), width = tiles.size(-2) * ((tiles.size(-1) - HEADER) * 8 / (LANES * bits));
   TORCH_CHECK(K == width, "x has ", K, " inputs, not ", width);
   TORCH_CHECK(tiles.dim() == (experts ? 4 : 3), "experts go with several matrices");
-  at::Tensor rows = x.reshape({-1, K}).contiguous();
-  const int64_t each = experts ? experts->numel() / std::max<int64_t>(1, rows.size(0)) : 1;
-  std::vector<int64_t> order(rows.size(0));
-  std::vector<Run> runs = {{0, 0, rows.size(0)}};
-  std::iota(order.begin(), order.end(), 0);
-  if (experts) {
-    TORCH_CHECK(each > 0 && experts->numel() == each * rows.size(0), "each row of x needs as many experts");
-    runs = sort_by_expert(experts->contiguous(), order);
-    TORCH_CHECK(runs.front().matrix >= 0 && runs.back().matrix < tiles.size(0), "no such expert");
-  }
+  const at::Tensor rows = x.reshape({-1, K}).contiguous();
+  const int64_t num_rows = rows.size(0), each = experts ? experts->numel() / std::max<int64_t>(1, num_rows) : 1;
+  TORCH_CHECK(each > 0 && (!experts || experts->numel() == each * num_rows), "each row of x needs as many experts");
+  const auto [order, runs] = sort_by_expert(each * num_rows, experts, tiles.size(0));
   const at::Tensor matrices = experts ? tiles : tiles.unsqueeze(0);
   at::Tensor out = at::empty({each * rows.size(0), num_outputs}, x.options());
   const bool in_fp32 = x.scalar_type() == at::kFloat;
@@ -302,6 +265,45 @@ at::Tensor tiled_linear(const at::Tensor& x, const at::Tensor& tiles, int64_t nu
   return out.view(shape);
 }
 
+// Whether each loop gives sums that are known, for each number of rows: of whole numbers and halves, with the
+// largest codes that there are.
+template <int BITS, bool FLOATS>
+bool gives_known_sums() {
+  constexpr int BYTES = INPUTS * LANES * BITS / 8;
+  constexpr uint8_t ENDS[] = {255, 1, 0x77};  // the largest and the least code, and MXFP4's largest number
+  uint8_t tile[HEADER + BYTES];
+  float x[MAX_ROWS * INPUTS], plain[MAX_ROWS * LANES], out[MAX_ROWS * LANES];
+  Block blocks[MAX_ROWS];
+  const uint32_t one = std::bit_cast<uint32_t>(1.0f), half = std::bit_cast<uint32_t>(0.5f);
+  const uint32_t header = BITS == 8 ? one : half | one >> 16;  // scale 1, and in 4 bits zero .5
+  for (int n = 0; n < LANES; n++) std::memcpy(tile + 4 * n, &header, 4);
+  for (int i = 0; i < BYTES; i++) {
+    const int n = i / 4 % LANES;
+    tile[HEADER + i] = n < 3 ? ENDS[n] : i * 37;
+  }
+  for (int i = 0; i < MAX_ROWS * INPUTS; i++) x[i] = i < INPUTS || i % INPUTS == 0 ? 127 : i * 29 % 255 - 127;
+  quantize<BITS>(x, blocks, MAX_ROWS);
+
+  for (int rows = 1; rows <= MAX_ROWS; rows++) {
+    plain_rows<BITS, FLOATS>(rows, tile, blocks, 1, 1, plain);
+    choose<BITS, FLOATS>(false)(rows, tile, blocks, 1, 1, out);
+    for (int i = 0; i < rows * LANES; i++) {
+      float known = 0;
+      for (int k = 0; k < INPUTS; k++) {
+        const int at = (BITS == 8 ? k / 4 : k / 8) * 4 * LANES + i % LANES * 4 + k % 4;
+        const int byte = tile[HEADER + at], code = k / 4 % 2 ? byte >> 4 : byte & 15;
+        const float weight = BITS == 8 ? byte - 128 : (FLOATS ? LEVELS[code] : code) - 8 + 0.5f;
+        known += weight * x[i / LANES * INPUTS + k];
+      }
+      if (plain[i] != known || out[i] != known) return false;
+    }
+  }
+  return true;
+}
+bool works() {
+  return gives_known_sums<8, false>() && gives_known_sums<4, false>() && gives_known_sums<4, true>();
+}
+
 }  // namespace
 
 TORCH_LIBRARY(zoo, library) {
@@ -309,5 +311,6 @@ TORCH_LIBRARY(zoo, library) {
       "tiled_linear(Tensor x, Tensor tiles, int num_outputs, int bits, bool plain=False, "
       "Tensor? experts=None, bool floats=False) -> Tensor");
   library.def("has_vector_loop() -> bool", has_vector_loop);
+  library.def("tiled_linear_works() -> bool", works);
 }
 TORCH_LIBRARY_IMPL(zoo, CPU, library) { library.impl("tiled_linear", tiled_linear); }

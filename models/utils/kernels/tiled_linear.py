@@ -1,14 +1,28 @@
 """A few rows times a matrix in 8 or 4 bits, at the speed of memory: what makes llama.cpp fast, on one page.
 
 To make a token, every weight is read once and used once, and memory is slower than the core. So the fewest
-bytes win, provided that making numbers of them costs next to nothing. tiled_linear.cpp takes 64 weights in 8
-bits with one load and 128 in 4 bits with three instructions more. This is how they lie in memory for that.
+bytes win, provided that making numbers of them costs next to nothing. This is how weights lie in memory for
+that, and what tiled_linear.cpp does with them.
 
-A vector has 16 lanes of 32 bits. The instruction vpdpbusd multiplies, in each lane, 4 unsigned bytes by 4
-signed ones and adds the products to the lane's sum: 64 multiplications at once. Let a lane be an output, a
-row of the weight, and its bytes be 4 inputs: then 16 sums grow side by side, none is ever added to another,
-and 4 activations serve all lanes. The unsigned bytes are codes of weights. In int8 they are there as they are
-needed, q + 128 each:
+A register is cut into lanes of 32 bits: 16 in AVX-512, 8 in AVX2. What an instruction does, it does in every
+lane. Let a lane be an output, a row of the weight, and hold a sum: then 16 or 8 sums grow side by side, none
+is ever added to another, and the activations are the same for all. A lane holds 4 codes of weights as well,
+a byte each. So one step takes 4 inputs of 16 or 8 outputs:
+
+    AVX-512 VNNI    vpdpbusd               4 products, all of them added to the lane's sum: 64 at once
+    AVX-VNNI        vpdpbusd               the same in 8 lanes: 32 at once
+    AVX2            vpmaddubsw             4 products, each two of them added: two sums of 16 bits
+                    vpmaddwd, vpaddd       these two added (times one, in 32 bits), and that to the lane's sum
+
+Three instructions do the work of one where that one is missing, and mostly they need not. An unsigned byte
+times a signed one is what both multiply: code times activation. In int4 a code is at most 15 and an
+activation 127, so two products are at most 3,810, and eight of these fit into 16 bits, which end at 32,767:
+the last two instructions are taken once in 32 inputs. In int8 two products of 255 and 127 would be too much.
+There the weight q itself is taken, its size times x with the sign of q: at most 2 * 128 * 127 = 32,512. All
+loops have the same whole numbers, and so the same results to the bit. Where a processor has none of these
+instructions (NEON's were not tried), a plain loop is there for what torch has no kernel for.
+
+In int8 the bytes are there as vpdpbusd needs them, q + 128 each:
 
     a tile: 32 outputs by all K inputs, in the order in which it is read                  128 + 32 K bytes
 
@@ -39,6 +53,7 @@ every output, and no code needs a subtraction.
 
 MXFP4 (gpt-oss) is an int4 whose 16 levels are not even. One instruction more, a look-up in a table of 16
 bytes, makes of a code the number t = 2 w + 12, for w from -6 to 6; with z = -4 s, s * (t - 8) + z is 2 s w.
+(As t is up to 24, AVX2 alone has to leave 16 bits after 8 inputs, not after 32.)
 
 The price is the rounding of x: an error of 0.5% of the output's norm, where an output in bf16 alone has 0.2%,
 8 bits a weight make 0.8% and 4 bits 7% (normally distributed numbers, groups of 32). The gain, for matrices
@@ -222,7 +237,7 @@ def why_not_faster():
     """None, or a line that says why this kernel cannot be used or is slower than torch's own."""
     reason = load_kernel()
     if reason is None and not torch.ops.zoo.has_vector_loop():
-        return "this CPU has no AVX-512 VNNI instructions, and without them torch's own kernels are faster"
+        return "this CPU has neither AVX2 nor AVX-512 VNNI, and without them torch's own kernels are faster"
     return reason
 
 
