@@ -70,8 +70,8 @@ of an AMD EPYC (Zen 5) as it is, and as if it had less (ZOO_CPU):
 
 With a row or two reading is the limit, whatever the instructions; this memory gives 40 to 60 GB/s. Five rows
 cost 1.1 to 1.4 times as much as one, with AVX2 in int4 twice: with fewer instructions the core is busier than
-the memory. Speculative sampling lives on that. 512 rows take less time than in fp32, so that a prompt needs no
-second copy of the weights.
+the memory. Speculative sampling lives on that. 512 rows take less time than in fp32, so that a prompt needs
+no second copy of the weights.
 Experts are stacked as in row_linear.py.
 Shapes: N outputs and K inputs of a layer, g weights in a group.
 Proof: tests/test_tiled_linear.py.
