@@ -31,8 +31,8 @@ cores of an AMD EPYC (Zen 5) whose memory gives 40 to 60 GB/s: as it is, with AV
     rows of x                              1      2      5      8     16     32
     AVX-512  fp32  milliseconds          .15    .15    .15    .15    .27    .53
                    F.linear              .38    .62    .42    .42    .54    .77
-             bf16  milliseconds          BF
-                   F.linear              .13    .13    .14    .15    .17    .22
+             bf16  milliseconds          .13    .13    .16    .16    .20    .42      memory at 33 GB/s by then
+                   F.linear              .29    .28    .33    .35    .33    .49
     AVX2     fp32  milliseconds          .14    .14    .14    .15    .28    .52      45 GB/s with one row
                    F.linear              .36    .57    .43    .42    .52    .75
              bf16  milliseconds          .08    .08    .09    .14    .27    .53
