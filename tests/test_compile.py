@@ -389,6 +389,15 @@ def test_another_model_has_another_step():
     assert all(len(word) == 24 for word in words)
 
 
+def test_a_step_of_other_kernels_has_another_file(monkeypatch):
+    """It calls them with the arguments that they had when it was compiled."""
+    model = small("gpt2")
+    cache = model.new_cache(1, 32)
+    before = page.fingerprint(model, cache, 1)
+    monkeypatch.setattr(page, "libraries", lambda: ["row_linear_0.so"])
+    assert page.fingerprint(model, cache, 1) != before
+
+
 @needs_compiler
 def test_weights_are_read_where_they_are(said):
     """The step holds no weights: one file serves all checkpoints of a config."""

@@ -78,7 +78,7 @@ def test_a_loaded_model_answers_with_the_sums_as_they_are(name):
         out, hidden = model(tokens), model.hidden(tokens)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.double(), exact(hidden, model.lm_head), rtol=1e-4, atol=1e-4)
-    assert ties(out.bfloat16()) > 10 and ties(out) == 0
+    assert ties(out.bfloat16()) > 5 and ties(out) == 0
 
 
 def ties(logits):

@@ -489,6 +489,11 @@ def test_a_header_is_part_of_what_includes_it(tmp_path, monkeypatch):
     assert len(names) == 2
 
 
+@needs_kernel
+def test_torch_does_not_find_what_it_compiled_for_another_library():
+    assert build(tiled_linear.SOURCE).name in torch.compiler.config.cache_key_tag.split()
+
+
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path):
     compiler = tmp_path / "cxx"
     compiler.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nexec sleep 60\n")

@@ -15,6 +15,9 @@ takes about 10 us before it multiplies. In a small model, whose matrices stay in
 is more than it gains; so matrices of less than a megabyte stay with F.linear, and are stored column by
 column, which is faster for one row.
 
+Matrices in bf16 and fp16 are given to widened.py where the CPU is slow at them, and stay as they are
+elsewhere.
+
 The operator is torch's own, but an internal one: Inductor calls it in what it compiles. It has no gradient,
 and while a compiler traces a layer, compile.py wants to see F.linear; in both cases the layer is F.linear.
 Proof: tests/test_onednn.py, against F.linear; `python benchmark.py bert-base-uncased vit-b-16`.

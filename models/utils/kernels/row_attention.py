@@ -14,15 +14,18 @@ least, itself):
     out    = probs v / sum of probs
 
 Heads are what is shared out between the cores. Microseconds in fp32, then in bf16, for heads of 64, called
-again and again, 2 cores with AVX-512; "compiled" is the formula in compile.py that Inductor makes loops of,
-which for several bf16 queries come out badly:
+again and again, on 2 cores of an AMD EPYC (Zen 5) as it is, then as if it had AVX2 alone (ZOO_CPU=avx2):
 
-    heads  of k  queries  slots  written        here     compiled    torch's own
-       12    12        1    256      100     15,  15      50,  150      40,  170
-       12    12        5    256      100     25,  30     120,  310      70,   90
-       12    12        1   2048      200     22,  24     190,  760     180, 1350
-       32     4        1   2048     1800    280, 400     380, 3860     450, 3500
-       32     4        5   2048     1800    710, 840    1780, 64000   1210, 1510
+                                                     AVX-512                     AVX2
+    heads  of k  queries  slots  written        here   torch's own         here   torch's own
+       12    12        1    256      100      8,   9     22,  133       9,  11     21,  130
+       12    12        5    256      100     17,  22     64,   66      18,  25     64,   68
+       12    12        1   2048      200     18,  17    125, 1138      19,  22    134, 1113
+       32     4        1   2048     1800    246, 242    311, 2909     340, 404    309, 2876
+       32     4        5   2048     1800    492, 556   1040, 1159     646, 742   1049, 1184
+
+Where this page cannot be built compile.py has a formula that Inductor makes loops of; it took 1.4 to 9 times
+as long in fp32, and 10 to 80 times in bf16.
 
 With a table the slots lie in blocks, anywhere in a memory that many texts share (runs_serve/paged_cache.py).
 That takes from 0.9 to 1.3 of the time of the same slots one behind the other, in blocks of 16 slots: the next

@@ -24,16 +24,19 @@ likes one long read best. Rows of x share what is loaded, so that five take litt
 speculative sampling lives on that. And where there is much to compute between two loads, a core no longer
 sees far enough ahead to keep the memory busy; so weights are asked for 16 KB in advance.
 
-The table is for one matrix of 2048 x 768, hundreds of them in turn, in huge pages (tiled_linear.py), 2 cores
-with AVX-512 and its bf16 products (which F.linear uses too), all in one run, in which torch's sum over fp32
-reads 28 GB/s:
+The table is for one matrix of 2048 x 768, a hundred of them in turn, in huge pages (tiled_linear.py), on 2
+cores of an AMD EPYC (Zen 5) whose memory gives 40 to 60 GB/s: as it is, with AVX-512 and its bf16 products
+(which F.linear uses too), and as if it had AVX2 alone (ZOO_CPU=avx2):
 
-    rows of x                       1      2      5      8     16     32
-    fp32  milliseconds            .20    .22    .23    .31    .59   1.14
-          F.linear                .50    .86    .56    .61    .76   1.08
-    bf16  milliseconds            .10    .10    .11    .11    .17    .35      33 GB/s with one row
-          F.linear                .21    .20    .23    .25    .31    .41
-          without bf16 products   .10    .10    .17    .27    .55   1.08
+    rows of x                              1      2      5      8     16     32
+    AVX-512  fp32  milliseconds          .15    .15    .15    .15    .27    .53
+                   F.linear              .38    .62    .42    .42    .54    .77
+             bf16  milliseconds          .13    .13    .16    .16    .20    .42      memory at 33 GB/s by then
+                   F.linear              .29    .28    .33    .35    .33    .49
+    AVX2     fp32  milliseconds          .14    .14    .14    .15    .28    .52      45 GB/s with one row
+                   F.linear              .36    .57    .43    .42    .52    .75
+             bf16  milliseconds          .08    .08    .09    .14    .27    .53
+                   F.linear              .07    .13    .31    .51   1.07   2.03
 
 Of several matrices, the experts of a layer (stacked_experts.py), each row of x has its own. Rows are sorted
 by matrix, so that those of one share what is loaded; the matrices that no row asks for are not touched.

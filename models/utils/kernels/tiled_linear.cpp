@@ -109,15 +109,15 @@ INLINE Ints load(const uint8_t* at) {
   return vector;
 }
 
+// Asks for the vector that comes later at the place of this one, which is number v of its line of 128 bytes.
 // Where there is much to do between two loads, a core that is not told reads and multiplies by turns. With
 // a row or two in 8 bits loads follow each other so fast that it looks ahead by itself, and asking costs
 // time. In 4 bits a core takes longer for a byte: from nearby, and into the first cache, was fastest.
 template <int BITS, int ROWS>
-INLINE void ask_ahead(const uint8_t* at, int bytes) {
-  for (int i = 0; i < bytes; i += 64) {
-    if constexpr (BITS == 4) __builtin_prefetch(at + AHEAD / 4 + i, 0, 3);
-    if constexpr (BITS == 8 && ROWS > 2) __builtin_prefetch(at + AHEAD + i, 0, 2);
-  }
+INLINE void ask_ahead(const uint8_t* at, int v) {
+  if (v * WIDTH % 16) return;  // memory comes in 64 bytes
+  if constexpr (BITS == 4) __builtin_prefetch(at + AHEAD / 4, 0, 3);
+  if constexpr (BITS == 8 && ROWS > 2) __builtin_prefetch(at + AHEAD, 0, 2);
 }
 
 // The same with vectors, in which a lane is an output.
@@ -128,8 +128,8 @@ void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_
   Floats total[ROWS][VECTORS] = {}, scale[VECTORS], zero[VECTORS];
 
   for (int64_t group = 0; group < num_groups; group++) {
-    ask_ahead<BITS, ROWS>(tile, HEADER);
     for (int v = 0; v < VECTORS; v++) {
+      ask_ahead<BITS, ROWS>(tile + 4 * WIDTH * v, v);
       const Ints header = load(tile + 4 * WIDTH * v);
       // In int4 two bf16; such a number is the upper half of the fp32 of the same value.
       scale[v] = reinterpret_cast<Floats>(BITS == 8 ? header : header << 16);
@@ -137,7 +137,6 @@ void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_
     }
     tile += HEADER;
     for (int64_t block = 0; block < per_group; block++, x++, tile += BYTES) {
-      ask_ahead<BITS, ROWS>(tile, BYTES);
       for (int from = 0; from < VECTORS; from += TOGETHER) {
         // As if memory had changed: otherwise GCC keeps the activations of all rows, on the stack, for later.
         asm volatile("" ::: "memory");
@@ -148,8 +147,10 @@ void vector_loop(const uint8_t* tile, const Block* x, int64_t num_groups, int64_
         for (int k = 0; k < INPUTS / 4; k += 2) {
           for (int v = 0; v < TOGETHER; v++) {
             const uint8_t* at = tile + LANES * BITS / 2 * k + 4 * WIDTH * (from + v);
+            ask_ahead<BITS, ROWS>(at, v);
             first[v] = load(at);
             if constexpr (BITS == 8) {
+              ask_ahead<BITS, ROWS>(at + 4 * LANES, v);
               second[v] = load(at + 4 * LANES);
             } else {
               second[v] = first[v] >> 4 & 0x0f0f0f0f;

@@ -57,18 +57,22 @@ bytes, makes of a code the number t = 2 w + 12, for w from -6 to 6; with z = -4 
 
 The price is the rounding of x: an error of 0.5% of the output's norm, where an output in bf16 alone has 0.2%,
 8 bits a weight make 0.8% and 4 bits 7% (normally distributed numbers, groups of 32). The gain, for matrices
-of 8192 x 2048, int4 in groups of 32, in huge pages (below), 24 of them in turn, 2 cores with AVX-512, all in
-one run, in which torch's sum over fp32 reads 33 GB/s (and this kernel up to 54):
+of 8192 x 2048, int4 in groups of 32, in huge pages (below), 24 of them in turn, in milliseconds, on 2 cores
+of an AMD EPYC (Zen 5) as it is, and as if it had less (ZOO_CPU):
 
-    rows of x                1     2     4     5     8
-    int8  milliseconds     .31   .37   .43   .37   .53      torch's int8 kernel: .97 for one row
-          G weights/s       54    45    39    45    32
-    int4  milliseconds     .23   .24   .29   .33   .50      torch's int4 kernel: .51 for one row
-          G weights/s       74    71    59    51    34      5 bits each, with scale and zero
+    rows of x                1     2     5     8      512
+    int8  AVX-512          .38   .39   .49   .48     13.1
+          AVX-VNNI         .36   .39   .47   .42     27.6
+          AVX2             .42   .41   .57   .89     56.3
+    int4  AVX-512          .24   .24   .27   .29     14.8      70 G weights/s with one row, of 5 bits each
+          AVX-VNNI         .24   .25   .31   .44     27.5
+          AVX2             .22   .24   .46   .69     44.4
 
-Reading is the limit. Five rows cost a fifth to a half more than one, which is what speculative sampling lives
-on. And 512 rows take 0.6 (int8) and 0.7 (int4) of the time that they take in bf16: a prompt needs no second
-copy of the weights. Experts are stacked as in row_linear.py.
+With a row or two reading is the limit, whatever the instructions; this memory gives 40 to 60 GB/s. Five rows
+cost 1.1 to 1.4 times as much as one, with AVX2 in int4 twice: with fewer instructions the core is busier than
+the memory. Speculative sampling lives on that. 512 rows take less time than in fp32, so that a prompt needs
+no second copy of the weights.
+Experts are stacked as in row_linear.py.
 Shapes: N outputs and K inputs of a layer, g weights in a group.
 Proof: tests/test_tiled_linear.py.
 """

@@ -3,6 +3,7 @@
     out = widened_product(x, weight)      F.linear in fp32, of weights in bf16 or fp16
 
 Where a CPU lacks the instructions, torch's product of a prompt in bf16 takes four times as long as in fp32.
+(In fp16 six times, and hardly any CPU has those instructions.)
 A bf16 is the upper half of an fp32, so making it one costs next to nothing; but all of a matrix in fp32 would
 be twice what it was, written to memory and read again. A part that fits into a cache never gets there:
 
