@@ -19,6 +19,7 @@ Proof: tests/test_parallel.py.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 from conversion.checkpoint import tensors_of
 from conversion.tables import PAGES
@@ -48,6 +49,7 @@ class Size:
         return hasattr(self.config, COUNTS[1])
 
 
+@cache
 def weigh(name, alike=5):
     """The Size of a config of configs/, whose layers from number `alike` on are alike, and not all built."""
     _, config = load_config(name)
@@ -69,8 +71,8 @@ def numbers_of(name, num_layers, kept_tokens=64):
             place = "split" if is_split(parameter, plan) else "whole"
             for dtype in DTYPES:
                 numbers[place, dtype] += sizes[dtype]
-    cache = sum(tensor.nbytes for tensor in tensors_of(model.bfloat16().new_cache(1, kept_tokens)))
-    return {**numbers, "active": active_parameters(model), "cache": cache / kept_tokens}
+    kept = sum(tensor.nbytes for tensor in tensors_of(model.bfloat16().new_cache(1, kept_tokens)))
+    return {**numbers, "active": active_parameters(model), "cache": kept / kept_tokens}
 
 
 def is_split(parameter, plan):

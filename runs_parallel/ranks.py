@@ -82,6 +82,7 @@ def met(main):
     # Small things, which Python holds, travel by gloo, whatever the device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=SILENCE)
     try:
+        dist.barrier(group=patient())  # nobody goes on, and perhaps ends, before all are there
         with shown_by_rank_0():
             main()
         # Who leaves while another still speaks to it is taken for dead.

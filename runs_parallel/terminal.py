@@ -20,8 +20,17 @@ from runs_parallel.ranks import OfOneRank, agree, device_of_rank, from_rank_0, r
 from runs_parallel.tensor_parallel import load_share, local_part, split
 
 # Options of run.py that want more than a model that continues or scores a text, or one that is not split.
-REFUSED = ["--list", "--image", "--chat", "--draft", "--lookup", "--multi-token", "--compile"]
-REFUSED += ["--quantize", "--adapter"]
+REFUSED = [
+    "--list",
+    "--image",
+    "--chat",
+    "--draft",
+    "--lookup",
+    "--multi-token",
+    "--compile",
+    "--quantize",
+    "--adapter",
+]
 PRIVATE = ("seed", "prompt", "prompts", "given", "device")  # that rank 0 decides, or each rank for itself
 
 
@@ -30,8 +39,8 @@ def run_split(args):
     for option in REFUSED:
         if option in args.given:
             raise UserError(
-                f"{option}: not under torchrun, where a model continues or scores a "
-                "text; leave one of the two out"
+                f"{option}: not under torchrun, where a model continues or scores a text; leave one of the "
+                "two out"
             )
     args.device = device_of_rank(args.device)
     checkpoint = rank_0_first(lambda: open_checkpoint(args.checkpoint, args.device, dtype_named(args.dtype)))

@@ -77,16 +77,21 @@ class counted_reads:
 def training(root):
     """The commands in ROOT/commands.json, one after the other, as runs_parallel/language_model.py does them.
 
-    What is wrong with one is written beside it: ROOT/error-NUMBER, by rank 0.
+    Rank 0 writes beside them how long the gradients were, norms-NUMBER, or what is wrong, error-NUMBER.
     """
     from runs_parallel.language_model import parse_options
-    from runs_parallel.training import train
+    from runs_parallel.training import Run, train
 
+    norms, clip = [], Run.clip
+    Run.clip = lambda run: norms.append(clip(run)) or norms[-1]
     for number, arguments in enumerate(json.loads((root / "commands.json").read_text())):
         # A list has a word for each rank, where they are to disagree.
         words = [word if isinstance(word, str) else word[dist.get_rank()] for word in arguments]
         try:
+            norms.clear()
             train(parse_options(words))
+            if dist.get_rank() == 0:
+                (root / f"norms-{number}").write_text(json.dumps(norms))
         except UserError as error:
             if dist.get_rank() == 0:
                 (root / f"error-{number}").write_text(str(error))

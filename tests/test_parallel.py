@@ -17,6 +17,7 @@ from models.utils.training_notes import unfinished_run
 from runs_ar.generate import generate
 from runs_parallel import figures
 from runs_parallel.tensor_parallel import plan_of
+from runs_train.training_run import TrainingRun
 from tests.model_proof import assert_close
 from tests.parallel_worker import LENGTH, passes
 from tests.training_runs import CONFIGS, ROOT, main_of, small_run, state_of, weights_of
@@ -211,11 +212,15 @@ def train(tmp_path_factory):
     """Runs that came to their end, alone and on two ranks, and beginnings that did not."""
     train = Training(tmp_path_factory.mktemp("train"))
     of_experts = ["--steps", "3", "--config", str(train.moe)]
-    train.alone("alone")
+    norms, clip = [], TrainingRun.clip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "clip", lambda run: norms.append(clip(run)) or norms[-1])
+        train.alone("alone")
     train.alone("experts-alone", *of_experts)
     runs = ["parallel"], ["shard", "--shard", "--gradient-checkpointing"], ["experts", *of_experts]
     train.done = train.ranks("training", *runs, *MISTAKES.values())
     assert train.done.returncode == 0, train.done.stderr
+    train.norms = [norms, *(json.loads((train.root / f"norms-{n}").read_text()) for n in (0, 1))]
     told = (train.root / f"error-{n}" for n in range(len(runs) + len(MISTAKES)))
     train.errors = [path.read_text() if path.exists() else None for path in told]
     return train
@@ -236,6 +241,8 @@ MISTAKES = {
 def test_two_ranks_train_as_one_process_does(train):
     """Data parallel and sharded; rank 0 alone is heard."""
     assert train.errors[:3] == [None] * 3
+    alone, *together = train.norms
+    assert len(alone) == 8 and together == [pytest.approx(alone, rel=1e-4)] * 2
     for folder in "parallel", "shard":
         train.assert_same(folder)
     assert train.done.stdout.count("bits per byte; to see it write") == 3
