@@ -190,8 +190,8 @@ def oracle_of(folder):
 
 # YaRN within the bounds in which models/gpt_oss.py and transformers agree; queries that go through a latent.
 SIZES = {"gpt_oss": {"original_max_seq_len": 4096}, "deepseek_v3": {"d_query": 12}}
-# To PEFT 0.21 the names of a feed-forward mean the experts beside it, which transformers 5 holds in one tensor:
-# of dense layers and shared experts it drops the adapters, with a warning. All others are compared.
+# To PEFT 0.21 the names of a feed-forward mean the experts beside it, which transformers 5 holds in one
+# tensor: of dense layers and shared experts it drops the adapters, with a warning. All others are compared.
 COMPARED = {"deepseek_v3": ("q_down_proj", "q_up_proj", "kv_down_proj", "o_proj")}
 
 

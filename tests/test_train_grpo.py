@@ -195,7 +195,7 @@ def test_a_line_that_is_wrong_is_named(tmp_path, name):
 
 
 BAD_REWARDS = {
-    "not a number": ("return float('nan')", r"step \d+: the reward of .* is nan; it has to be a finite number"),
+    "not a number": ("return float('nan')", r"step \d+: the reward of .* is nan; it has to be a finite"),
     "infinite": ("return 1e999", "is inf; it has to be a finite number"),
     "a word": ("return 'good'", "reward.py: ValueError: could not convert"),
     "nothing": ("return None", "reward.py: TypeError: float"),
