@@ -62,7 +62,7 @@ def parse_options(arguments):
         help="parses, answer, or a file.py with reward(...): rewards.py",
     )
     add_lora_options(parser.group("adapters"))
-    add = add_step_options(parser, 60, lr=1e-4, warmup=5, weight_decay=0.0, draws="texts, order, adapters")
+    add = add_step_options(parser, 30, lr=1e-4, warmup=5, weight_decay=0.0, draws="texts, order, adapters")
     add("--questions", type=whole(1), default=8, metavar="Q", help="prompts of a batch [%(default)s]")
     add("--group", type=whole(2), default=8, metavar="G", help="continuations of each [%(default)s]")
     add("--new-tokens", type=whole(1), default=48, metavar="N", help="of a continuation [%(default)s]")
