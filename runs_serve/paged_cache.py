@@ -220,7 +220,7 @@ class Memory:
         # A page may take the most slots that any layer has for those of a full one: no table is shorter than
         # a window. And some pages count on slots behind the last, for pads.
         own = [one for layer in self.layers for one in pytree.tree_leaves(layer.fresh) if one.dim() == 4]
-        self.least_width = max((-(-one.shape[2] // self.block_size) for one in own), default=2)
+        self.least_width = max([2, *(-(-one.shape[2] // self.block_size) for one in own)])
         self.more_width = -(-max(grows.num_spare for grows in plan.grows) // self.block_size)
 
     @contextmanager
@@ -300,8 +300,9 @@ def growth(layer, longer, num_slots):
     """longer: the same cache for one token more. Paged is what grows by slots that `write` takes."""
     if not hasattr(layer, "write"):
         return Growth()
-    pairs = {name: (field, getattr(longer, name)) for name, field in layer._asdict().items()}
-    pairs = {name: pair for name, pair in pairs.items() if pair[0].shape != pair[1].shape}
+    fields = {name: field for name, field in layer._asdict().items() if isinstance(field, Tensor)}
+    pairs = {name: (field, getattr(longer, name)) for name, field in fields.items()}
+    pairs = {name: (short, long) for name, (short, long) in pairs.items() if short.shape != long.shape}
     slots = tuple(name for name, pair in pairs.items() if pair[0].dim() == 4 and grows_by_one(*pair, 2))
     numbers = tuple(name for name, pair in pairs.items() if pair[0].dim() == 2 and grows_by_one(*pair, 1))
     num_written = len(inspect.signature(layer.write).parameters) - 1  # the last are the positions
