@@ -57,7 +57,7 @@ from tqdm import tqdm
 from models.utils.calibration import input_products
 from models.utils.command_line import QUANTIZED
 from models.utils.errors import UserError, report
-from models.utils.machine import is_slow, spoken_bytes
+from models.utils.machine import give_back_freed, is_slow, spoken_bytes
 
 GROUP_SIZES = (128, 64, 32)  # that torch's int4 kernel knows
 CLIPPING = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -536,6 +536,7 @@ def prepare(model):
     for module in model.modules():
         if isinstance(module, (Int8Linear, Int4Linear)):
             module.prepare()
+            give_back_freed()  # codes of 32 bits each, on the way to the kernel's order
 
 
 def spoken(quantization, notes):
