@@ -5,6 +5,7 @@ import mmap
 import os
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import torch
@@ -186,6 +187,12 @@ def give_back(tensor):
     end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if sys.platform == "linux" and end > begin:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+
+
+def give_back_freed():
+    """Let the system have what was freed between blocks that are still in use, where glibc knows how."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed_memory():
