@@ -1,4 +1,4 @@
-"""DeepSeek-V3 as it is published, with weights in FP8 (conversion/fp8.py); the oracle dequantizes itself."""
+"""DeepSeek-V3 as it is published, with weights in FP8; the oracle dequantizes itself."""
 
 import json
 import re

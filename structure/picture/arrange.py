@@ -243,6 +243,10 @@ class Stack:
     def of_kind(self, kind):
         return [branch for branch in self.branches if branch.kind == kind]
 
+    def frames(self):
+        """Ids of what a residual stream runs through inside, from the bottom up."""
+        return [id for id in self.spine if is_stack(self.of[id])]
+
     def senders(self):
         """The boxes below a frame from which lines lead to the sides of frames."""
         boxes = [box for branch in self.of_kind("port") for box in branch.boxes]
@@ -265,10 +269,9 @@ class Stack:
 
         It runs up beside all frames, so as not to run through those below its own.
         """
-        frames = [id for id in self.spine if is_stack(self.of[id])][1:]
         sides = [
             e
-            for id in frames
+            for id in self.frames()[1:]
             for e in self.box.edges
             if e.target == id and not e.residual and side_name(e) in side_names(self.of[id])
         ]

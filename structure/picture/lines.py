@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from structure.capture.blocks import is_stack, side_key, side_name, side_names
+from structure.capture.blocks import side_key, side_name, side_names
 from structure.picture.arrange import CARDS, GAP, RAIL, TURN
 from structure.picture.sheet import LABEL, Line, Mouth, labelled, shape_words, straight
 
@@ -148,15 +148,12 @@ class StackLines:
 
     def draw_from_below(self, edge, port):
         tile, detour = self.drawing.tile(edge.source), (edge.target, side_key(edge)) in self.detours
-        frame = min((self.drawing.tile(id) for id in self.frames()), key=lambda frame: frame.y)
+        frame = self.drawing.tile(self.stack.frames()[0])
         x = min(max(port.x, tile.x + 10), tile.right - 10)
         level = self.level(tile, port.x < x) + detour * len(self.stack.senders())
         turn = frame.y - 9 - TURN * level
         points = [(x, tile.top), (x, turn), (port.x, turn), *port.path]
         self.drawing.lines.append(Line("side", edge.source, port.tile, straight(points), True, tile.box.role))
-
-    def frames(self):
-        return [id for id in self.stack.spine if is_stack(self.stack.of[id])]
 
     def level(self, tile, to_the_left):
         """How many lines turn above this one: of those that go left, the last turns highest."""
