@@ -85,6 +85,9 @@ function sentence(best, p, follower, followed) {
   return `${begin}. What follows is “${answer(follower)}”${followed ? `, to which it gave ${percent(followed)}` : ""}.`;
 }
 
+if (!isCausal) {
+  document.querySelector("#next h2").textContent = run.answers === "label" ? "What it says" : "What it expects here";
+}
 for (const dial of [temperature, topP]) dial.addEventListener("input", () => turn({}));
 onChange(drawNext);
 
