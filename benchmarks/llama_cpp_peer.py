@@ -47,6 +47,7 @@ class LlamaCpp:
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_seq_max = self.num_slots * self.num_texts, self.num_texts
         options.n_batch = options.n_ubatch = CHUNK
+        options.kv_unified = True  # eight texts take a third to a half of the time that they take apart
         options.n_threads = options.n_threads_batch = self.threads
         if self.file.endswith("F32.gguf"):  # the cache too, which is F16 otherwise
             options.type_k = options.type_v = GGML_TYPE_F32
