@@ -61,9 +61,13 @@ def weigh(name, alike=5):
 
 
 def numbers_of(name, num_layers, kept_tokens=64):
-    """{("split", dtype): bytes, ("whole", dtype): bytes, "active": parameters, "cache": bytes a token}."""
+    """{("split", dtype): bytes, ("whole", dtype): bytes, "active": parameters, "cache": bytes a token}.
+
+    Without a layer that looks ahead, which is read by those who draft with it.
+    """
     model_name, config = load_config(name)
     model = build_model(model_name, replace(config, num_layers=num_layers))
+    model.ahead = None
     plan, parameters = dict(plan_of(model, PAGES[model_name].PARALLEL)), dict(model.named_parameters())
     numbers = {(place, dtype): 0 for place in ("split", "whole") for dtype in DTYPES}
     for parameter, sizes in stored_bytes(model).items():
@@ -85,19 +89,13 @@ def is_split(parameter, plan):
 
 
 def active_parameters(model):
-    """Those that work for a token: of experts the active ones, and not a layer that looks ahead."""
-    count = sum(parameter.numel() for name, parameter in model.named_parameters() if not is_ahead(name))
-    for name, module in model.named_modules():
-        if is_ahead(name):
-            continue
+    """Those that work for a token: of experts the active ones."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
         if hasattr(module, "experts") and hasattr(module, "router"):
             one = sum(parameter.numel() for parameter in module.experts[0].parameters())
             count -= (len(module.experts) - module.num_active) * one
     return count
-
-
-def is_ahead(name):
-    return name.split(".")[0] == "ahead"
 
 
 def tokens_that_fit(size, dtype, ranks, memory, machines=1):

@@ -109,7 +109,9 @@ def num_parameters(config_name):
     A layer that looks ahead guesses the next token but one, and works for none.
     """
     model = build_model(*load_config(config_name))
-    return sum(parameter.numel() for parameter in model.parameters()), figures.active_parameters(model)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    model.ahead = None
+    return everything, figures.active_parameters(model)
 
 
 def trained(folder):

@@ -150,7 +150,7 @@ def test_a_trained_layer_drafts_well():
     model = zoo.small_model("deepseek_v3", vocab_size=23, d_model=48, multi_token=True).train()
     model.init_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(150):
+    for _ in range(220):
         tokens = counting(batch_size=16, length=12)
         hidden = model.hidden(tokens[:, :-2])
         ahead = model.hidden_ahead(hidden, tokens[:, 1:-1])

@@ -143,7 +143,7 @@ def test_the_table_shows_medians_and_ratios():
     assert rows[1].split() == ["int4", "eager", "20.00", "20.00", "..", "20.00", *figures]
     # The second block is that of the batches, with tokens a second of all rows and the ratio to transformers.
     (batch,) = [line.split() for line in rows[4:] if line.startswith("int4      eager")]
-    assert batch == ["int4", "eager", "200", "1.00"]
+    assert batch == ["int4", "eager", "200", "1.00", "1.00"]
 
 
 def test_the_table_of_a_run_is_that_of_its_report(run):

@@ -161,9 +161,11 @@ def test_of_many_that_write_at_once_one_wins_whole(tmp_path):
 
 
 WRITER = """
-import sys, time
+import signal, sys, time
 from models.utils.errors import run_main
 from models.utils.files import write_atomically
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a suite under nohup hands on ignored
 
 def main():
     with write_atomically(sys.argv[1]) as new:

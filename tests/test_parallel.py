@@ -92,7 +92,16 @@ def test_a_rank_reads_its_part_and_no_other(split, form):
     """What all ranks need is read by both, o_proj's and down_proj's biases too; the rest by one of them."""
     root, results = split
     tensors = load_file(root / form / "model.safetensors")
-    twice = ("norm", "embed", "router", "q_down_proj", "kv_down_proj", "o_proj.bias", "down_proj.bias")
+    twice = (
+        "norm",
+        "embed",
+        "router",
+        "q_down_proj",
+        "kv_down_proj",
+        "join_proj",
+        "o_proj.bias",
+        "down_proj.bias",
+    )
     is_expert = [".experts." in name for name in tensors]
     expected = sum(
         tensor.nbytes * (1 + (any(word in name for word in twice) and not expert))

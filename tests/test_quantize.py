@@ -370,7 +370,9 @@ def fresh(tmp_path_factory):
             convert(TINY / trained[0], out=root / kind, progress=False)
             continue
         model = build_model(
-            kind, zoo.small_config(kind, d_model=64, d_ff=96, d_expert=32, head_dim=16), device="cpu"
+            kind,
+            zoo.small_config(kind, d_model=64, d_ff=96, d_expert=32, d_query=32, head_dim=16),
+            device="cpu",
         )
         torch.manual_seed(0)
         model.init_weights()
