@@ -291,8 +291,7 @@ class Attention(nn.Module):
         rows = q.flatten(1, 2)[:, None]  # (B, 1, H * T, r + R)
         mask = mask.repeat(1, 1, H, 1)  # (B, 1, H * T, S)
         out = F.scaled_dot_product_attention(rows, latent, latent, mask, scale=self.scale)
-        # v_up comes first: torch would copy it to multiply by its transpose.
-        return (v_up @ out.view(q.shape)[..., :r].mT).mT  # (B, H, T, v)
+        return out.view(q.shape)[..., :r] @ v_up.mT  # (B, H, T, v)
 
 
 class Experts(nn.Module):
