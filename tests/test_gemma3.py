@@ -19,6 +19,7 @@ from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGe
 
 from conversion.convert import convert
 from conversion.tables import from_hf_config
+from conversion.tables.gemma3 import full_every
 from models import build_model, config_from_dict, load_config, load_model
 from models.utils.errors import UserError
 from runs_ar.generate import generate, prefill
@@ -445,6 +446,13 @@ def run_windows(model, recorder, B, T, S, R):
     cache = model.new_cache(B, S, num_undo)
     model(tokens, positions, cache)
     model(tokens, positions + T, cache)
+
+
+def test_layer_types_are_believed_before_the_pattern():
+    types = ["sliding_attention", "full_attention"] * 2
+    fields = {"num_hidden_layers": 4, "layer_types": types, "sliding_window_pattern": 6}
+    assert full_every(fields) == 2
+    assert full_every({**fields, "layer_types": None}) == 5  # of four layers none
 
 
 SHAPES = Case(shape_configs, run_windows, {"B": 19, "T": 23, "S": 59, "R": 29})
